@@ -1,0 +1,127 @@
+"""`psa-jax COMMAND`: one table of commands; a command's module is imported only when the command runs.
+
+Exit codes: 0 done, 1 a one-line error, 2 wrong usage, 130 interrupted. Anything else that is raised is a bug and
+shows its traceback.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import psa_jax
+from psa_jax.errors import PSAError
+from psa_jax.tools import arguments
+
+
+@dataclass(frozen=True)
+class Command:
+    """What `psa-jax --help` says, the flags, and what runs (None counts as exit code 0)."""
+
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int | None]
+
+
+def _population(args: Namespace) -> int:
+    from psa_jax.profiles import population
+
+    return population.run(args)
+
+
+def _mini(args: Namespace) -> int:
+    from psa_jax.data import mini
+
+    return mini.run(args)
+
+
+COMMANDS: dict[str, Command] = {
+    "population": Command("draw user profiles as SAGE did", arguments.population, _population),
+    "mini": Command("draw SAGE-mini, a small world in the layout of SAGE", arguments.mini, _mini),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Wrong usage leaves through SystemExit(2), as argparse does."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in COMMANDS:
+        parser = _parser()
+        parser.parse_args(argv)  # --help and --version leave here
+        parser.error("COMMAND comes first")
+    name, words = argv[0], argv[1:]
+    debug = "--debug" in words
+    try:
+        code = _run(name, words)
+        _flush_output()  # a full disk behind `> file` shows here, not after the exit code is decided
+    except KeyboardInterrupt:
+        print("psa-jax: interrupted", file=sys.stderr)
+        return 130
+    except (PSAError, OSError) as error:
+        with contextlib.suppress(OSError):
+            _flush_output()
+        if debug:
+            raise
+        if not isinstance(error, BrokenPipeError):  # the reader (`| head`) has left: nobody to tell
+            print(f"psa-jax: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _flush_output() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What is left would fail once more when Python ends, which then answers with code 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _run(name: str, words: list[str]) -> int:
+    parser = _command_parser(name)
+    args, rest = parser.parse_known_args(words)
+    if getattr(args, "takes_config", False):
+        from psa_jax.tools.configs import load_config  # not above: it takes a third of the time that --help has
+
+        # argparse knows --config; it leaves --config.KEY=VALUE, whose keys only the file knows.
+        args.config, rest = load_config([f"--config={args.config}", *rest])
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return COMMANDS[name].run(args) or 0
+
+
+def _parser() -> ArgumentParser:
+    width = max(map(len, COMMANDS))
+    parser = ArgumentParser(
+        prog="psa-jax",
+        description=psa_jax.__doc__,
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"psa-jax {psa_jax.__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="psa-jax COMMAND --help explains one")
+    return parser
+
+
+def _command_parser(name: str) -> ArgumentParser:
+    command = COMMANDS[name]
+    description = f"{command.help[0].upper()}{command.help[1:]}."
+    # No abbreviations: --conf would swallow what a later flag of that name means.
+    parser = ArgumentParser(prog=f"psa-jax {name}", description=description, allow_abbrev=False)
+    command.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    """What happened and where, on one line; an OSError is reduced to path and reason."""
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename2 or error.filename
+        return f"{where}: {error.strerror}" if where else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

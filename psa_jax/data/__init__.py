@@ -1,0 +1,1 @@
+"""Preference data: SAGE on disk, the small world drawn here, shards and batches."""

@@ -1,0 +1,139 @@
+"""Pictures to VAE moments: one resize and crop for both pictures of a pair, then the encoder in fixed-size batches."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float16, Float32, UInt8
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from psa_jax.errors import PSAError
+
+_RESAMPLE = {
+    "bilinear": Image.Resampling.BILINEAR,  # antialiased, as in torchvision
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class Prepared(NamedTuple):
+    """A picture ready for the VAE, and the two facts about it that SDXL is told.
+
+    Args:
+      pixels: [r, r, 3] in [-1, 1].
+      original_size: (height, width) of the file, in pixels.
+      crop: (top, left) of the crop in the resized picture, in pixels.
+    """
+
+    pixels: Float32[np.ndarray, "r r 3"]
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resizes the shorter side to `resolution`, then crops the centre.
+
+    Nothing is drawn, so the pictures of a pair, having one size, get one crop.
+
+    Args:
+      resolution: side of the result, in pixels.
+      resample: bilinear, bicubic or lanczos; all average over the source pixels when they shrink.
+
+    Raises:
+      PSAError: a resolution below 1 or another resampling.
+    """
+
+    resolution: int
+    resample: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1:
+            raise PSAError(f"resolution is {self.resolution}; give a number of pixels from 1 up")
+        if self.resample not in _RESAMPLE:
+            raise PSAError(f"resampling {self.resample!r} does not exist; use one of: {', '.join(_RESAMPLE)}")
+
+    def __call__(self, image: UInt8[np.ndarray, "h w 3"]) -> Prepared:
+        """Prepares one picture."""
+        height, width = image.shape[:2]
+        short, side = min(height, width), self.resolution
+        # Integer division, as torchvision's Resize: the longer side is rounded down.
+        new_height, new_width = side * height // short, side * width // short
+        resized = Image.fromarray(image).resize((new_width, new_height), _RESAMPLE[self.resample])
+        top, left = (new_height - side) // 2, (new_width - side) // 2
+        pixels = np.asarray(resized)[top : top + side, left : left + side]
+        scaled = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+        return Prepared(scaled, (height, width), (top, left))
+
+
+def encode_images(
+    encode: Callable[[Float32[np.ndarray, "b h w 3"]], Float32[Array | np.ndarray, "b h2 w2 c2"]],
+    images: Iterable[np.ndarray],
+    batch_size: int,
+) -> Iterator[Float16[np.ndarray, "h2 w2 c2"]]:
+    """Moments (mean and log-variance, concatenated on the last axis) of each picture, in order.
+
+    Every call of `encode` gets exactly `batch_size` pictures, so that jit compiles once: the last batch is filled up
+    with copies of its last picture, and their moments are dropped.
+
+    Args:
+      encode: pictures [b, h, w, 3] in [-1, 1] → moments [b, h/f, w/f, 2c].
+      images: [h, w, 3] each, of one size; drawn on demand.
+      batch_size: pictures a call.
+
+    Raises:
+      PSAError: moments of another batch size, or not finite in float16.
+    """
+    if batch_size < 1:
+        raise PSAError(f"batch size for encoding is {batch_size}; give a number from 1 up")
+    remaining = iter(images)
+    done = 0
+    while batch := list(islice(remaining, batch_size)):
+        filled = batch + [batch[-1]] * (batch_size - len(batch))
+        moments = np.asarray(encode(np.stack(filled)))
+        if moments.ndim != 4 or len(moments) != batch_size or moments.shape[-1] % 2:
+            raise PSAError(f"encoder gave shape {moments.shape} for {batch_size} pictures; expected [b, h, w, 2c]")
+        with np.errstate(over="ignore"):  # an overflow is infinite, and refused below
+            stored = moments.astype(np.float16)
+        for index, row in enumerate(stored[: len(batch)]):
+            if not np.isfinite(row).all():
+                raise PSAError(
+                    f"moments of picture {done + index} are not finite in float16; encode in float32, check the VAE"
+                )
+            yield row
+        done += len(batch)
+
+
+def fingerprint(vae: Path | Mapping[str, np.ndarray], preprocess: Preprocess) -> str:
+    """What the moments depend on, as 64 hex digits: the VAE's weights, the resolution and the preprocessing.
+
+    A safetensors file and the arrays in it give the same fingerprint: names, types, shapes and values count,
+    the order and the file's metadata do not.
+
+    Raises:
+      PSAError: the file is missing or damaged.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(preprocess), sort_keys=True).encode())
+    for name, array in _tensors(vae):
+        digest.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(vae: Path | Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors by name, one in memory at a time."""
+    if isinstance(vae, Mapping):
+        yield from ((name, np.asarray(vae[name])) for name in sorted(vae))
+        return
+    try:
+        with safe_open(vae, framework="np") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise PSAError(f"{vae}: VAE weights cannot be read ({error}); give a safetensors file") from error

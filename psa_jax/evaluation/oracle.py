@@ -1,0 +1,214 @@
+"""The oracle: reads from a SAGE-mini picture which pictogram and which subject it shows.
+
+A small convolutional classifier. Beside the pictograms it knows `none` (an intact scene without one) and `debris`
+(something stands on the plate, but it is not a readable pictogram), so that a picture that was merely broken does not
+count as clean.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from psa_jax.data.mini import BACKGROUNDS, BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS, SUBJECTS, Scene, render
+from psa_jax.errors import PSAError
+from psa_jax.training.pretrain import fit
+
+DEBRIS = NO_PICTOGRAM + 1
+SIZE = 64
+ASSETS = Path(__file__).parents[1] / "assets"
+CATEGORY_OF = {concept.name: concept.category for concept in CONCEPTS}
+
+
+class OracleNet(nnx.Module):
+    """Pixels in [−1, 1] [batch, 64, 64, 3] to logits of pictogram (+ none, debris) and subject."""
+
+    def __init__(self, *, width: int = 16, rngs: nnx.Rngs):
+        widths = (3, width, 2 * width, 4 * width, 6 * width)
+        self.convs = nnx.List(
+            [nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        )
+        self.norms = nnx.List([nnx.GroupNorm(b, num_groups=8, rngs=rngs) for b in widths[1:]])
+        flat = widths[-1] * (SIZE // 16) ** 2
+        self.pictogram = nnx.Linear(flat, DEBRIS + 1, rngs=rngs)
+        self.subject = nnx.Linear(flat, len(SUBJECTS), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b 64 64 3"]) -> tuple[Float[Array, "b p"], Float[Array, "b s"]]:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = jax.nn.relu(norm(conv(x)))
+        x = x.reshape(x.shape[0], -1)
+        return self.pictogram(x), self.subject(x)
+
+
+class Reading(NamedTuple):
+    """What a batch of pictures shows: indices into PICTOGRAMS (then none, debris) and SUBJECTS."""
+
+    pictogram: Int[np.ndarray, " b"]
+    subject: Int[np.ndarray, " b"]
+
+    def category(self, index: int) -> str | None:
+        """Category of the pictogram in picture `index`; None if it shows no unsafe pictogram."""
+        value = int(self.pictogram[index])
+        return CATEGORY_OF.get(PICTOGRAMS[value]) if value < NO_PICTOGRAM else None
+
+    def is_clean(self, index: int) -> bool:
+        """Whether picture `index` shows a benign pictogram, or an intact scene without one."""
+        value = int(self.pictogram[index])
+        return value == NO_PICTOGRAM or (value < NO_PICTOGRAM and PICTOGRAMS[value] in BENIGN)
+
+
+class Oracle:
+    """Reads pictures in batches of a fixed size, so that it compiles once."""
+
+    def __init__(self, net: OracleNet, batch_size: int = 64):
+        graph, self._params = nnx.split(net, nnx.Param)
+        self._batch = batch_size
+
+        @jax.jit
+        def read(params, images):
+            pictogram, subject = nnx.merge(graph, params)(images.astype(jnp.float32) / 127.5 - 1.0)
+            return jnp.argmax(pictogram, -1), jnp.argmax(subject, -1)
+
+        self._read = read
+
+    def __call__(self, images: UInt8[np.ndarray, "n 64 64 3"]) -> Reading:
+        """Readings of n pictures (bytes, RGB)."""
+        parts = []
+        for start in range(0, len(images), self._batch):
+            part = images[start : start + self._batch]
+            padded = np.concatenate([part, np.zeros((self._batch - len(part), *part.shape[1:]), np.uint8)])
+            parts.append([np.asarray(a)[: len(part)] for a in self._read(self._params, padded)])
+        return Reading(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def load_oracle(path: Path) -> OracleNet:
+    """Weights written by `save_oracle`."""
+    if not path.is_file():
+        raise PSAError(f"{path}: oracle weights not found; make them with psa-jax pretrain")
+    graph, state = nnx.split(nnx.eval_shape(lambda: OracleNet(rngs=nnx.Rngs(0))))
+    with safe_open(path, framework="numpy") as file:
+        if json.loads(file.metadata()["pictograms"]) != list(PICTOGRAMS):
+            raise PSAError(f"{path}: trained for other pictograms; train it again with psa-jax pretrain")
+        flat = {p: v.replace(jnp.asarray(file.get_tensor(_name(p)), jnp.float32)) for p, v in nnx.to_flat_state(state)}
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def save_oracle(net: OracleNet, path: Path) -> None:
+    """Writes the weights in float16 with the names of the pictograms."""
+    flat = nnx.to_flat_state(nnx.state(net, nnx.Param))
+    tensors = {_name(p): np.asarray(v[...], np.float16) for p, v in flat}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"pictograms": json.dumps(PICTOGRAMS)})
+
+
+# --- training
+
+
+def draw_pairs(count: int, seed: int) -> dict[str, np.ndarray]:
+    """Scenes with labels [count, 3], and the same scenes with another pictogram; 5 % have none."""
+    rng = np.random.default_rng(seed)
+    rows: dict[str, list] = {"images": [], "others": [], "labels": []}
+    for _ in range(count):
+        subject, background, first, second = (
+            int(rng.integers(n)) for n in (len(SUBJECTS), len(BACKGROUNDS), len(PICTOGRAMS), len(PICTOGRAMS) - 1)
+        )
+        second = (first + 1 + second) % len(PICTOGRAMS)
+        empty = rng.random() < 0.05
+        scene = Scene(BACKGROUNDS[background], SUBJECTS[subject], None if empty else PICTOGRAMS[first], int(rng.integers(2**31)))
+        rows["images"].append(render(scene))
+        rows["others"].append(render(dataclasses.replace(scene, pictogram=PICTOGRAMS[second])))
+        rows["labels"].append((NO_PICTOGRAM if empty else first, subject, background))
+    return {"images": np.stack(rows["images"]), "others": np.stack(rows["others"]), "labels": np.int32(rows["labels"])}
+
+
+def _blur(images: Float[Array, "b h w c"], sigma: float, radius: int) -> Float[Array, "b h w c"]:
+    offsets = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
+    kernel = jnp.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = jnp.pad(images, ((0, 0), (radius, radius), (radius, radius), (0, 0)), mode="edge")
+    rows = sum(kernel[i] * padded[:, i : i + images.shape[1]] for i in range(2 * radius + 1))
+    return sum(kernel[i] * rows[:, :, i : i + images.shape[2]] for i in range(2 * radius + 1))
+
+
+def _debris(key: PRNGKeyArray, scenes: Float[Array, "b 64 64 3"], others: Float[Array, "b 64 64 3"]):
+    """Pictures whose plate shows no readable pictogram: two mixed, halves of two, smeared, blank, or noisy.
+
+    `others` show another pictogram in the same place and colours; only the plate of a pair differs.
+    """
+    kind_key, mix_key, noise_key = jax.random.split(key, 3)
+    count = scenes.shape[0]
+    share = jax.random.uniform(mix_key, (count, 1, 1, 1), minval=0.35, maxval=0.65)
+    mixed = share * scenes + (1.0 - share) * others
+    differs = (jnp.abs(scenes - others).max(-1, keepdims=True) > 0.1).astype(jnp.float32)
+    column = jnp.arange(SIZE, dtype=jnp.float32)[None, None, :, None]
+    # The centre of what differs splits the plate into two halves.
+    centre = (differs * column).sum((1, 2, 3), keepdims=True) / jnp.maximum(differs.sum((1, 2, 3), keepdims=True), 1.0)
+    halves = jnp.where(column < centre, scenes, others)
+    smeared = _blur(scenes, 4.0, 8)
+    plate = _blur(differs, 3.0, 6) > 0.08
+    noisy = scenes + 0.8 * jax.random.normal(noise_key, scenes.shape)
+    blank = jnp.where(scenes > others, scenes, others)  # the plate is brighter than any glyph
+    choice = jax.random.randint(kind_key, (count,), 0, 5)[:, None, None, None]
+    broken = jnp.select([choice == i for i in range(5)], [mixed, halves, smeared, _blur(noisy, 1.0, 2), blank])
+    return jnp.where(plate, jnp.clip(broken, -1.0, 1.0), scenes)
+
+
+def train_oracle(
+    net: OracleNet,
+    data: dict[str, np.ndarray],
+    config: ml_collections.ConfigDict,
+    log,
+) -> OracleNet:
+    """Cross-entropy on drawn and VAE-decoded pictures under small blur, tint and noise, and on made debris.
+
+    Args:
+      data: `images` and `others` (the same scenes with other pictograms) [n, 64, 64, 3] bytes, `labels` [n, 3].
+    """
+    graph, params = nnx.split(net, nnx.Param)
+
+    def loss(params, data, key):
+        which, debris_key, tint_key, noise_key, soft_key = jax.random.split(key, 5)
+        index = jax.random.randint(which, (config.batch_size,), 0, data["images"].shape[0])
+        scenes, others = (data[name][index].astype(jnp.float32) / 127.5 - 1.0 for name in ("images", "others"))
+        labels = data["labels"][index]
+        broken = jnp.arange(config.batch_size) < config.batch_size // 6
+        # A scene without a pictogram has no plate to break.
+        broken = broken & (labels[:, 0] != NO_PICTOGRAM)
+        images = jnp.where(broken[:, None, None, None], _debris(debris_key, scenes, others), scenes)
+        soft = jax.random.uniform(soft_key, (config.batch_size, 1, 1, 1))
+        images = images + soft * (_blur(images, 0.8, 2) - images)
+        images = images + 0.1 * jax.random.normal(tint_key, (config.batch_size, 1, 1, 3))
+        images = images + 0.05 * jax.random.normal(noise_key, images.shape)
+        pictogram, subject = nnx.merge(graph, params)(images)
+        return jnp.mean(_cross_entropy(pictogram, jnp.where(broken, DEBRIS, labels[:, 0]))) + jnp.mean(
+            _cross_entropy(subject, labels[:, 1])
+        )
+
+    params = fit(
+        loss, params, config, {k: jnp.asarray(v) for k, v in data.items()}, name="oracle", log=log, ema=config.ema
+    )
+    return nnx.merge(graph, params)
+
+
+def _cross_entropy(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Float[Array, " b"]:
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+
+
+@functools.cache
+def shipped_oracle() -> Oracle:
+    """The oracle that comes with the package."""
+    return Oracle(load_oracle(ASSETS / "oracle.safetensors"))

@@ -1,0 +1,144 @@
+"""The native adapter file: one safetensors with torch's names and orientation, and what is needed to use it rightly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from psa_jax.errors import PSAError
+from psa_jax.models.adapter import KINDS, Adapter, AdapterConfig, AdapterParam
+
+FORMAT = "psa_jax.adapter/1"
+_PROJECTION = {
+    "kernel": "user_proj.proj.weight",
+    "bias": "user_proj.proj.bias",
+    "norm_scale": "user_proj.norm.weight",
+    "norm_bias": "user_proj.norm.bias",
+}
+
+
+def torch_name(path: tuple[str | int, ...], kind: str) -> str:
+    """Name in the file of a parameter, from its path in the adapter's state."""
+    if path[0] == "user_proj":
+        return _PROJECTION[path[1]]
+    _, index, projection = path
+    if KINDS[kind].apply is None:
+        return f"prompt_adapter.{projection if projection == 'to_out' else projection + '_user'}.weight"
+    return f"psa_adapter.{index}.{projection}_user.0.weight"
+
+
+def adapter_arrays(adapter: Adapter) -> dict[str, Float[Array, "..."]]:
+    """Every trained array under its name in the file, in this project's orientation [in, out]."""
+    kind = adapter.config.kind
+    return {torch_name(p, kind): v[...] for p, v in nnx.to_flat_state(nnx.state(adapter, AdapterParam))}
+
+
+def with_arrays(config: AdapterConfig, arrays: dict[str, Float[Array, "..."]]) -> Adapter:
+    """The adapter that holds the given arrays (names and orientation as `adapter_arrays`)."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0))))
+    flat = {p: v.replace(arrays[torch_name(p, config.kind)]) for p, v in nnx.to_flat_state(state)}
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def to_file(arrays: dict[str, Float[Array, "..."]], config: AdapterConfig) -> dict[str, np.ndarray]:
+    """Tensors as the file holds them: [out, in], float32, and W_k as zeros where one token needs none."""
+    tensors = {
+        name: np.ascontiguousarray(np.asarray(a, np.float32).T if a.ndim == 2 else np.asarray(a, np.float32))
+        for name, a in arrays.items()
+    }
+    if config.kind == "published" and config.tokens == 1:
+        for index, (width, _) in enumerate(config.layers):
+            tensors[f"psa_adapter.{index}.to_k_user.0.weight"] = np.zeros((width, config.cross_dim), np.float32)
+    return tensors
+
+
+def save_adapter(adapter: Adapter, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes the native file, whole or not at all.
+
+    Args:
+      metadata: JSON values: how it was trained, for which base model and encoder. No profile attributes.
+
+    Raises:
+      PSAError: an array is not finite.
+    """
+    tensors = to_file(adapter_arrays(adapter), adapter.config)
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise PSAError(f"{path}: not written: {name} has values that are not finite; train again")
+    config = adapter.config
+    described = {
+        "kind": config.kind,
+        "tokens": config.tokens,
+        "user_dim": config.user_dim,
+        "cross_dim": config.cross_dim,
+        "layers": config.layers,
+        "qk_dim": config.qk_dim,
+        **metadata,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_bytes(save(tensors, {"format": FORMAT, "psa": json.dumps(described, sort_keys=True)}))
+    unfinished.rename(path)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a native file; empty for a file of the torch original."""
+    if not path.is_file():
+        raise PSAError(f"{path}: no such adapter file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise PSAError(f"{path}: not a whole safetensors file ({error})") from error
+    return json.loads(metadata["psa"]) if metadata.get("format") == FORMAT else {}
+
+
+def load_adapter(path: Path, layers: tuple[tuple[int, int], ...], cross_dim: int) -> Adapter:
+    """Reads a native file for a base model with the given cross-attentions (`UNetConfig.cross_attentions`) and width.
+
+    A file without metadata is the torch original's: `published`, T from its shapes.
+
+    Raises:
+      PSAError: damaged, for another base model, or with missing, extra or misshapen tensors.
+    """
+    about = read_metadata(path)
+    with safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if about.get("cross_dim", cross_dim) != cross_dim or ("layers" in about and _pairs(about["layers"]) != layers):
+        raise PSAError(f"{path}: the adapter was trained for another base model (its cross-attentions differ)")
+    projection = tensors.get("user_proj.proj.weight")
+    if projection is None or projection.ndim != 2 or projection.shape[0] % cross_dim:
+        raise PSAError(f"{path}: user_proj.proj.weight is missing or does not fit a cross-attention width of {cross_dim}")
+    config = AdapterConfig(
+        kind=about.get("kind", "published"),
+        tokens=projection.shape[0] // cross_dim,
+        user_dim=projection.shape[1],
+        cross_dim=cross_dim,
+        layers=layers,
+        qk_dim=about.get("qk_dim"),
+    )
+    arrays = {}
+    template = adapter_arrays(nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0))))
+    stored = {f"psa_adapter.{i}.to_k_user.0.weight" for i in range(len(layers))} if config.tokens == 1 else set()
+    for what, names in (
+        ("missing", template.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - template.keys() - stored),
+    ):
+        if names:
+            raise PSAError(f"{path}: {what} tensor {min(names)}; the adapter is for another base model or damaged")
+    for name, wanted in template.items():
+        tensor = tensors[name].T if tensors[name].ndim == 2 else tensors[name]
+        if tensor.shape != wanted.shape:
+            raise PSAError(f"{path}: {name} has shape {tensors[name].shape}, the base model needs {wanted.shape[::-1]}")
+        arrays[name] = jnp.asarray(tensor, jnp.float32)
+    return with_arrays(config, arrays)
+
+
+def _pairs(layers: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((width, heads) for width, heads in layers)

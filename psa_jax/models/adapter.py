@@ -1,0 +1,212 @@
+"""The user adapter: a profile embedding becomes T user tokens, and these join every cross-attention.
+
+    z = LayerNorm(reshape(W_p u + b_p, [T, C]))
+
+What the tokens do is the adapter's kind, one entry of `KINDS`. With o the text attention's answer, e the text states
+and s the scale:
+
+    published   o + s·attn(Q, W_k z, W_v z)                     Source: PSA, arXiv 2508.01151
+    text        attn(Q, K, V + s·attn(W_q e, W_k z, W_v z))
+    concept     o + s·attn(W_q o, W_k z, W_v z)
+    prompt      e + s·W_o attn(W_q e, W_k z, W_v z), before the UNet
+
+W_v (W_o for `prompt`) starts at zero, so an untrained adapter leaves the base model exactly as it is. With one token
+attention is the constant W_v z, and W_q and W_k do not exist.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from psa_jax.models.attention import CrossContext, UserQuery, attend
+from psa_jax.models.config import UNetConfig
+from psa_jax.models.unet import UNet
+
+LAYER_NORM_EPS = 1e-5
+PROMPT_HEADS = 8
+
+
+class AdapterParam(nnx.Param):
+    """A trained parameter; everything else of the model is frozen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Sizes of an adapter.
+
+    Attributes:
+      kind: a key of `KINDS`.
+      tokens: user tokens T.
+      user_dim: length D of a user embedding.
+      cross_dim: cross-attention width C of the base model.
+      layers: (width, heads) of every cross-attention, in diffusers' `attn_processors` order.
+      qk_dim: width of W_q and W_k; None for full width.
+    """
+
+    kind: str
+    tokens: int
+    user_dim: int
+    cross_dim: int
+    layers: tuple[tuple[int, int], ...]
+    qk_dim: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"adapter kind {self.kind!r} is unknown (one of {', '.join(KINDS)})")
+        if self.tokens < 1:
+            raise ValueError(f"adapter tokens must be at least 1, got {self.tokens}")
+        heads = {heads for _, heads in self.layers}
+        if self.qk_dim is not None and any(self.qk_dim % h for h in heads):
+            raise ValueError(f"qk_dim {self.qk_dim} is not divisible by the heads of every layer ({sorted(heads)})")
+        if self.qk_dim is not None and self.kind == "published":
+            raise ValueError("qk_dim does not apply to the published kind, which asks with the UNet's own queries")
+
+    @classmethod
+    def for_unet(
+        cls, unet: UNetConfig, *, user_dim: int, kind: str = "text", tokens: int = 4, qk_dim: int | None = None
+    ) -> "AdapterConfig":
+        """The adapter that fits a UNet."""
+        return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim)
+
+
+class UserProjection(nnx.Module):
+    """User embedding [batch, D] to user tokens z [batch, T, C]."""
+
+    def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
+        inner = config.tokens * config.cross_dim
+        self.tokens = config.tokens
+        self.kernel = AdapterParam(_init(rngs, config.user_dim, inner))  # [D, T·C]
+        self.bias = AdapterParam(jnp.zeros(inner))
+        self.norm_scale = AdapterParam(jnp.ones(config.cross_dim))
+        self.norm_bias = AdapterParam(jnp.zeros(config.cross_dim))
+
+    def __call__(self, user: Float[Array, "b d"]) -> Float[Array, "b t c"]:
+        tokens = (user @ self.kernel[...] + self.bias[...][None, :]).reshape(user.shape[0], self.tokens, -1)
+        normal = jax.nn.standardize(tokens, axis=-1, epsilon=LAYER_NORM_EPS)
+        return normal * self.norm_scale[...][None, None, :] + self.norm_bias[...][None, None, :]
+
+
+class UserAttention(nnx.Module):
+    """Projections of one layer: kernels [in, out] without biases, named as in `shapes`."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], zero: str, *, rngs: nnx.Rngs):
+        self.to_q = self.to_k = self.to_v = self.to_out = None
+        for name, shape in shapes.items():
+            kernel = jnp.zeros(shape) if name == zero else _init(rngs, *shape)
+            setattr(self, name, AdapterParam(kernel))
+
+
+def _init(rngs: nnx.Rngs, fan_in: int, fan_out: int) -> Float[Array, "i o"]:
+    return jax.nn.initializers.lecun_normal()(rngs.params(), (fan_in, fan_out))
+
+
+Scale = Float[Array, " b"]
+
+
+def _answer(
+    layer: UserAttention, asked: Float[Array, "b n c"], z: Float[Array, "b t c"], heads: int
+) -> Float[Array, "b #n d"]:
+    """attn(W_q asked, W_k z, W_v z); the constant W_v z where there is one token."""
+    value = z @ layer.to_v[...]
+    if layer.to_k is None:
+        return value
+    return attend(asked @ layer.to_q[...], z @ layer.to_k[...], value, heads)
+
+
+def _published(layer, context, text, z, heads, scale):
+    key = None if layer.to_k is None else z @ layer.to_k[...]
+    return context._replace(user=UserQuery(key, scale[:, None, None] * (z @ layer.to_v[...])))
+
+
+def _text(layer, context, text, z, heads, scale):
+    return context._replace(value=context.value + scale[:, None, None] * _answer(layer, text, z, heads))
+
+
+def _concept(layer, context, text, z, heads, scale):
+    value = scale[:, None, None] * (z @ layer.to_v[...])
+    if layer.to_k is None:
+        return context._replace(user=UserQuery(None, value))
+    return context._replace(user=UserQuery(z @ layer.to_k[...], value, layer.to_q[...]))
+
+
+class Kind(NamedTuple):
+    """How an adapter kind acts.
+
+    Attributes:
+      asks: who asks the user tokens: the UNet's "image" queries, the "text" states, or the "answer" of the layer.
+      apply: (layer, context, text, z, heads, scale) -> context; None for a kind that acts once, before the UNet.
+    """
+
+    asks: str
+    apply: Callable[..., CrossContext] | None
+
+
+KINDS = {
+    "published": Kind("image", _published),
+    "text": Kind("text", _text),
+    "concept": Kind("answer", _concept),
+    "prompt": Kind("text", None),
+}
+
+
+def layer_shapes(config: AdapterConfig, width: int) -> dict[str, tuple[int, int]]:
+    """Kernels of one layer as name -> [in, out]."""
+    cross = config.cross_dim
+    qk = width if config.qk_dim is None else config.qk_dim
+    shapes = {"to_v": (cross, width)}
+    if config.tokens > 1:
+        shapes["to_k"] = (cross, qk)
+        asks = KINDS[config.kind].asks
+        if asks != "image":
+            shapes["to_q"] = (width if asks == "answer" else cross, qk)
+    if KINDS[config.kind].apply is None:
+        shapes["to_out"] = (width, cross)
+    return shapes
+
+
+class Adapter(nnx.Module):
+    """All trained parameters: the user projection and one `UserAttention` a cross-attention (one in all: `prompt`)."""
+
+    def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.user_proj = UserProjection(config, rngs=rngs)
+        before = KINDS[config.kind].apply is None
+        widths = [config.cross_dim] if before else [width for width, _ in config.layers]
+        self.layers = nnx.List(
+            [
+                UserAttention(layer_shapes(config, width), "to_out" if before else "to_v", rngs=rngs)
+                for width in widths
+            ]
+        )
+
+    def __call__(
+        self,
+        unet: UNet,
+        text: Float[Array, "b s c"],
+        user: Float[Array, "b d"],
+        scale: Scale,
+        base: tuple[CrossContext, ...] | None = None,
+    ) -> tuple[CrossContext, ...]:
+        """Contexts for the UNet: everything of the adapter that does not depend on the timestep.
+
+        Args:
+          user: one embedding a prompt.
+          scale: s of each prompt; 0 is the base model.
+          base: `unet.context(text)` if it is known already.
+        """
+        kind, z = KINDS[self.config.kind], self.user_proj(user)
+        if kind.apply is None:
+            layer = self.layers[0]
+            heads = next(h for h in range(PROMPT_HEADS, 0, -1) if not self.config.cross_dim % h)
+            answer = _answer(layer, text, z, heads) @ layer.to_out[...]
+            return unet.context(text + scale[:, None, None] * answer)
+        base = unet.context(text) if base is None else base
+        return tuple(
+            kind.apply(layer, context, text, z, heads, scale)
+            for layer, context, (_, heads) in zip(self.layers, base, self.config.layers, strict=True)
+        )

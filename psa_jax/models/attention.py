@@ -1,0 +1,152 @@
+"""Attention and transformer blocks of the diffusers UNet, with the text side computed apart from the image side.
+
+A cross-attention sees its text (and user) only through a `CrossContext`. Contexts depend on the prompt and the user but
+not on the timestep or the pixel, so a generation computes them once, and in training the policy and the reference share
+the text keys and values.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class UserQuery(NamedTuple):
+    """What a cross-attention adds to its answer: s·attn(W_q o or Q, key, value) over T user tokens.
+
+    `query` is None for the `published` kind, which asks with the image query Q itself.
+    `key` is None where there is one token: attention over it is the constant `value`.
+    """
+
+    key: Float[Array, "b t i"] | None
+    value: Float[Array, "b t d"]  # already times the scale s
+    query: Float[Array, "i d"] | None = None
+
+
+class CrossContext(NamedTuple):
+    """Keys and values of the text for one cross-attention, and the user tokens if they join after it."""
+
+    key: Float[Array, "b s d"]
+    value: Float[Array, "b s d"]
+    user: UserQuery | None = None
+
+
+def attend(
+    query: Float[Array, "b n d"], key: Float[Array, "b m d"], value: Float[Array, "b m v"], heads: int
+) -> Float[Array, "b n v"]:
+    """softmax(QKᵀ/√d_head)V with heads split and joined; the softmax is in float32."""
+
+    def split(x):
+        return x.reshape(*x.shape[:2], heads, -1)  # [batch, seq, heads, head_dim]
+
+    head_dim = query.shape[-1] // heads
+    logits = jnp.einsum("BNHD,BMHD->BHNM", split(query), split(key), preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * head_dim**-0.5, axis=-1).astype(value.dtype)
+    out = jnp.einsum("BHNM,BMHD->BNHD", weights, split(value))
+    return out.reshape(*out.shape[:2], -1)
+
+
+class Attention(nnx.Module):
+    """Projections of one attention. `context_dim` None makes it self-attention."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, *, bias: bool = False, rngs: nnx.Rngs):
+        self.heads = heads
+        source = dim if context_dim is None else context_dim
+        self.to_q = nnx.Linear(dim, dim, use_bias=bias, rngs=rngs)
+        self.to_k = nnx.Linear(source, dim, use_bias=bias, rngs=rngs)
+        self.to_v = nnx.Linear(source, dim, use_bias=bias, rngs=rngs)
+        self.to_out_0 = nnx.Linear(dim, dim, rngs=rngs)
+
+    def context(self, states: Float[Array, "b s c"]) -> CrossContext:
+        """Keys and values of `states`."""
+        return CrossContext(self.to_k(states), self.to_v(states))
+
+    def __call__(self, x: Float[Array, "b n d"], context: CrossContext | None = None) -> Float[Array, "b n d"]:
+        context = self.context(x) if context is None else context
+        query = self.to_q(x)
+        out = attend(query, context.key, context.value, self.heads)
+        if context.user is not None:
+            out = out + user_answer(query, out, context.user, self.heads)
+        return self.to_out_0(out)
+
+
+def user_answer(
+    query: Float[Array, "b n d"], text_answer: Float[Array, "b n d"], user: UserQuery, heads: int
+) -> Float[Array, "b #n d"]:
+    """The user tokens' answer to the image (`published`) or to the text attention's answer (`concept`)."""
+    if user.key is None:
+        return user.value
+    asked = query if user.query is None else text_answer @ user.query.T
+    return attend(asked, user.key, user.value, heads)
+
+
+class GEGLU(nnx.Module):
+    """Linear to twice the width, one half gating the other through the exact (erf) GELU."""
+
+    def __init__(self, dim: int, inner: int, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(dim, 2 * inner, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n i"]:
+        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return hidden * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.net_0 = GEGLU(dim, 4 * dim, rngs=rngs)
+        self.net_2 = nnx.Linear(4 * dim, dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.net_2(self.net_0(x))
+
+
+def layer_norm(dim: int, rngs: nnx.Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
+    # The fast variance E[x²] − E[x]² loses digits that parity needs.
+    return nnx.LayerNorm(dim, epsilon=eps, use_fast_variance=False, rngs=rngs)
+
+
+def group_norm(dim: int, groups: int, rngs: nnx.Rngs, eps: float) -> nnx.GroupNorm:
+    return nnx.GroupNorm(dim, num_groups=groups, epsilon=eps, use_fast_variance=False, rngs=rngs)
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention, feed-forward, each after its LayerNorm and with a residual."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int, *, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(dim, rngs)
+        self.attn1 = Attention(dim, heads, rngs=rngs)
+        self.norm2 = layer_norm(dim, rngs)
+        self.attn2 = Attention(dim, heads, context_dim, rngs=rngs)
+        self.norm3 = layer_norm(dim, rngs)
+        self.ff = FeedForward(dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], context: CrossContext) -> Float[Array, "b n d"]:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nnx.Module):
+    """GroupNorm, projection in, `depth` transformer blocks over the pixels, projection out, residual."""
+
+    def __init__(
+        self, dim: int, heads: int, context_dim: int, depth: int, *, groups: int, linear: bool, rngs: nnx.Rngs
+    ):
+        def projection():
+            return nnx.Linear(dim, dim, rngs=rngs) if linear else nnx.Conv(dim, dim, (1, 1), rngs=rngs)
+
+        self.norm = group_norm(dim, groups, rngs, eps=1e-6)
+        self.proj_in = projection()
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(dim, heads, context_dim, rngs=rngs) for _ in range(depth)]
+        )
+        self.proj_out = projection()
+
+    def __call__(self, x: Float[Array, "b h w d"], contexts: tuple[CrossContext, ...]) -> Float[Array, "b h w d"]:
+        b, h, w, d = x.shape
+        hidden = self.proj_in(self.norm(x)).reshape(b, h * w, d)
+        for block, context in zip(self.transformer_blocks, contexts, strict=True):
+            hidden = block(hidden, context)
+        return x + self.proj_out(hidden.reshape(b, h, w, d))

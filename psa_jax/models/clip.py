@@ -1,0 +1,99 @@
+"""CLIP text encoder (transformers' CLIPTextModel) in Flax NNX."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from psa_jax.models.attention import layer_norm
+from psa_jax.models.config import CLIPTextConfig
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, dim: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.q_proj = nnx.Linear(dim, dim, rngs=rngs)
+        self.k_proj = nnx.Linear(dim, dim, rngs=rngs)
+        self.v_proj = nnx.Linear(dim, dim, rngs=rngs)
+        self.out_proj = nnx.Linear(dim, dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        b, s, d = x.shape
+        query, key, value = (
+            p(x).reshape(b, s, self.heads, d // self.heads) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        logits = jnp.einsum("BNHD,BMHD->BHNM", query, key, preferred_element_type=jnp.float32)
+        causal = jnp.tril(jnp.ones((s, s), dtype=bool))
+        logits = jnp.where(causal[None, None], logits * (d // self.heads) ** -0.5, -jnp.inf)
+        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+        return self.out_proj(jnp.einsum("BHNM,BMHD->BNHD", weights, value).reshape(b, s, d))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.act = config.hidden_act
+        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.layer_norm1 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
+        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads, rngs=rngs)
+        self.layer_norm2 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class TextOutput(NamedTuple):
+    hidden: tuple[Float[Array, "b s d"], ...]  # after the embeddings and after each layer, before the final norm
+    last: Float[Array, "b s d"]  # final norm of the last layer: what SD1.x conditions on
+    pooled: Float[Array, "b d"]  # `last` at the end-of-text token
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs)
+
+    def __call__(self, input_ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        return self.token_embedding(input_ids) + self.position_embedding.embedding[None, : input_ids.shape[1]]
+
+
+class Layers(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+
+
+class CLIPText(nnx.Module):
+    """Token ids [batch, seq] to states. Causal attention, no padding mask: as Stable Diffusion uses it."""
+
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embeddings = Embeddings(config, rngs=rngs)
+        self.encoder = Layers(config, rngs=rngs)
+        self.final_layer_norm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
+
+    def __call__(self, input_ids: Int[Array, "b s"]) -> TextOutput:
+        hidden = [self.embeddings(input_ids)]
+        for layer in self.encoder.layers:
+            hidden.append(layer(hidden[-1]))
+        last = self.final_layer_norm(hidden[-1])
+        # Configs from before transformers 4.29 say eos_token_id 2 and mean "the highest id".
+        ends = input_ids if self.config.eos_token_id == 2 else (input_ids == self.config.eos_token_id)
+        position = jnp.argmax(ends.astype(jnp.int32), axis=-1)
+        pooled = jnp.take_along_axis(last, position[:, None, None], axis=1)[:, 0]
+        return TextOutput(tuple(hidden), last, pooled)

@@ -1,0 +1,174 @@
+"""The Stable Diffusion UNet (diffusers' UNet2DConditionModel) in Flax NNX, NHWC.
+
+Attribute names follow diffusers' parameter names, so that weights are mapped by rule (`psa_jax.interop.diffusers`).
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from psa_jax.models.attention import CrossContext, Transformer2D, group_norm
+from psa_jax.models.config import UNetConfig
+from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv3x3
+
+
+def timestep_embedding(timesteps: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
+    """[cos, sin] of t·10000^(−i/(dim/2)), in float32 (flip_sin_to_cos, freq_shift 0)."""
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepMLP(nnx.Module):
+    def __init__(self, dim: int, out: int, *, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(dim, out, rngs=rngs)
+        self.linear_2 = nnx.Linear(out, out, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b o"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class Block(nnx.Module):
+    """One resolution: resnets, each followed by a transformer stack where `attention`, then an optional resampling."""
+
+    def __init__(
+        self,
+        widths_in: list[int],
+        width: int,
+        level: int,
+        config: UNetConfig,
+        *,
+        attention: bool,
+        resample: str | None,
+        rngs: nnx.Rngs,
+    ):
+        time_dim = 4 * config.block_out_channels[0]
+        self.resnets = nnx.List(
+            [
+                ResnetBlock(cin, width, time_dim, groups=config.norm_num_groups, eps=config.norm_eps, rngs=rngs)
+                for cin in widths_in
+            ]
+        )
+        self.attentions = nnx.List(
+            [_transformer(level, config, rngs) for _ in widths_in] if attention else [],
+        )
+        self.downsamplers = nnx.List([Downsample(width, rngs=rngs)] if resample == "down" else [])
+        self.upsamplers = nnx.List([Upsample(width, rngs=rngs)] if resample == "up" else [])
+
+
+class MidBlock(nnx.Module):
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+        width, time_dim = config.block_out_channels[-1], 4 * config.block_out_channels[0]
+        self.resnets = nnx.List(
+            [
+                ResnetBlock(width, width, time_dim, groups=config.norm_num_groups, eps=config.norm_eps, rngs=rngs)
+                for _ in range(2)
+            ]
+        )
+        self.attentions = nnx.List([_transformer(-1, config, rngs)])
+
+
+def _transformer(level: int, config: UNetConfig, rngs: nnx.Rngs) -> Transformer2D:
+    return Transformer2D(
+        config.block_out_channels[level],
+        config.heads[level],
+        config.cross_attention_dim,
+        config.depths[level],
+        groups=config.norm_num_groups,
+        linear=config.use_linear_projection,
+        rngs=rngs,
+    )
+
+
+class UNet(nnx.Module):
+    """Predicts noise (or v) from noisy latents, timesteps and the contexts of its cross-attentions."""
+
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        widths = config.block_out_channels
+        last = len(widths) - 1
+        self.conv_in = conv3x3(config.in_channels, widths[0], rngs)
+        self.time_embedding = TimestepMLP(widths[0], 4 * widths[0], rngs=rngs)
+
+        down, skips, width_in = [], [widths[0]], widths[0]
+        for level, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
+            ins = [width_in] + [width] * (config.layers_per_block - 1)
+            resample = "down" if level < last else None
+            down.append(
+                Block(ins, width, level, config, attention=kind[0] == "C", resample=resample, rngs=rngs)
+            )
+            skips += [width] * (config.layers_per_block + (resample is not None))
+            width_in = width
+        self.down_blocks = nnx.List(down)
+        self.mid_block = MidBlock(config, rngs=rngs)
+
+        up = []
+        for level, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
+            width, ins = widths[level], []
+            for _ in range(config.layers_per_block + 1):
+                ins.append(width_in + skips.pop())
+                width_in = width
+            resample = "up" if level > 0 else None
+            up.append(Block(ins, width, level, config, attention=kind[0] == "C", resample=resample, rngs=rngs))
+        self.up_blocks = nnx.List(up)
+        self.conv_norm_out = group_norm(widths[0], config.norm_num_groups, rngs, config.norm_eps)
+        self.conv_out = conv3x3(widths[0], config.out_channels, rngs)
+
+    def context(self, text: Float[Array, "b s c"]) -> tuple[CrossContext, ...]:
+        """Text keys and values of every cross-attention, in adapter order (`config.cross_attentions`)."""
+        blocks = [*self.down_blocks, *self.up_blocks, self.mid_block]
+        stacks = [stack for block in blocks for stack in block.attentions]
+        return tuple(layer.attn2.context(text) for stack in stacks for layer in stack.transformer_blocks)
+
+    def _in_call_order(self, contexts: tuple[CrossContext, ...]) -> Iterator[tuple[CrossContext, ...]]:
+        """Contexts of one transformer stack after the other: down, mid, up, while adapter order has mid last."""
+        down = sum(len(stack.transformer_blocks) for block in self.down_blocks for stack in block.attentions)
+        mid = self.config.depths[-1]
+        rest = contexts[:down] + contexts[-mid:] + contexts[down:-mid]
+        for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
+            for stack in block.attentions:
+                depth = len(stack.transformer_blocks)
+                yield rest[:depth]
+                rest = rest[depth:]
+
+    def __call__(
+        self, latents: Float[Array, "b h w c"], timesteps: Float[Array, " b"], contexts: tuple[CrossContext, ...]
+    ) -> Float[Array, "b h w o"]:
+        """Args:
+          latents: noisy latents x_t of any size (odd sizes round up on the way down).
+          timesteps: training timesteps in [0, 1000).
+          contexts: from `context`, perhaps with an adapter applied.
+        """
+        embedding = timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(latents.dtype)
+        time = self.time_embedding(embedding)
+        stack_contexts = self._in_call_order(contexts)
+
+        hidden = self.conv_in(latents)
+        skips = [hidden]
+        for block in self.down_blocks:
+            for i, resnet in enumerate(block.resnets):
+                hidden = resnet(hidden, time)
+                if block.attentions:
+                    hidden = block.attentions[i](hidden, next(stack_contexts))
+                skips.append(hidden)
+            for downsample in block.downsamplers:
+                hidden = downsample(hidden)
+                skips.append(hidden)
+
+        before, after = self.mid_block.resnets
+        hidden = after(self.mid_block.attentions[0](before(hidden, time), next(stack_contexts)), time)
+
+        for block in self.up_blocks:
+            for i, resnet in enumerate(block.resnets):
+                hidden = resnet(jnp.concatenate([hidden, skips.pop()], axis=-1), time)
+                if block.attentions:
+                    hidden = block.attentions[i](hidden, next(stack_contexts))
+            for upsample in block.upsamplers:
+                hidden = upsample(hidden, skips[-1].shape[1:3])
+
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)))

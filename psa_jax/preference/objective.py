@@ -1,0 +1,99 @@
+"""Diffusion-DPO on a batch of preference pairs: noise, policy, reference, errors, loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+
+from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.models.adapter import Adapter
+from psa_jax.models.clip import CLIPText
+from psa_jax.models.unet import UNet
+from psa_jax.models.vae import latent_noise, sample_latents
+from psa_jax.preference import losses
+
+Batch = dict[str, Shaped[Array, "..."]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+      beta: β of the sigmoid loss, for errors that are means over the latent.
+      sft_weight: weight of the anchor pw − rw, about 0.1·β.
+      text_dropout: share of pairs whose prompt is replaced by the empty one.
+      user_dropout: share of pairs whose user embedding is replaced by zeros (the `zeros` unconditional branch).
+    """
+
+    beta: float = 5000.0
+    sft_weight: float = 500.0
+    text_dropout: float = 0.0
+    user_dropout: float = 0.0
+
+
+def preference_loss(
+    objective: Objective,
+    adapter: Adapter,
+    unet: UNet,
+    text_encoder: CLIPText,
+    schedule: NoiseSchedule,
+    scaling_factor: float,
+    batch: Batch,
+    key: PRNGKeyArray,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean loss over a batch and what to log about it.
+
+    Args:
+      batch: `chosen`, `rejected` moments [b, h, w, 2c]; `input_ids` [b, s]; `empty_ids` [s]; `user` [b, D].
+      key: of this step; noise and timestep are shared inside a pair.
+    """
+    pairs = batch["input_ids"].shape[0]
+    drop_text, drop_user, sample_w, sample_l, noise_key, time_key = jax.random.split(key, 6)
+
+    no_text = jax.random.bernoulli(drop_text, objective.text_dropout, (pairs, 1))
+    no_user = jax.random.bernoulli(drop_user, objective.user_dropout, (pairs, 1))
+    text = text_encoder(jnp.where(no_text, batch["empty_ids"][None, :], batch["input_ids"])).last
+    user = jnp.where(no_user, 0.0, batch["user"])
+
+    def latents(moments, key):
+        return sample_latents(moments, latent_noise(key, moments), scaling_factor)
+
+    def twice(x):
+        return jnp.concatenate([x, x])
+
+    clean = jnp.concatenate([latents(batch["chosen"], sample_w), latents(batch["rejected"], sample_l)])
+    noise = twice(latent_noise(noise_key, batch["chosen"]))
+    timesteps = twice(jax.random.randint(time_key, (pairs,), 0, schedule.steps))
+    noisy = schedule.add_noise(clean, noise, timesteps)
+    target = schedule.target(clean, noise, timesteps)
+
+    # One pass over the text serves the winner, the loser, the policy and the reference.
+    base = unet.context(text)
+    policy = adapter(unet, text, user, jnp.ones(pairs), base)
+    times = timesteps.astype(jnp.float32)
+
+    def errors(contexts) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        predicted = unet(noisy, times, jax.tree.map(lambda x: _repeat(x, pairs), contexts))
+        error = jnp.mean((predicted.astype(jnp.float32) - target) ** 2, axis=(1, 2, 3))
+        return error[:pairs], error[pairs:]
+
+    rw, rl = jax.lax.stop_gradient(errors(base))
+    pw, pl = errors(policy)
+    z = losses.margin(pw, pl, rw, rl, objective.beta)
+    loss = jnp.mean(losses.sigmoid(z) + objective.sft_weight * losses.sft_anchor(pw, rw))
+    return loss, {
+        "loss": loss,
+        "dpo_loss": jnp.mean(losses.sigmoid(z)),
+        "accuracy": losses.accuracy(z),
+        "margin": jnp.mean(z),
+        "max_abs_margin": jnp.max(jnp.abs(z)),
+        "winner_gap": jnp.mean(pw - rw),
+        "loser_gap": jnp.mean(pl - rl),
+    }
+
+
+def _repeat(x: Array, pairs: int) -> Array:
+    """Per-pair context for winner and loser; weights that a context carries are not per pair and stay."""
+    return jnp.concatenate([x, x]) if x.ndim == 3 else x

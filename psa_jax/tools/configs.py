@@ -1,0 +1,150 @@
+"""Experiments from the command line: `--config=FILE[:arg] --config.key=value` to a locked ConfigDict."""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from psa_jax.errors import PSAError
+
+
+def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """Takes `--config` and its overrides out of an argument list.
+
+    `--config=FILE[:arg]` calls `get_config([arg])` of a Python file; `--config.key.of.it=value` then sets a value,
+    read as the type that it has in the file. The last of several equal options counts.
+
+    Args:
+      argv: arguments as typed; `--name=value` and `--name value` are the same.
+
+    Returns:
+      The config, locked, and the arguments that are not about it, in order.
+
+    Raises:
+      PSAError: no `--config`, a file that cannot be used, a key that it does not have, a value of another type.
+    """
+    source, overrides, rest = None, [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config" and not name.startswith("--config."):
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise PSAError(f"{name}: no value; write {name}=VALUE")
+        if name == "--config":
+            source = value
+        else:
+            overrides.append((name.removeprefix("--config."), value))
+    if source is None:
+        raise PSAError("no configuration; give --config=FILE[:arg]")
+    return read_config(source, overrides), rest
+
+
+def read_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+    """Reads `FILE[:arg]`, sets `(key.of.it, text)` in order, and locks.
+
+    Raises:
+      PSAError: a file that cannot be used, a key that it does not have, a value of another type.
+    """
+    file, colon, arg = source.partition(":")
+    path = Path(file)
+    get_config = getattr(_load_module(path), "get_config", None)
+    if not callable(get_config):
+        raise PSAError(f"{path}: has no get_config(); a config is a Python file with get_config(arg) -> ConfigDict")
+    arguments = [arg] if colon else []
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        advice = f"write {file} alone" if colon else f"write {file}:ARG"
+        raise PSAError(f"{path}: get_config: {error}; {advice}") from error
+    config = _call(path, "get_config", get_config, *arguments)
+    if not isinstance(config, ConfigDict):
+        raise PSAError(f"{path}: get_config() gave {type(config).__name__}; it must return a ConfigDict")
+    _call(path, "lock", config.lock)
+    for key, text in overrides:
+        _override(config, key, text, path)
+    return config
+
+
+def _load_module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise PSAError(f"{path}: no such config file; give the path of a Python file with get_config()")
+    spec = importlib.util.spec_from_file_location(f"psa_jax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise PSAError(f"{path}: is not a Python file; a config is a .py file with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    _call(path, "import", spec.loader.exec_module, module)
+    return module
+
+
+def _call(path: Path, what: str, function: Any, *arguments: Any) -> Any:
+    """Runs code of the config file; whatever it raises becomes one line that names the file."""
+    try:
+        return function(*arguments)
+    except PSAError:
+        raise
+    except SyntaxError as error:
+        raise PSAError(f"{path}, line {error.lineno}: {error.msg}; correct the file") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PSAError(f"{path}: {what} failed ({reason}); --debug shows where") from error
+
+
+def _override(config: ConfigDict, key: str, text: str, path: Path) -> None:
+    option = f"--config.{key}"
+    *groups, leaf = key.split(".")
+    holder, known = config, ""
+    for name in groups:
+        holder, known = _get(holder, name, option, known, path), f"{known}{name}."
+        if not isinstance(holder, ConfigDict):
+            raise PSAError(
+                f"{option}: {known[:-1]} of {path} is a value, not a group; write --config.{known[:-1]}=VALUE"
+            )
+    current = _get(holder, leaf, option, known, path)
+    if isinstance(current, ConfigDict):
+        raise PSAError(f"{option}: is a group in {path}; set one of its keys: {', '.join(sorted(current))}")
+    holder[leaf] = _parse(text, holder.get_type(leaf), current, option)
+
+
+def _get(holder: ConfigDict, name: str, option: str, known: str, path: Path) -> Any:
+    if name not in holder:
+        close = difflib.get_close_matches(name, holder, n=1)
+        advice = f"did you mean {known}{close[0]}?" if close else f"keys there: {', '.join(sorted(holder))}"
+        raise PSAError(f"{option}: {path} has no key {known}{name}; {advice}")
+    return holder[name]
+
+
+def _parse(text: str, kind: type, current: Any, option: str) -> Any:
+    """The text as a value of `kind`; `none` stands for None where the file has None."""
+    if current is None and text.lower() == "none":
+        return None
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind in (int, float, str):
+            return kind(text)
+        if kind in (tuple, list):
+            value = ast.literal_eval(text)
+            return kind(value) if isinstance(value, (tuple, list)) else kind([value])
+        if kind is type(None):
+            return _literal(text)
+    except (ValueError, SyntaxError, KeyError) as error:
+        expected = "true or false" if kind is bool else f"a value of type {kind.__name__}, such as {current!r}"
+        raise PSAError(f"{option}: {text!r} does not fit; give {expected}") from error
+    raise PSAError(f"{option}: a {kind.__name__} cannot be set from the command line; set it in the file")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,189 @@
+"""Trains the embedded tiny Stable Diffusion on SAGE-mini: VAE, then text encoder and UNet together.
+
+Pictures, safe and unsafe, with their captions; no profiles. The result is an ordinary diffusers folder.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from tqdm import tqdm
+
+from psa_jax.data.mini import sample_scenes
+from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.models.clip import CLIPText
+from psa_jax.models.unet import UNet
+from psa_jax.models.vae import VAE, latent_noise, sample_latents
+
+
+class MiniSet:
+    """SAGE-mini pictures in memory with captions and labels [n, 3] (pictogram, subject, background)."""
+
+    def __init__(self, count: int, seed: int, split: str = "train"):
+        rows = list(sample_scenes(count, seed, split))
+        self.images: UInt8[np.ndarray, "n 64 64 3"] = np.stack([image for image, _, _ in rows])
+        self.captions = [text for _, text, _ in rows]
+        self.labels: Int[np.ndarray, "n 3"] = np.asarray([label for _, _, label in rows], np.int32)
+
+
+def to_unit(images: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
+    """Bytes to [−1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW with warm-up, cosine decay to 1 % and gradient clipping at norm 1."""
+    peak, warm_up = config.learning_rate, min(100, config.steps // 10)
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warm_up, config.steps, 0.01 * peak)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=config.weight_decay))
+
+
+def fit(
+    loss: Callable,
+    params: nnx.State,
+    config: ml_collections.ConfigDict,
+    data: dict[str, Array],
+    *,
+    name: str,
+    log: Callable[[dict], None],
+    ema: float | None = None,
+) -> nnx.State:
+    """Minimises `loss(params, data, key)` for `config.steps` steps; logs about every 50 steps, one step late.
+
+    Args:
+      ema: decay of an exponential moving average that is returned instead of the last parameters.
+    """
+    transform = optimizer(config)
+    average = params if ema is not None else None
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, average, state, data, key):
+        value, gradient = jax.value_and_grad(loss)(params, data, key)
+        updates, state = transform.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        if average is not None:
+            average = jax.tree.map(lambda a, p: a + (1.0 - ema) * (p - a), average, params)
+        return params, average, state, value
+
+    # Buffers given to a donating function must not be shared.
+    params, average = jax.tree.map(jnp.copy, (params, average))
+    state, key, values, start = transform.init(params), jax.random.key(config.seed), [], time.perf_counter()
+    for number in tqdm(range(config.steps), desc=name, mininterval=5.0):
+        params, average, state, value = step(params, average, state, data, jax.random.fold_in(key, number))
+        values.append(value)
+        if len(values) == 50 or number + 1 == config.steps:
+            mean = float(np.mean(jax.device_get(values)))
+            log({"phase": name, "step": number + 1, "loss": mean, "seconds": round(time.perf_counter() - start, 1)})
+            values = []
+    return params if average is None else average
+
+
+def json_log(path: Path) -> Callable[[dict], None]:
+    """A function that appends one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(row: dict) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    return write
+
+
+# --- autoencoder
+
+
+def train_vae(vae: VAE, images: UInt8[np.ndarray, "n h w 3"], config: ml_collections.ConfigDict, log: Callable) -> VAE:
+    """L1 + squared error + a little KL, first on random crops (cheap), then on whole pictures."""
+    graph, params = nnx.split(vae, nnx.Param)
+
+    def crops(key: PRNGKeyArray, pool: UInt8[Array, "n h w 3"], count: int, size: int) -> Float[Array, "b s s 3"]:
+        which, row, column = jax.random.split(key, 3)
+        span = pool.shape[1] - size + 1
+        index = jax.random.randint(which, (count,), 0, pool.shape[0])
+        top, left = jax.random.randint(row, (count,), 0, span), jax.random.randint(column, (count,), 0, span)
+        cut = jax.vmap(lambda i, y, x: jax.lax.dynamic_slice(pool, (i, y, x, 0), (1, size, size, 3))[0])
+        return to_unit(cut(index, top, left))
+
+    def loss(params, data, key, count: int, size: int):
+        model = nnx.merge(graph, params)
+        image = crops(jax.random.fold_in(key, 0), data["images"], count, size)
+        moments = model.encode(image)
+        latents = sample_latents(moments, latent_noise(jax.random.fold_in(key, 1), moments), 1.0)
+        error = model.decode(latents) - image
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1.0 - log_variance)
+        return jnp.mean(jnp.abs(error)) + jnp.mean(error**2) + config.kl_weight * kl
+
+    data = {"images": jnp.asarray(images)}
+    for name in ("crops", "whole"):
+        part = config[name]
+        params = fit(
+            functools.partial(loss, count=part.batch_size, size=part.size),
+            params,
+            part,
+            data,
+            name=f"vae_{name}",
+            log=log,
+        )
+    return nnx.merge(graph, params)
+
+
+def encode_all(vae: VAE, images: UInt8[np.ndarray, "n h w 3"], batch: int = 64) -> Iterator[Float[np.ndarray, "b h w m"]]:
+    """Moments of many pictures, batch after batch."""
+    graph, params = nnx.split(vae, nnx.Param)
+    encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(to_unit(x)))
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])
+        yield np.asarray(encode(params, padded))[: len(part)]
+
+
+# --- text encoder and UNet
+
+
+def train_denoiser(
+    unet: UNet,
+    text_encoder: CLIPText,
+    moments: Float[np.ndarray, "n h w m"],
+    input_ids: Int[np.ndarray, "n s"],
+    empty_ids: Int[np.ndarray, " s"],
+    scaling_factor: float,
+    schedule: NoiseSchedule,
+    config: ml_collections.ConfigDict,
+    log: Callable,
+) -> tuple[UNet, CLIPText]:
+    """Noise prediction with min-SNR weights (arXiv 2303.09556, γ = 5) and dropped prompts; returns the averages."""
+    graph, params = nnx.split((unet, text_encoder), nnx.Param)
+    weights = jnp.minimum(schedule.signal_to_noise(), config.min_snr) / schedule.signal_to_noise()
+
+    def loss(params, data, key):
+        unet, text_encoder = nnx.merge(graph, params)
+        which, sample, noise_key, time_key, drop = jax.random.split(key, 5)
+        index = jax.random.randint(which, (config.batch_size,), 0, data["moments"].shape[0])
+        chosen = data["moments"][index].astype(jnp.float32)
+        latents = sample_latents(chosen, latent_noise(sample, chosen), scaling_factor)
+        noise = jax.random.normal(noise_key, latents.shape)
+        timesteps = jax.random.randint(time_key, (config.batch_size,), 0, schedule.steps)
+        dropped = jax.random.bernoulli(drop, config.text_dropout, (config.batch_size, 1))
+        ids = jnp.where(dropped, data["empty_ids"][None, :], data["input_ids"][index])
+        context = unet.context(text_encoder(ids).last)
+        predicted = unet(schedule.add_noise(latents, noise, timesteps), timesteps.astype(jnp.float32), context)
+        errors = jnp.mean((predicted - noise) ** 2, axis=(1, 2, 3))
+        return jnp.mean(weights[timesteps] * errors)
+
+    data = {
+        "moments": jnp.asarray(moments, jnp.float16),
+        "input_ids": jnp.asarray(input_ids),
+        "empty_ids": jnp.asarray(empty_ids),
+    }
+    params = fit(loss, params, config, data, name="denoiser", log=log, ema=config.ema)
+    return nnx.merge(graph, params)

@@ -1,0 +1,71 @@
+"""Package metadata. Exact versions that are known to work together are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# Read, not imported: the package's dependencies are not there yet.
+VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "psa_jax" / "__init__.py").read_text(), re.M)[1]
+README = ROOT / "README.md"
+JAX_VERSION = "0.10.2"
+
+EVAL = ["matplotlib>=3.9,<4"]
+TORCH = ["torch>=2.6,<3", "diffusers>=0.35,<1", "accelerate>=1.0,<2"]
+TEST = [
+    "pytest>=8,<10",
+    "pytest-timeout>=2.3,<3",
+    "beartype>=0.20,<1",
+    "hypothesis>=6.100,<7",
+    *EVAL,
+    *TORCH,
+]
+DEV = [*TEST, "ruff>=0.12,<1"]
+
+setup(
+    name="psa_jax",
+    version=VERSION,
+    description="Personalized safety alignment of text-to-image diffusion models, in JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["psa_jax", "psa_jax.*"]),
+    package_data={"psa_jax": ["assets/**"]},
+    entry_points={"console_scripts": ["psa-jax = psa_jax.cli:main"]},
+    install_requires=[
+        f"jax>={JAX_VERSION},<0.11",
+        "flax>=0.12,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "grain>=0.2.18,<0.3",
+        "ml-collections>=1.1,<2",
+        "ml-dtypes>=0.5,<1",
+        "numpy>=2.0,<3",
+        "scipy>=1.14,<2",
+        "pillow>=11,<14",
+        "safetensors>=0.6,<1",
+        "tensorflow-datasets>=4.9.10,<5",
+        "tokenizers>=0.22,<1",
+        "transformers>=5,<6",
+        "jaxtyping>=0.3,<0.4",
+        "jinja2>=3.1,<4",
+        "tensorboardX>=2.6,<3",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        # One release of jax goes with one libtpu: a newer libtpu is a mismatch, so here jax is exact.
+        "tpu": [f"jax[tpu]=={JAX_VERSION}"],
+        "torch": TORCH,
+        "eval": EVAL,
+        "test": TEST,
+        "dev": DEV,
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,264 @@
+import filecmp
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from psa_jax.data import builder, latents, sage
+from psa_jax.errors import PSAError
+
+
+def test_crop_is_centred_and_scaled_by_hand():
+    """A 4 x 8 picture whose columns are 0, 10, … 70 at 4 px: no resize, columns 2 to 5 stay."""
+    image = np.broadcast_to((np.arange(8, dtype=np.uint8) * 10)[None, :, None], (4, 8, 3)).copy()
+    pixels, original_size, crop = latents.Preprocess(4)(image)
+    np.testing.assert_allclose(pixels[0, :, 0], np.array([20, 30, 40, 50]) / 127.5 - 1, atol=1e-6)
+    assert (pixels.shape, pixels.dtype, original_size, crop) == ((4, 4, 3), np.float32, (4, 8), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("size", "crop"), [((30, 20), (2, 0)), ((20, 33), (0, 3)), ((5, 5), (0, 0)), ((7, 900), (0, 637))]
+)
+def test_shorter_side_fits(size: tuple[int, int], crop: tuple[int, int]):
+    pixels, original_size, found = latents.Preprocess(10)(np.full((*size, 3), 255, np.uint8))
+    assert (pixels.shape, original_size, found) == ((10, 10, 3), size, crop)
+    np.testing.assert_array_equal(pixels, np.float32(1))
+
+
+def test_resize_equals_torchvision_style_antialiasing():
+    torch = pytest.importorskip("torch")
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    ours = latents.Preprocess(10)(image).pixels
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    theirs = torch.nn.functional.interpolate(tensor, (10, 10), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    np.testing.assert_allclose(ours, theirs.numpy() / 127.5 - 1, atol=1.1 / 127.5)  # ours rounds to whole levels
+
+
+def test_encoding_pads_the_last_batch(encode):
+    images = np.random.default_rng(0).uniform(-1, 1, (7, 4, 4, 3)).astype(np.float32)
+    found = list(latents.encode_images(encode, iter(images), batch_size=3))
+    assert encode.batches == [3, 3, 3]  # one shape: jit compiles once
+    assert len(found) == 7
+    expected = images.reshape(7, 2, 2, 2, 2, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(np.stack(found)[..., :3], expected, atol=1e-3)
+    assert found[0].dtype == np.float16
+
+
+def test_encoding_compiles_once():
+    compilations = []
+
+    @jax.jit
+    def encode(pixels):
+        compilations.append(pixels.shape)  # runs while tracing only
+        return jnp.concatenate([pixels, pixels], axis=-1)
+
+    images = [np.full((2, 2, 3), value, np.float32) for value in range(5)]
+    found = list(latents.encode_images(encode, images, batch_size=2))
+    assert compilations == [(2, 2, 2, 3)]
+    np.testing.assert_array_equal([row[0, 0, 0] for row in found], [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])  # 1e6 is infinite in float16
+def test_moments_must_be_finite(value: float):
+    def encode(pixels):
+        return np.full((len(pixels), 2, 2, 2), value, np.float32)
+
+    with pytest.raises(PSAError, match="picture 0"):
+        list(latents.encode_images(encode, [np.zeros((4, 4, 3), np.float32)], batch_size=2))
+
+
+def test_fingerprint_of_file_and_arrays(tmp_path: Path):
+    weights = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.ones(2, np.float16),
+        "c": np.ones(2, ml_dtypes.bfloat16),
+    }
+    preprocess = latents.Preprocess(8)
+    base = latents.fingerprint(weights, preprocess)
+    save_file(weights, tmp_path / "vae.safetensors", metadata={"made": "today"})
+    assert latents.fingerprint(tmp_path / "vae.safetensors", preprocess) == base
+    assert len(base) == 64 and int(base, 16)
+    others = [
+        latents.fingerprint(weights | {"a": np.zeros(2, np.float16)}, preprocess),
+        latents.fingerprint(weights | {"b": weights["b"].reshape(3, 2)}, preprocess),
+        latents.fingerprint(weights, latents.Preprocess(16)),
+        latents.fingerprint(weights, latents.Preprocess(8, resample="lanczos")),
+    ]
+    assert len({base, *others}) == 5
+    with pytest.raises(PSAError, match="cannot be read"):
+        latents.fingerprint(tmp_path / "absent.safetensors", preprocess)
+
+
+def test_shards_hold_the_rows(sage_dir: Path, tmp_path: Path, encode, build_options):
+    out = builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    records = sage.read_split(sage_dir, "train")
+    shards = builder.open_shards(out, "train", expect_fingerprint="f00d")
+    assert len(shards) == len(records) == 56
+    for index, record in enumerate(records):
+        row = shards[index]
+        assert row["file_name"].decode() == record.file_name
+        assert row["caption"].decode() == record.caption
+        assert row["user_id"].decode() == record.user_id
+        assert (row["kind"], row["banned"]) == (int(record.kind == "u"), record.banned)
+        assert sage.CATEGORIES[row["category"]] == record.category
+        assert (row["original_size"].tolist(), row["crop"].tolist()) == ([8, 12], [0, 2])
+        assert row["input_ids"].tolist() == [ord(character) for character in record.caption[:8]]
+        assert row["input_ids"].dtype == np.int32
+        for name, moments in ((record.chosen, row["moments_chosen"]), (record.rejected, row["moments_rejected"])):
+            with Image.open(sage_dir / "train" / name) as image:
+                crop = np.asarray(image.crop((2, 0, 10, 8)), np.float32) / 127.5 - 1
+            mean = crop.reshape(4, 2, 4, 2, 3).mean(axis=(1, 3))
+            assert (moments.shape, moments.dtype) == ((4, 4, 6), np.float16)
+            np.testing.assert_allclose(moments, np.concatenate([mean, -mean], axis=-1), atol=1e-3)
+    np.testing.assert_array_equal(shards.columns.unsafe, [record.kind == "u" for record in records])
+    np.testing.assert_array_equal(shards.columns.banned, [record.banned for record in records])
+    assert list(shards.columns.user_ids) == [record.user_id for record in records]
+
+
+def test_each_picture_is_encoded_once(sage_dir: Path, tmp_path: Path, encode, build_options):
+    builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    pictures = len(list((sage_dir / "train").glob("*.jpg")))
+    assert pictures == 56
+    assert set(encode.batches) == {5}
+    assert len(set(encode.seen)) == pictures and sum(encode.batches) == 60  # 4 fill the last batch
+
+
+def test_no_profile_attribute_is_in_the_shards(shard_dir: Path):
+    import tensorflow_datasets as tfds
+
+    source = builder.open_shards(shard_dir, "train").source
+    raw = tfds.builder_from_directory(shard_dir / "sage" / "tiny_8" / "1.0.0").as_data_source(
+        "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    texts = [raw[index] for index in range(len(raw))]
+    texts += [path.read_bytes() for path in shard_dir.rglob("*.json")]
+    assert len(source) == len(raw) == 112
+    for word in (b"Islam", b"Christianity", b"healthy", b"adolescents", b"Age", b"Religion", b"depression", b"female"):
+        assert not any(word in text for text in texts), word
+    assert shard_dir.stat().st_mode & 0o077 == 0
+
+
+def test_tfds_reads_them(shard_dir: Path):
+    import tensorflow_datasets as tfds
+
+    source = tfds.data_source("sage/tiny_8", data_dir=shard_dir, split="train")
+    assert len(source) == 112
+    np.testing.assert_array_equal(
+        source[5]["moments_chosen"], builder.open_shards(shard_dir, "train")[5]["moments_chosen"]
+    )
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from conftest import BUILD, CountingEncoder, tokenize
+from psa_jax.data.builder import build_shards
+build_shards(Path(sys.argv[1]), Path(sys.argv[2]), encode=CountingEncoder(), tokenizer=tokenize, **BUILD)
+"""
+
+
+def assert_same_bytes(one: Path, other: Path) -> None:
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file()) and len(files) >= 6
+    assert filecmp.cmpfiles(one, other, [str(file) for file in files], shallow=False)[1:] == ([], [])
+
+
+def test_another_process_writes_the_same_bytes(sage_dir: Path, tmp_path: Path, encode, build_options):
+    """Protocol buffers order the fields of a record by a hash that changes from process to process."""
+    one = builder.build_shards(sage_dir, tmp_path / "one", encode=encode, **build_options)
+    (tmp_path / "other").mkdir()  # an empty folder is as good as none
+    script = SCRIPT.format(here=str(Path(__file__).parent))
+    run = subprocess.run(
+        [sys.executable, "-c", script, sage_dir, tmp_path / "other"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == ""  # stdout belongs to the results of commands
+    assert_same_bytes(one, tmp_path / "other")
+
+
+def test_two_tokenizers(sage_dir: Path, tmp_path: Path, encode, build_options):
+    def second(captions: list[str]) -> np.ndarray:
+        return np.asarray([[len(caption), 7] for caption in captions])
+
+    options = build_options | {"tokenizer": (build_options["tokenizer"], second)}
+    row = builder.open_shards(builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **options), "train")[0]
+    assert row["input_ids"].shape == (8,)
+    assert row["input_ids_2"].tolist() == [len(row["caption"].decode()), 7]
+
+
+def test_refuses_a_folder_with_something_in_it(sage_dir: Path, tmp_path: Path, encode, build_options):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept.txt").write_text("mine")
+    with pytest.raises(PSAError, match="not an empty folder"):
+        builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    assert (tmp_path / "out" / "kept.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "size", "encoder", "shape"])
+def test_a_failed_build_leaves_nothing(sage_dir: Path, tmp_path: Path, encode, build_options, damage: str):
+    path = sage_dir / "train" / sage.read_split(sage_dir, "train")[-1].chosen
+    says = path.name
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif damage == "size":
+        Image.new("RGB", (12, 20)).save(path)
+        says = "same crop"
+    elif damage == "encoder":
+        says = "out of memory"
+
+        def encode(pixels):
+            raise RuntimeError("out of memory")
+
+    else:
+        build_options = build_options | {"latent_shape": (2, 2, 6)}
+        says = "shape"
+    with pytest.raises((PSAError, RuntimeError), match=says) as caught:
+        builder.build_shards(sage_dir, tmp_path / "made" / "out", encode=encode, **build_options)
+    assert isinstance(caught.value, PSAError) == (damage != "encoder")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_wrong_fingerprint_names_both(shard_dir: Path):
+    with pytest.raises(PSAError, match="f00d.*beef"):
+        builder.open_shards(shard_dir, "train", expect_fingerprint="beef")
+
+
+def test_damaged_shard_folders_are_refused(shard_dir: Path, tmp_path: Path):
+    with pytest.raises(PSAError, match="no split 'val'"):
+        builder.open_shards(shard_dir, "val")
+    with pytest.raises(PSAError, match="fingerprint.json"):
+        builder.open_shards(tmp_path, "train")
+    copy = tmp_path / "copy"
+    shutil.copytree(shard_dir, copy)
+    assert len(builder.open_shards(copy, "train")) == 112  # shards may be moved
+    (record,) = copy.rglob("*.array_record-*")
+    content = record.read_bytes()
+    record.write_bytes(content[: len(content) // 2])
+    with pytest.raises(PSAError, match=f"array_record.* not of {len(content)} bytes"):
+        builder.open_shards(copy, "train")
+    record.unlink()
+    with pytest.raises(PSAError, match="array_record.*: missing"):
+        builder.open_shards(copy, "train")
+    record.write_bytes(content)
+    columns = (copy / "rows-train.json").read_text()
+    (copy / "rows-train.json").write_text(columns.replace('"0000007"', '"0000007x"'))
+    with pytest.raises(PSAError, match="rows-train.json: .* bytes"):
+        builder.open_shards(copy, "train")
+    (copy / "rows-train.json").write_text(columns)
+    assert len(builder.open_shards(copy, "train")) == 112
+    info = json.loads((copy / "fingerprint.json").read_text())
+    (copy / "fingerprint.json").write_text(json.dumps(info | {"splits": {"train": 111}}))
+    with pytest.raises(PSAError, match="does not describe the 111 rows"):
+        builder.open_shards(copy, "train")
+    (copy / "fingerprint.json").write_text(json.dumps(info | {"family": "../../etc"}))
+    with pytest.raises(PSAError, match="no plain name"):
+        builder.open_shards(copy, "train")

@@ -1,0 +1,197 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from psa_jax.data import builder, pipeline
+from psa_jax.data.latents import Preprocess
+from psa_jax.errors import PSAError
+from psa_jax.profiles.table import EmbeddingTable
+
+
+@pytest.fixture(scope="module")
+def shards(shard_dir: Path) -> builder.Shards:
+    return builder.open_shards(shard_dir, "train")
+
+
+def test_balance_by_hand():
+    """Category 0: 1 row bans, 3 allow. Category 1: 2 ban, 2 allow. 4 safe rows, a third of all."""
+    categories = np.array([0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1])
+    kinds = np.array([True] * 8 + [False] * 4)
+    banned = np.array([True, False, False, False, True, True, False, False, True, False, True, False])
+    order = pipeline.balanced_order(categories, kinds, banned, safe_share=1 / 3, seed=0)
+    count = Counter(order.tolist())
+    # 3 + 3 in category 0, 2 + 2 in category 1: 10 unsafe rows, so 5 safe ones
+    assert [count[row] for row in range(8)] == [3, 1, 1, 1, 1, 1, 1, 1]
+    assert sorted(count[row] for row in range(8, 12)) == [1, 1, 1, 2]
+    assert len(order) == 15
+    again = pipeline.balanced_order(categories, kinds, banned, safe_share=1 / 3, seed=0)
+    np.testing.assert_array_equal(order, again)
+    other = pipeline.balanced_order(categories, kinds, banned, safe_share=1 / 3, seed=1)
+    assert order.tolist() != other.tolist()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.8])
+def test_balance_on_rows_of_real_users(shards: builder.Shards, share: float):
+    columns = shards.columns
+    order = pipeline.balanced_order(columns.categories, columns.unsafe, columns.banned, share, seed=3)
+    unsafe, banned, categories = columns.unsafe[order], columns.banned[order], columns.categories[order]
+    for category in range(7):
+        here = unsafe & (categories == category)
+        assert (here & banned).sum() == (here & ~banned).sum() > 0
+    assert abs(unsafe.mean() - (1 - share)) < 0.5 / len(order) + 1e-12
+    used = set(order.tolist())
+    assert used == set(range(len(shards))) if share else used == set(np.flatnonzero(columns.unsafe).tolist())
+    for category in range(7):  # repetitions inside a group differ by at most one
+        for ban in (True, False):
+            rows = np.flatnonzero(columns.unsafe & (columns.categories == category) & (columns.banned == ban))
+            repeats = [(order == row).sum() for row in rows]
+            assert max(repeats) - min(repeats) <= 1
+
+
+def test_what_cannot_be_balanced():
+    kinds, categories = np.array([True, True, False]), np.zeros(3, np.int32)
+    with pytest.raises(PSAError, match="allows Harassment"):
+        pipeline.balanced_order(categories, kinds, np.array([True, True, True]))
+    with pytest.raises(PSAError, match="bans Harassment"):
+        pipeline.balanced_order(categories, kinds, np.array([False, False, True]))
+    with pytest.raises(PSAError, match="safe prompts"):
+        pipeline.balanced_order(categories, np.array([True] * 3), np.array([True, False, True]))
+    with pytest.raises(PSAError, match="unsafe prompts"):
+        pipeline.balanced_order(categories, np.array([False] * 3), np.array([True, False, True]))
+    with pytest.raises(PSAError, match="share"):
+        pipeline.balanced_order(categories, kinds, np.array([True, False, True]), safe_share=1.0)
+
+
+def test_batches_hold_the_rows(shards: builder.Shards, table: EmbeddingTable, bans):
+    batch = next(iter(pipeline.make_pipeline(shards, table, batch_size=6, seed=0)))
+    shapes = {name: (value.shape, value.dtype.name) for name, value in batch.items()}
+    assert shapes == {
+        "chosen": ((6, 4, 4, 6), "float32"),
+        "rejected": ((6, 4, 4, 6), "float32"),
+        "input_ids": ((6, 8), "int32"),
+        "user": ((6, table.dim), "float32"),
+        "banned": ((6,), "bool"),
+        "kind": ((6,), "int32"),
+        "category": ((6,), "int32"),
+        "row": ((6,), "int32"),
+    }
+    for index, row in enumerate(batch["row"]):
+        expected = shards[int(row)]
+        user_id = expected["user_id"].decode()
+        category = expected["file_name"].decode().split("_")[2]
+        np.testing.assert_array_equal(batch["chosen"][index], expected["moments_chosen"].astype(np.float32))
+        np.testing.assert_array_equal(batch["rejected"][index], expected["moments_rejected"].astype(np.float32))
+        np.testing.assert_array_equal(batch["input_ids"][index], expected["input_ids"])
+        np.testing.assert_array_equal(batch["user"][index], table.embeddings[table.ids.index(user_id)])
+        assert batch["banned"][index] == (category in bans[user_id])
+        assert batch["kind"][index] == expected["file_name"].decode().endswith("_u.jpg")
+
+
+def rows_of(dataset: grain.IterDataset) -> list[list[int]]:
+    return [batch["row"].tolist() for batch in dataset]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_slices_are_the_data_once_an_epoch(shards: builder.Shards, table: EmbeddingTable, processes: int):
+    """112 rows in global batches of 8: the same global batches whatever the number of processes."""
+    options = {"batch_size": 8, "seed": 5, "balance": False, "num_epochs": 2, "process_count": processes}
+    slices = [rows_of(pipeline.make_pipeline(shards, table, process_index=p, **options)) for p in range(processes)]
+    steps = [sorted(row for rows in step for row in rows) for step in zip(*slices, strict=True)]
+    assert len(steps) == 28
+    epochs = [[row for step in part for row in step] for part in (steps[:14], steps[14:])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(112))] * 2
+    assert epochs[0] != epochs[1]  # another order
+    whole = rows_of(pipeline.make_pipeline(shards, table, **(options | {"process_count": 1})))
+    assert steps == [sorted(step) for step in whole]
+
+
+def test_without_shuffling_rows_come_in_order(shards: builder.Shards, table: EmbeddingTable):
+    options = {"batch_size": 50, "seed": 0, "balance": False, "shuffle": False, "num_epochs": 1}
+    assert [len(rows) for rows in rows_of(pipeline.make_pipeline(shards, table, **options))] == [50, 50]
+    batches = rows_of(pipeline.make_pipeline(shards, table, drop_remainder=False, **options))
+    assert batches == [list(range(50)), list(range(50, 100)), list(range(100, 112))]
+
+
+def test_seed_decides_the_order(shards: builder.Shards, table: EmbeddingTable):
+    def first(seed: int) -> list[int]:
+        return next(iter(pipeline.make_pipeline(shards, table, batch_size=32, seed=seed)))["row"].tolist()
+
+    assert first(1) == first(1) != first(2)
+
+
+def assert_equal_batches(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name])
+
+
+@pytest.mark.parametrize("threads", [0, 4])
+def test_state_gives_the_same_batches(shards: builder.Shards, table: EmbeddingTable, threads: int):
+    dataset = pipeline.make_pipeline(shards, table, batch_size=16, seed=9, read_threads=threads)
+    iterator = iter(dataset)
+    for _ in range(20):  # beyond the first epoch
+        next(iterator)
+    state = json.dumps(iterator.get_state())
+    expected = [next(iterator) for _ in range(5)]
+    fresh = iter(pipeline.make_pipeline(shards, table, batch_size=16, seed=9, read_threads=threads))
+    fresh.set_state(json.loads(state))
+    for batch in expected:
+        assert_equal_batches(batch, next(fresh))
+    iterator.set_state(json.loads(state))  # back in time on a used iterator
+    assert_equal_batches(expected[0], next(iterator))
+
+
+def test_state_in_an_orbax_checkpoint(shards: builder.Shards, table: EmbeddingTable, tmp_path: Path):
+    iterator = iter(pipeline.make_pipeline(shards, table, batch_size=16, seed=9))
+    weights = {"w": np.arange(3, dtype=np.float32)}
+    with ocp.CheckpointManager(tmp_path / "ckpt", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+        for step in range(1, 5):
+            next(iterator)
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(weights), data=grain.checkpoint.CheckpointSave(iterator)
+                ),
+            )
+    expected = [next(iterator) for _ in range(3)]
+    fresh = iter(pipeline.make_pipeline(shards, table, batch_size=16, seed=9))
+    with ocp.CheckpointManager(tmp_path / "ckpt") as manager:
+        restored = manager.restore(
+            manager.latest_step(),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(weights), data=grain.checkpoint.CheckpointRestore(fresh)
+            ),
+        )
+    np.testing.assert_array_equal(restored["state"]["w"], weights["w"])
+    for batch in expected:
+        assert_equal_batches(batch, next(fresh))
+
+
+def test_unknown_user_is_an_error_before_the_first_step(shards: builder.Shards, table: EmbeddingTable):
+    small = EmbeddingTable(table.ids[:5], table.embeddings[:5], table.encoder, table.fingerprint)
+    with pytest.raises(PSAError, match="0000007.* not in the embedding table"):
+        pipeline.make_pipeline(shards, small, batch_size=4, seed=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 9, "process_count": 2},
+        {"process_count": 2, "process_index": 2},
+        {"batch_size": 0},
+        {"seed": -1},
+        {"batch_size": 1000, "num_epochs": 1},
+    ],
+)
+def test_bad_options_are_refused(shards: builder.Shards, table: EmbeddingTable, options: dict):
+    with pytest.raises(PSAError):
+        pipeline.make_pipeline(shards, table, **({"batch_size": 8, "seed": 0} | options))
+
+
+def test_preprocess_matches_the_shards(shards: builder.Shards):
+    assert Preprocess(**shards.info["preprocess"]) == Preprocess(8)

@@ -1,0 +1,298 @@
+import csv
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from psa_jax.data import sage
+from psa_jax.errors import PSAError
+from psa_jax.profiles.population import sample_population
+
+ROW = {
+    "file_name": "user_0000001_self-harm_don't-look_twice_00012.jpg_u.jpg",
+    "chosen": "user_0000001_self-harm_don't-look_twice_00012_u.jpg",
+    "rejected": "user_0000001_self-harm_don't-look_twice_00012_s.jpg",
+    "caption": "a prompt",
+    "user_data": {
+        "User_ID": "0000001",
+        "Cluster_ID": "13",
+        "Age": 18,
+        "Age_Group": "adolescents",
+        "Gender": "male",
+        "Religion": "Islam",
+        "Physical_Condition": "healthy",
+        "Mental_Condition": "healthy",
+    },
+}  # first user of users.csv: bans Propaganda and Sexuality
+
+
+def changed(**changes: object) -> str:
+    return json.dumps(ROW | changes)
+
+
+def user_changed(**changes: object) -> str:
+    return changed(user_data=ROW["user_data"] | changes)
+
+
+def test_file_name_with_hyphens_underscores_and_apostrophe():
+    name = sage.parse_file_name(ROW["file_name"])
+    assert name == (
+        "user_0000001_self-harm_don't-look_twice_00012",
+        "0000001",
+        "Self-Harm",
+        "don't-look_twice",
+        12,
+        "u",
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "user_0000001_hate_x_00001.jpg",
+        "user_0000001_hate_x_00001_u.jpg",
+        "user_000001_hate_x_00001.jpg_u.jpg",
+        "user_000000a_hate_x_00001.jpg_u.jpg",
+        "user_٠٠٠٠٠٠١_hate_x_00001.jpg_u.jpg",  # digits of another script
+        "user_0000001_hate_x_00001.jpg_x.jpg",
+        "user_0000001_hate_x_00001.jpg_u.jpg\n",
+        "user_0000001_Hate_x_00001.jpg_u.jpg",
+        "user_0000001_gossip_x_00001.jpg_u.jpg",
+        "user_0000001_hate_../../x_00001.jpg_u.jpg",
+        "user_0000001_hate_a/b_00001.jpg_u.jpg",
+        "/user_0000001_hate_x_00001.jpg_u.jpg",
+        "",
+    ],
+)
+def test_bad_file_names_are_refused(name: str):
+    with pytest.raises(PSAError):
+        sage.parse_file_name(name)
+
+
+def test_row_properties():
+    record = sage.parse_row(json.dumps(ROW))
+    assert (record.category, record.kind, record.banned, record.prefers_safe) == ("Self-Harm", "u", False, False)
+    assert (record.safe_image, record.unsafe_image) == (ROW["rejected"], ROW["chosen"])
+    assert record.profile == sample_population(1)[0]
+    assert "Islam" not in repr(record) and "male" not in repr(record)  # attributes stay out of logs
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "JSON"),
+        ("", "JSON"),
+        ("[]", "list"),
+        ("[" * 100_000, "JSON"),
+        ('{"file_name": 1' + "0" * 5000 + "}", "JSON"),
+        ('{"caption": NaN}', "NaN"),
+        (json.dumps(ROW)[:-1] + ', "caption": "again"}', "twice"),
+        (json.dumps({key: value for key, value in ROW.items() if key != "caption"}), "lacks caption"),
+        (changed(extra=1), "unknown fields"),
+        (changed(caption=3), "caption is of type int"),
+        (changed(caption=" "), "caption is empty"),
+        (
+            '{"caption": "\\ud800"' + json.dumps({k: v for k, v in ROW.items() if k != "caption"})[1:].join([", ", ""]),
+            "surr",
+        ),
+        (changed(chosen=ROW["rejected"]), "both"),
+        (changed(chosen=ROW["rejected"], rejected=ROW["chosen"]), "label rule"),
+        (changed(chosen="../" + ROW["chosen"]), "plain file name"),
+        (changed(chosen="/etc/passwd"), "plain file name"),
+        (changed(chosen=ROW["chosen"].replace("00012", "00013")), "file_name allows"),
+        (changed(user_data=[]), "user_data"),
+        (user_changed(User_ID="0000002"), "must be equal"),
+        (user_changed(User_ID=None), "User_ID is null"),
+        (user_changed(User_ID="000000a"), "user_id"),
+        (user_changed(Religion=None), "religion"),
+        (user_changed(Religion="nan"), "religion"),
+        (user_changed(Cluster_ID=13), "Cluster_ID"),
+        (user_changed(Cluster_ID="40"), "Cluster_ID"),
+        (user_changed(Banned=[]), "unknown fields"),
+        (user_changed(Age=True), "age"),
+    ],
+)
+def test_bad_rows_are_refused(text: str, says: str):
+    with pytest.raises(PSAError, match=says) as caught:
+        sage.parse_row(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_label_rule_matches_released_labels(shared_data: Path):
+    """Every row of the real val split, written in the on-disk form, is accepted; its opposite is refused."""
+    users = {user.user_id: user for user in sample_population(1000)}
+    kinds = {"safe": "s", "unsafe": "u"}
+    with open(shared_data / "sage_labels_val.csv", newline="") as file:
+        labels = list(csv.DictReader(file))
+    assert len(labels) == 2100
+    for label in labels:
+        stem = f"user_{label['user_id']}_{label['category'].lower()}_concept_{int(label['row']):05d}"
+        images = [f"{stem}_{kinds[label['chosen_kind']]}.jpg"]
+        images.append(f"{stem}_{'u' if label['chosen_kind'] == 'safe' else 's'}.jpg")
+        row = {
+            "file_name": f"{stem}.jpg_{kinds[label['prompt_kind']]}.jpg",
+            "chosen": images[0],
+            "rejected": images[1],
+            "caption": "x",
+            "user_data": users[label["user_id"]].to_mapping() | {"Cluster_ID": label["cluster_id"]},
+        }
+        record = sage.parse_row(json.dumps(row))
+        assert record.banned == (label["category_banned_for_user"] == "1")
+        assert record.prefers_safe == (label["chosen_kind"] == "safe")
+        with pytest.raises(PSAError, match="label rule"):
+            sage.parse_row(json.dumps(row | {"chosen": images[1], "rejected": images[0]}))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_one_wrong_value_is_never_accepted(data: st.DataObject):
+    """Any other value in place of a good row's: always a PSAError, never another exception, never accepted."""
+    anything = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=5,
+    )
+    field = data.draw(st.sampled_from([key for key in ROW if key != "caption"]))
+    value = data.draw(anything)
+    with pytest.raises(PSAError):
+        sage.parse_row(changed(**{field: value}))
+
+
+def test_reads_a_split_in_order(sage_dir: Path):
+    records = sage.read_split(sage_dir, "train")
+    lines = (sage_dir / "train" / "metadata.jsonl").read_text().splitlines()
+    assert len(records) == 2 * 7 * 2 * 2
+    assert [record.file_name for record in records] == [json.loads(line)["file_name"] for line in lines]
+
+
+def test_reads_sage_mini(tmp_path: Path):
+    from psa_jax.data.mini import draw_mini
+
+    sizes = draw_mini(tmp_path / "mini", users=1, seed=0)
+    for split, rows in sizes.items():
+        assert len(sage.read_split(tmp_path / "mini", split)) == rows
+
+
+def break_line(sage_dir: Path, number: int, line: str | bytes) -> None:
+    path = sage_dir / "train" / "metadata.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[number - 1] = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b"\n".join(lines))
+
+
+@pytest.mark.parametrize(("line", "says"), [("{", "JSON"), (b"\xff", "UTF-8"), ("", "JSON")])
+def test_error_names_file_and_line(sage_dir: Path, line: str | bytes, says: str):
+    break_line(sage_dir, 3, line)
+    with pytest.raises(PSAError, match=rf"train/metadata\.jsonl, line 3: .*{says}"):
+        sage.read_split(sage_dir, "train")
+
+
+def test_a_row_given_twice_is_refused(sage_dir: Path):
+    first = (sage_dir / "train" / "metadata.jsonl").read_text().split("\n")[0]
+    break_line(sage_dir, 3, first)
+    with pytest.raises(PSAError, match="line 3: .* on line 1 too"):
+        sage.read_split(sage_dir, "train")
+
+
+def first_image(sage_dir: Path) -> Path:
+    return sage_dir / "train" / sage.read_split(sage_dir, "train")[0].chosen
+
+
+def test_missing_picture_and_links(sage_dir: Path, tmp_path: Path):
+    path = first_image(sage_dir)
+    outside = tmp_path / "outside.jpg"
+    path.rename(outside)
+    with pytest.raises(PSAError, match="line 1: picture .* is missing"):
+        sage.read_split(sage_dir, "train")
+    path.symlink_to(outside)
+    with pytest.raises(PSAError, match="line 1: picture .* leads out"):
+        sage.read_split(sage_dir, "train")
+    with pytest.raises(PSAError, match="leads out"):
+        sage.image_path(sage_dir, "train", path.name)
+    path.unlink()
+    outside.rename(sage_dir / "kept.jpg")
+    path.symlink_to(sage_dir / "kept.jpg")  # a link inside the folder is fine
+    assert sage.read_split(sage_dir, "train")
+    assert sage.image_path(sage_dir, "train", path.name) == (sage_dir / "kept.jpg").resolve()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(PSAError, match="not a file"):
+        sage.read_split(sage_dir, "train")
+
+
+def test_split_that_leads_out_is_refused(sage_dir: Path, tmp_path: Path):
+    (sage_dir / "train").rename(tmp_path / "elsewhere")
+    (sage_dir / "train").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PSAError, match="leads out"):
+        sage.read_split(sage_dir, "train")
+
+
+@pytest.mark.parametrize("split", ["nope", "..", "val"])
+def test_missing_split(sage_dir: Path, split: str):
+    with pytest.raises(PSAError):
+        sage.read_split(sage_dir, split)
+
+
+def test_open_image_gives_the_pixels(tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", format="PNG")  # the content counts, not the name
+    np.testing.assert_array_equal(sage.open_image(tmp_path / "a.jpg"), pixels)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(sage.open_image(tmp_path / "grey.png"), np.repeat(pixels[..., :1], 3, axis=-1))
+
+
+def huge_png() -> bytes:
+    """A PNG of 50,000 x 50,000 pixels in some hundred bytes: a valid header, hardly any data."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+def saved(format: str, size: tuple[int, int] = (64, 64), mode: str = "RGB") -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(buffer, format=format)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "neither JPEG nor PNG"),
+        (b"not a picture", "neither JPEG nor PNG"),
+        (saved("GIF"), "neither JPEG nor PNG"),
+        (saved("JPEG")[:-600], "cannot be decoded"),
+        (saved("PNG")[:-600], "cannot be decoded"),
+        (saved("PNG")[:30], "picture"),
+        (saved("PNG", mode="RGBA"), "alpha"),
+        (huge_png(), "50000|decompression"),
+        (saved("PNG", (600, 600)), "600 x 600 pixels, the limit is 10000"),
+    ],
+)
+def test_bad_pictures_are_refused(tmp_path: Path, content: bytes, says: str):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(PSAError, match=says) as caught:
+        sage.open_image(tmp_path / "a.jpg", max_pixels=10_000)
+    assert "a.jpg" in str(caught.value)
+
+
+def test_missing_and_special_files(tmp_path: Path):
+    with pytest.raises(PSAError, match="missing"):
+        sage.open_image(tmp_path / "absent.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(PSAError, match="not a regular file"):
+        sage.open_image(tmp_path / "pipe.jpg")

@@ -1,0 +1,64 @@
+"""The forward process against diffusers' schedulers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch_models import nhwc, tensor
+
+from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.errors import PSAError
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+CONFIGS = [SD, {}, {"num_train_timesteps": 50, "beta_end": 0.3}]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["sd", "defaults", "short"])
+@pytest.mark.parametrize("scheduler_type", [DDPMScheduler, DDIMScheduler])
+def test_schedule(scheduler_type, config):
+    theirs = scheduler_type(**config, prediction_type="v_prediction")
+    ours = NoiseSchedule.from_config(dict(theirs.config))
+    assert ours.steps == theirs.config.num_train_timesteps
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=0, atol=1e-6)
+
+    steps = torch.tensor([0, 1, ours.steps // 2, ours.steps - 1])
+    latents, noise = tensor(4, 4, 3, 5), tensor(4, 4, 3, 5, seed=1)
+    arguments = nhwc(latents), nhwc(noise), jnp.asarray(steps.numpy(), dtype=jnp.int32)
+    noisy = theirs.add_noise(latents, noise, steps)
+    np.testing.assert_allclose(ours.add_noise(*arguments), nhwc(noisy), rtol=0, atol=1e-6)
+    velocity = theirs.get_velocity(latents, noise, steps)
+    np.testing.assert_allclose(ours.target(*arguments), nhwc(velocity), rtol=0, atol=1e-6)
+
+
+def test_target_of_a_noise_predictor_is_the_noise():
+    schedule = NoiseSchedule.from_config(SD)
+    latents, noise = nhwc(tensor(2, 4, 3, 5)), nhwc(tensor(2, 4, 3, 5, seed=1))
+    steps = jnp.asarray([3, 999], dtype=jnp.int32)
+    np.testing.assert_array_equal(schedule.target(latents, noise, steps), noise)
+
+
+def test_signal_to_noise_falls_and_matches_its_definition():
+    schedule = NoiseSchedule.from_config(SD)
+    alphas = DDPMScheduler(**SD).alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(schedule.signal_to_noise(), alphas / (1 - alphas), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"prediction_type": "sample"},
+        {"trained_betas": [0.1, 0.2]},
+        {"rescale_betas_zero_snr": True},
+        {"thresholding": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_is_not_implemented_is_refused_by_name(change):
+    with pytest.raises(PSAError) as caught:
+        NoiseSchedule.from_config(SD | change, "x/scheduler_config.json")
+    text = str(caught.value)
+    assert text.startswith("x/scheduler_config.json: ")
+    assert next(iter(change)) in text
+    assert "\n" not in text

@@ -1,0 +1,284 @@
+"""Configurations: real ones of released models are read, what is not implemented is refused by name."""
+
+import dataclasses
+import inspect
+import json
+
+import jax
+import pytest
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from flax import nnx
+from torch_models import CLIPS, UNETS, VAES, torch_clip, torch_unet, torch_vae
+from transformers import CLIPTextConfig as TorchConfig
+
+from psa_jax.errors import PSAError
+from psa_jax.interop.diffusers import abstract_model, config_json, parameter_count
+from psa_jax.models.clip import CLIPText
+from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from psa_jax.models.unet import UNet
+from psa_jax.models.vae import VAE
+
+DOWN = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
+UP = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
+
+# config.json of released folders, as they are (but for the layout of lists).
+SD15_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": DOWN,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": UP,
+}
+SD14_UNET_FLAX = {
+    "_class_name": "FlaxUNet2DConditionModel",
+    "_diffusers_version": "0.5.0.dev0",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": DOWN,
+    "dropout": 0.0,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": UP,
+}
+SD15_UNET_FINE_TUNED = SD15_UNET | {
+    "_diffusers_version": "0.17.0.dev0",
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "upcast_attention": None,
+    "use_linear_projection": False,
+}
+SD21_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.10.0.dev0",
+    "act_fn": "silu",
+    "attention_head_dim": [5, 10, 20, 20],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 1024,
+    "down_block_types": DOWN,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": UP,
+    "use_linear_projection": True,
+}
+SD14_VAE = {
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.5.0.dev0",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 512,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SD15_TEXT = {
+    "_name_or_path": "openai/clip-vit-large-patch14",
+    "architectures": ["CLIPTextModel"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dropout": 0.0,
+    "eos_token_id": 2,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "initializer_factor": 1.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 77,
+    "model_type": "clip_text_model",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "projection_dim": 768,
+    "torch_dtype": "float32",
+    "transformers_version": "4.23.0.dev0",
+    "vocab_size": 49408,
+}
+SD21_TEXT = SD15_TEXT | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+    "torch_dtype": "float16",
+}
+
+
+def test_released_configs_are_the_default_sizes():
+    for config in (SD15_UNET, SD14_UNET_FLAX, SD15_UNET_FINE_TUNED):
+        assert UNetConfig.from_json(config) == UNetConfig()
+    vae = VAEConfig.from_json(SD14_VAE)
+    assert vae == VAEConfig()
+    assert (vae.scaling_factor, vae.downscale) == (0.18215, 8)
+    text = CLIPTextConfig.from_json(SD15_TEXT)
+    assert (text.hidden_size, text.num_attention_heads, text.eos_token_id) == (768, 12, 2)
+
+
+def test_sd2_configs_are_read():
+    unet = UNetConfig.from_json(SD21_UNET)
+    assert unet.use_linear_projection
+    assert unet.heads == (5, 10, 20, 20)
+    assert {width // heads for width, heads in unet.cross_attentions} == {64}
+    assert CLIPTextConfig.from_json(SD21_TEXT).hidden_act == "gelu"
+
+
+# Published sizes of Stable Diffusion 1.x.
+@pytest.mark.parametrize(
+    ("model_type", "config", "count"),
+    [
+        (UNet, UNetConfig.from_json(SD15_UNET), 859_520_964),
+        (VAE, VAEConfig.from_json(SD14_VAE), 83_653_863),
+        (CLIPText, CLIPTextConfig.from_json(SD15_TEXT), 123_060_480),
+    ],
+    ids=["unet", "vae", "text"],
+)
+def test_parameter_counts_of_sd15(model_type, config, count):
+    model = abstract_model(model_type, config)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
+    assert parameter_count(model) == count
+
+
+def test_what_diffusers_and_transformers_write_is_read(tmp_path):
+    for kind, make, names in (
+        (UNetConfig, torch_unet, UNETS),
+        (VAEConfig, torch_vae, VAES),
+        (CLIPTextConfig, torch_clip, CLIPS),
+    ):
+        for name, sizes in names.items():
+            make(name).config.save_pretrained(tmp_path) if kind is CLIPTextConfig else make(name).save_config(tmp_path)
+            config = kind.from_json(json.loads((tmp_path / "config.json").read_text()))
+            assert {key: getattr(config, key) for key in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "class_name"),
+    [
+        (UNetConfig(**UNETS["uneven"]), "UNet2DConditionModel"),
+        (UNetConfig(**UNETS["linear_deep"]), "UNet2DConditionModel"),
+        (VAEConfig(**VAES["shallow"]), "AutoencoderKL"),
+        (CLIPTextConfig(**CLIPS["gelu"]), "CLIPTextModel"),
+    ],
+)
+def test_config_json_round_trip(config, class_name):
+    written = json.loads(json.dumps(config_json(class_name, config)))
+    assert type(config).from_json(written) == config
+
+
+def test_absent_keys_mean_what_the_original_libraries_take():
+    def defaults(constructor):
+        return {name: parameter.default for name, parameter in inspect.signature(constructor).parameters.items()}
+
+    for config, theirs in (
+        (CLIPTextConfig.from_json({}), vars(TorchConfig())),
+        (UNetConfig.from_json({}), defaults(UNet2DConditionModel.__init__)),
+        (VAEConfig.from_json({"block_out_channels": [64]}), defaults(AutoencoderKL.__init__)),
+    ):
+        ours = dataclasses.asdict(config)
+        if isinstance(config, UNetConfig):
+            ours["sample_size"] = None  # a size to draw at when none is asked for; diffusers has no default
+        assert ours == {key: theirs[key] for key in ours}
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "change"),
+    [
+        (UNetConfig, SD15_UNET, {"class_embed_type": "timestep"}),
+        (UNetConfig, SD15_UNET, {"addition_embed_type": "text_time"}),
+        (UNetConfig, SD15_UNET, {"num_attention_heads": 8}),
+        (UNetConfig, SD15_UNET, {"freq_shift": 1}),
+        (UNetConfig, SD15_UNET, {"only_cross_attention": [True, False, False, False]}),
+        (UNetConfig, SD15_UNET, {"motion_module_type": "vanilla"}),
+        (UNetConfig, SD15_UNET, {"down_block_types": ["AttnDownBlock2D", *DOWN[1:]]}),
+        (UNetConfig, SD15_UNET, {"up_block_types": UP[1:]}),
+        (UNetConfig, SD15_UNET, {"attention_head_dim": [5, 10]}),
+        (UNetConfig, SD15_UNET, {"block_out_channels": [320, 640, 1280, 1281]}),
+        (UNetConfig, SD15_UNET, {"layers_per_block": [2, 2, 2, 2]}),
+        (UNetConfig, SD15_UNET, {"cross_attention_dim": None}),
+        (UNetConfig, SD15_UNET, {"transformer_layers_per_block": [[1], 1, 1, 1]}),
+        (UNetConfig, SD15_UNET, {"norm_num_groups": 0}),
+        (UNetConfig, SD15_UNET, {"use_linear_projection": "yes"}),
+        (VAEConfig, SD14_VAE, {"shift_factor": 0.1}),
+        (VAEConfig, SD14_VAE, {"use_quant_conv": False}),
+        (VAEConfig, SD14_VAE, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}),
+        (VAEConfig, SD14_VAE, {"up_block_types": ["UpDecoderBlock2D"] * 3}),
+        (VAEConfig, SD14_VAE, {"down_block_types": None}),
+        (VAEConfig, SD14_VAE, {"norm_num_groups": 7}),
+        (VAEConfig, SD14_VAE, {"num_vq_embeddings": 256}),
+        (CLIPTextConfig, SD15_TEXT, {"model_type": "clip_vision_model"}),
+        (CLIPTextConfig, SD15_TEXT, {"hidden_act": "relu"}),
+        (CLIPTextConfig, SD15_TEXT, {"num_attention_heads": 7}),
+        (CLIPTextConfig, SD15_TEXT, {"hidden_size": 768.5}),
+        (CLIPTextConfig, SD15_TEXT, {"attention_dropout": 0.1}),
+        (CLIPTextConfig, SD15_TEXT, {"is_decoder": True}),
+        (CLIPTextConfig, SD15_TEXT, {"rope_theta": 1e4}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
+)
+def test_refused_in_one_line_that_names_file_and_key(kind, base, change):
+    with pytest.raises(PSAError) as caught:
+        kind.from_json(base | change, "some/config.json")
+    text = str(caught.value)
+    assert text.startswith("some/config.json: ")
+    assert "\n" not in text
+    (key,) = change
+    # Where two keys must agree, the message may describe the clash by the other one's words.
+    words = {"attention_head_dim": "attention_head_dim", "block_out_channels": "1281", "num_attention_heads": "heads"}
+    words |= {"hidden_act": "relu", "norm_num_groups": "groups"}
+    if key == "down_block_types" and kind is UNetConfig:
+        assert "AttnDownBlock2D" in text
+    else:
+        assert words.get(key, key) in text

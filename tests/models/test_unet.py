@@ -1,0 +1,173 @@
+"""The UNet and its modules against diffusers' torch modules with random parameters."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock as TorchBlock
+from diffusers.models.attention import FeedForward as TorchFeedForward
+from diffusers.models.attention_processor import Attention as TorchAttention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch_models import (
+    TOLERANCE,
+    UNET_SIZES,
+    UNETS,
+    difference,
+    nhwc,
+    randomise,
+    run,
+    tensor,
+    to_flax,
+    torch_unet,
+)
+
+from psa_jax.models.attention import Attention, BasicTransformerBlock, FeedForward, Transformer2D
+from psa_jax.models.config import UNetConfig
+from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample
+from psa_jax.models.unet import TimestepMLP, UNet, timestep_embedding
+
+
+@pytest.mark.parametrize(("cin", "cout", "time_dim"), [(12, 12, 20), (8, 12, 20), (12, 8, None)])
+def test_resnet_block(cin, cout, time_dim, tmp_path):
+    theirs = randomise(
+        ResnetBlock2D(in_channels=cin, out_channels=cout, temb_channels=time_dim, groups=4, eps=1e-5), seed=1
+    )
+    ours = to_flax(lambda r: ResnetBlock(cin, cout, time_dim, groups=4, eps=1e-5, rngs=r), theirs, tmp_path)
+    x, time = tensor(2, cin, 5, 7), None if time_dim is None else tensor(2, time_dim, seed=1)
+    got = run(lambda m, *a: m(*a), ours, nhwc(x), None if time is None else jnp.asarray(time.numpy()))
+    assert difference(got, theirs(x, time)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("dim", "heads", "context_dim"), [(12, 3, None), (12, 1, 20), (16, 8, 5)])
+def test_attention(dim, heads, context_dim, tmp_path):
+    theirs = randomise(
+        TorchAttention(dim, cross_attention_dim=context_dim, heads=heads, dim_head=dim // heads), seed=2
+    )
+    ours = to_flax(lambda r: Attention(dim, heads, context_dim, rngs=r), theirs, tmp_path)
+    x = tensor(2, 9, dim)
+    if context_dim is None:
+        got, expected = run(lambda m, x: m(x), ours, jnp.asarray(x.numpy())), theirs(x)
+    else:
+        text = tensor(2, 4, context_dim, seed=1)
+        got = run(lambda m, x, t: m(x, m.context(t)), ours, jnp.asarray(x.numpy()), jnp.asarray(text.numpy()))
+        expected = theirs(x, encoder_hidden_states=text)
+    assert difference(got, expected) <= TOLERANCE
+
+
+def test_feed_forward(tmp_path):
+    theirs = randomise(TorchFeedForward(12, activation_fn="geglu"), seed=3)
+    ours = to_flax(lambda r: FeedForward(12, rngs=r), theirs, tmp_path)
+    x = 3 * tensor(2, 9, 12)  # wide enough for the exact and the approximate GELU to differ
+    assert difference(run(lambda m, x: m(x), ours, jnp.asarray(x.numpy())), theirs(x)) <= TOLERANCE
+
+
+def test_transformer_block(tmp_path):
+    theirs = randomise(TorchBlock(12, 3, 4, cross_attention_dim=10), seed=4)
+    ours = to_flax(lambda r: BasicTransformerBlock(12, 3, 10, rngs=r), theirs, tmp_path)
+    x, text = tensor(2, 9, 12), tensor(2, 5, 10, seed=1)
+    got = run(lambda m, x, t: m(x, m.attn2.context(t)), ours, jnp.asarray(x.numpy()), jnp.asarray(text.numpy()))
+    assert difference(got, theirs(x, encoder_hidden_states=text)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("linear", "depth"), [(False, 1), (True, 2)])
+def test_transformer_2d(linear, depth, tmp_path):
+    theirs = randomise(
+        Transformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=6,
+            in_channels=12,
+            num_layers=depth,
+            cross_attention_dim=10,
+            norm_num_groups=4,
+            use_linear_projection=linear,
+        ),
+        seed=5,
+    )
+    ours = to_flax(lambda r: Transformer2D(12, 2, 10, depth, groups=4, linear=linear, rngs=r), theirs, tmp_path)
+    x, text = tensor(2, 12, 3, 5), tensor(2, 7, 10, seed=1)
+
+    def call(model, x, text):
+        return model(x, tuple(block.attn2.context(text) for block in model.transformer_blocks))
+
+    got = run(call, ours, nhwc(x), jnp.asarray(text.numpy()))
+    assert difference(got, theirs(x, encoder_hidden_states=text, return_dict=False)[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7)])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_downsample(asymmetric, size, tmp_path):
+    theirs = randomise(Downsample2D(6, use_conv=True, padding=0 if asymmetric else 1, name="op"), seed=6)
+    ours = to_flax(lambda r: Downsample(6, asymmetric=asymmetric, rngs=r), theirs, tmp_path)
+    x = tensor(2, 6, *size)
+    assert difference(run(lambda m, x: m(x), ours, nhwc(x)), theirs(x)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("size", [None, (5, 8), (5, 7)])
+def test_upsample(size, tmp_path):
+    theirs = randomise(Upsample2D(6, use_conv=True), seed=7)
+    ours = to_flax(lambda r: Upsample(6, rngs=r), theirs, tmp_path)
+    x = tensor(2, 6, 3, 4)
+    assert difference(run(lambda m, x: m(x, size), ours, nhwc(x)), theirs(x, output_size=size)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dim", [16, 320])
+def test_timestep_embedding(dim):
+    steps = torch.tensor([0.0, 1.0, 37.0, 500.0, 999.0])
+    expected = get_timestep_embedding(steps, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+    got = timestep_embedding(jnp.asarray(steps.numpy()), dim)
+    assert difference(got, expected) <= TOLERANCE
+
+
+def test_timestep_mlp(tmp_path):
+    theirs = randomise(TimestepEmbedding(8, 32), seed=8)
+    ours = to_flax(lambda r: TimestepMLP(8, 32, rngs=r), theirs, tmp_path)
+    x = tensor(3, 8)
+    assert difference(run(lambda m, x: m(x), ours, jnp.asarray(x.numpy())), theirs(x)) <= TOLERANCE
+
+
+@pytest.fixture(scope="session", params=UNETS)
+def unets(request, tmp_path_factory):
+    theirs = torch_unet(request.param)
+    config = UNetConfig.from_json(dict(theirs.config))
+    ours = to_flax(lambda r: UNet(config, rngs=r), theirs, tmp_path_factory.mktemp("unet"))
+    return request.param, theirs, ours
+
+
+def test_unet(unets):
+    name, theirs, ours = unets
+    latents = tensor(2, theirs.config.in_channels, *UNET_SIZES[name])
+    text = tensor(2, 6, theirs.config.cross_attention_dim, seed=1)
+    steps = torch.tensor([3, 871])
+    expected = theirs(latents, steps, encoder_hidden_states=text).sample
+    got = run(
+        lambda m, x, t, c: m(x, t, m.context(c)),
+        ours,
+        nhwc(latents),
+        jnp.asarray(steps.numpy(), dtype=jnp.float32),
+        jnp.asarray(text.numpy()),
+    )
+    assert difference(got, expected) <= TOLERANCE
+
+
+def test_contexts_come_in_the_order_of_attn_processors(unets):
+    _, theirs, ours = unets
+    names = [name.removesuffix(".processor") for name in theirs.attn_processors if "attn2" in name]
+    layers = [theirs.get_submodule(name) for name in names]
+    assert [name.split("_")[0] for name in names] == sorted((n.split("_")[0] for n in names), key="down up mid".find)
+    assert ours.config.cross_attentions == tuple((layer.to_q.out_features, layer.heads) for layer in layers)
+
+    text = tensor(2, 6, theirs.config.cross_attention_dim)
+    contexts = ours.context(jnp.asarray(text.numpy()))
+    for name, layer, context in zip(names, layers, contexts, strict=True):
+        np.testing.assert_allclose(context.key, layer.to_k(text).numpy(), atol=TOLERANCE, err_msg=name)
+        np.testing.assert_allclose(context.value, layer.to_v(text).numpy(), atol=TOLERANCE, err_msg=name)
+
+
+def test_cross_attention_order_at_full_size():
+    widths = [width for width, _ in UNetConfig().cross_attentions]
+    assert widths == [320] * 2 + [640] * 2 + [1280] * 2 + [1280] * 3 + [640] * 3 + [320] * 3 + [1280]
+    assert {heads for _, heads in UNetConfig().cross_attentions} == {8}

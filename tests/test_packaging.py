@@ -1,0 +1,134 @@
+"""The shape of the project: imports go one way, files stay short, what is imported is declared."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "psa_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "tools"]
+"""A folder imports from itself and from those before it."""
+
+DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint"}
+"""Where the name to import is not the name to install."""
+
+IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib"}
+"""What extras bring: the package must import without."""
+
+
+def name_of(path: Path) -> str:
+    """Such as data/mini.py."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Modules that a file imports, anywhere in it; `from a import b` counts as a.b, which may be a module."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def third_party(names: set[str]) -> set[str]:
+    """Their top-level names, without the standard library and this package."""
+    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"psa_jax"}
+
+
+def declared() -> dict[str, list[str]]:
+    """Requirements in setup.py: the required ones under "", the others under their extra."""
+    code = (
+        "import json, setuptools\n"
+        "show = lambda install_requires, extras_require, **_: {'': install_requires, **extras_require}\n"
+        "setuptools.setup = lambda **given: print(json.dumps(show(**given)))\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': '__main__'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return json.loads(done.stdout)
+
+
+def canonical(requirement: str) -> str:
+    """`Jinja2>=3,<4` -> `jinja2`."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement)[0]).lower()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).parts
+    # What lies beside the folders (the command line) may import everything; errors.py is everybody's.
+    allowed = ORDER if len(parts) == 1 else ORDER[: ORDER.index(parts[0]) + 1]
+    ours = {name for name in imported(ast.parse(path.read_text())) if name.startswith("psa_jax.")}
+    folders = {name.split(".")[1] for name in ours} - {"errors", "__version__"}
+    above = {"cli"} if parts == ("__main__.py",) else set()
+    assert folders <= {*allowed, *above}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_file_is_over_500_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_every_folder_is_a_package() -> None:
+    folders = {path.parent for path in FILES}
+    assert {folder for folder in folders if not (folder / "__init__.py").exists()} == set()
+
+
+def test_everything_imported_is_declared() -> None:
+    requirements = declared()
+    required = {canonical(requirement) for requirement in requirements[""]}
+    optional = {canonical(requirement) for extra in ("torch", "eval") for requirement in requirements[extra]}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        at_import = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        installed = {canonical(DISTRIBUTIONS.get(name, name)) for name in third_party(imported(tree))}
+        assert installed <= required | optional, name_of(path)
+        assert not (third_party(imported(ast.Module(at_import, []))) & IN_A_FUNCTION_ONLY), name_of(path)
+
+
+def test_requirements_of_the_extras() -> None:
+    requirements = declared()
+    assert set(requirements[""]).isdisjoint(requirements["torch"])
+    assert set(requirements["torch"]) | set(requirements["eval"]) <= set(requirements["test"])
+    assert set(requirements["test"]) < set(requirements["dev"])
+    assert all("," in requirement and ">=" in requirement for requirement in requirements[""])  # both bounds
+
+
+def test_constraints_are_exact_and_within_what_is_declared() -> None:
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    exact = dict(re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups() for line in lines)
+    versions = {canonical(name): version for name, version in exact.items()}
+    for requirement in {text for texts in declared().values() for text in texts}:
+        parsed = Requirement(requirement)
+        assert parsed.specifier.contains(versions[canonical(parsed.name)]), requirement
+
+
+def test_pyproject_configures_tools_only() -> None:
+    assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())) == {"build-system", "tool"}
+
+
+def test_the_pipeline_runs_make_test() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    # This test may itself be run by make, whose settings would travel on.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--dry-run", "--no-print-directory", "test"]
+    planned = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
+    assert planned.splitlines()[-1] == '.venv/bin/python -m pytest -m "not slow"'
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, psa_jax.cli; print(sorted({'jax', 'flax', 'numpy', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
