@@ -1,17 +1,39 @@
-"""The embedded default: a real but tiny Stable Diffusion on SAGE-mini.
+"""The embedded default: a real but tiny Stable Diffusion on SAGE-mini, and the personal adapter for it.
 
-    psa-jax pretrain --config=configs/tiny.py --workdir=runs/tiny      # the base model and the oracle
-    psa-jax train --config=configs/tiny.py --workdir=runs/adapter      # the adapter
+psa-jax train --config=configs/tiny.py --workdir=runs/adapter      # the adapter; draws SAGE-mini first
+psa-jax pretrain --config=configs/tiny.py --workdir=runs/tiny      # the shipped base model and oracle
 """
 
 import ml_collections
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """No argument is needed: sizes and recipes below are the ones the shipped files were made with."""
+    """`:smoke` gives a few seconds of training, for tests."""
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.model = "tiny"
+    config.steps = 300
+    config.batch_size = 32
+    config.log_every = 5
+    config.checkpoint_every = 50
+    config.keep_checkpoints = 2
+    config.sample_every = 0
+    config.mesh = dict(data=1)
+    config.adapter = dict(kind="text", tokens=4, qk_dim=ml_collections.config_dict.placeholder(int))
+    # β is small because few steps at a high rate are all a laptop has; sft_weight is 0.1·β.
+    config.objective = dict(beta=200.0, sft_weight=20.0, text_dropout=0.05, user_dropout=0.1)
+    config.optimizer = dict(
+        learning_rate=3e-3, warmup_steps=20, decay_share=0.4, b2=0.999, weight_decay=1e-2, clip_norm=1.0
+    )
+    config.data = dict(shards="", table="", balance=True, safe_share=0.3, mini=dict(users=120, seed=1))
+    config.evaluate = dict(per_rate=120, steps=14, guidance=4.0, unconditional="off", batch_size=60)
     config.pretrain = _pretrain()
+    if arg == "smoke":
+        config.steps, config.batch_size, config.data.mini.users = 4, 4, 40
+        config.optimizer.warmup_steps = 1
+        config.evaluate.per_rate, config.evaluate.steps, config.evaluate.batch_size = 7, 2, 21
+    elif arg:
+        raise ValueError(f"configs/tiny.py has no mode {arg!r} (only smoke)")
     return config.lock()
 
 
@@ -33,8 +55,8 @@ def _pretrain() -> ml_collections.ConfigDict:
         steps=2500, batch_size=64, decoded=6000, learning_rate=2e-3, weight_decay=1e-3, ema=0.995, seed=3
     )
     part.denoiser = dict(
-        steps=4000,
-        batch_size=64,
+        steps=3000,
+        batch_size=32,
         learning_rate=1.5e-3,
         weight_decay=1e-3,
         ema=0.998,

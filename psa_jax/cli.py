@@ -38,9 +38,51 @@ def _mini(args: Namespace) -> int:
     return mini.run(args)
 
 
+def _pretrain(args: Namespace) -> int:
+    from psa_jax.tools import pretrain
+
+    return pretrain.run(args.config, args.workdir)
+
+
+def _train(args: Namespace) -> int:
+    from psa_jax.tools import train
+
+    return train.run(args.config, args.workdir)
+
+
+def _generate(args: Namespace) -> int:
+    from psa_jax.tools import generate
+
+    return generate.run(args)
+
+
+def _export(args: Namespace) -> int:
+    from psa_jax.tools import transfer
+
+    return transfer.export(args)
+
+
+def _import(args: Namespace) -> int:
+    from psa_jax.tools import transfer
+
+    return transfer.import_(args)
+
+
+def _demo(args: Namespace) -> int:
+    from psa_jax.tools import demo
+
+    return demo.run(args.config, args.workdir, compare=args.compare, record=args.record)
+
+
 COMMANDS: dict[str, Command] = {
+    "demo": Command("train, draw, judge and report on the embedded tiny model", arguments.demo, _demo),
     "population": Command("draw user profiles as SAGE did", arguments.population, _population),
     "mini": Command("draw SAGE-mini, a small world in the layout of SAGE", arguments.mini, _mini),
+    "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, _pretrain),
+    "train": Command("train an adapter on preference pairs", arguments.experiment, _train),
+    "generate": Command("draw pictures for a user", arguments.generate, _generate),
+    "export": Command("write a trained adapter as a file", arguments.export, _export),
+    "import": Command("read an adapter file for a base model", arguments.import_, _import),
 }
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 # Eight host devices let mesh tests run on any machine; must be set before JAX starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+import jax
+import pytest
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -25,3 +25,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data not found at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def small_pipeline(tmp_path_factory):
+    """A random pipeline of diffusers and the same in JAX: read only."""
+    from torch_models import save_torch_pipeline
+
+    from psa_jax.interop.diffusers import load_stable_diffusion
+
+    folder = tmp_path_factory.mktemp("small_pipeline")
+    theirs = save_torch_pipeline(folder)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs, load_stable_diffusion(folder / "model")

@@ -51,7 +51,6 @@ UNETS = {
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "block_out_channels": (24, 16),
         "layers_per_block": 3,
-        "transformer_layers_per_block": 2,
         "cross_attention_dim": 7,
         "attention_head_dim": 1,
         "norm_num_groups": 2,
@@ -74,7 +73,13 @@ UNET_SIZES = {"sd1_shape": (16, 8), "linear_deep": (13, 10), "uneven": (5, 9), "
 VAES = {
     "sd1_shape": {"block_out_channels": (8, 16, 24, 24), "layers_per_block": 1, "norm_num_groups": 4},
     "shallow": {"block_out_channels": (16, 8), "layers_per_block": 2, "norm_num_groups": 8, "latent_channels": 3},
-    "flat": {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 2, "in_channels": 1, "out_channels": 2},
+    "flat": {
+        "block_out_channels": (8,),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "in_channels": 1,
+        "out_channels": 2,
+    },
 }
 VAE_SIZES = {"sd1_shape": (24, 32), "shallow": (11, 14), "flat": (3, 5)}
 
@@ -140,7 +145,7 @@ def to_flax(make, module: torch.nn.Module, folder: Path) -> nnx.Module:
 
 
 def run(function, *args):
-    """`function(*args)` compiled; arrays of torch's images go in and out as NHWC, see `nhwc`."""
+    """`function(*args)`, compiled quickly."""
     return jax.jit(function, compiler_options=FAST_COMPILE)(*args)
 
 
@@ -179,11 +184,26 @@ def small_tokenizer(folder: Path) -> CLIPTokenizer:
 def save_torch_pipeline(folder: Path) -> StableDiffusionPipeline:
     """A whole random pipeline of matching parts, saved by diffusers."""
     tokenizer = small_tokenizer(folder / "source_tokenizer")
+    unet = {
+        "sample_size": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (16, 24),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "norm_num_groups": 4,
+    }
+    vae = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+    }
     pipeline = StableDiffusionPipeline(
-        vae=torch_vae("sd1_shape"),
+        vae=randomise(AutoencoderKL(**vae), seed=2),
         text_encoder=torch_clip("sd1_shape", vocab_size=len(tokenizer)),
         tokenizer=tokenizer,
-        unet=randomise(UNet2DConditionModel(**UNETS["sd1_shape"] | {"cross_attention_dim": 32}), seed=1),
+        unet=randomise(UNet2DConditionModel(**unet), seed=1),
         scheduler=DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,

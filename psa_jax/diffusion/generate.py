@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -83,12 +82,14 @@ class Generator:
         self._schedule = schedule
         self._draw = jax.jit(functools.partial(_draw, graph=graph, timesteps=timesteps, unconditional=unconditional))
 
-    def with_adapter(self, adapter: Adapter) -> Self:
+    def with_adapter(self, adapter: Adapter) -> "Generator":
         """The same generator with another adapter of the same configuration; nothing is compiled again."""
         other = copy.copy(self)
         graph, other._params = nnx.split((self._model.unet, self._model.vae, self._model.text_encoder, adapter))
         if graph != self._graph:
-            raise PSAError("the adapter has another configuration than the generator was made for; make a new Generator")
+            raise PSAError(
+                "the adapter has another configuration than the generator was made for; make a new Generator"
+            )
         return other
 
     def __call__(
@@ -169,9 +170,7 @@ def _draw(
     else:
         first_user = jnp.zeros_like(users) if unconditional == "zeros" else users
         first_scale = jnp.zeros_like(scale) if unconditional == "off" else scale
-        contexts = adapter(
-            unet, text, jnp.concatenate([first_user, users]), jnp.concatenate([first_scale, scale])
-        )
+        contexts = adapter(unet, text, jnp.concatenate([first_user, users]), jnp.concatenate([first_scale, scale]))
 
     def predict(x, timestep):
         times = jnp.full((2 * batch,), timestep, jnp.float32)

@@ -128,7 +128,9 @@ def draw_pairs(count: int, seed: int) -> dict[str, np.ndarray]:
         )
         second = (first + 1 + second) % len(PICTOGRAMS)
         empty = rng.random() < 0.05
-        scene = Scene(BACKGROUNDS[background], SUBJECTS[subject], None if empty else PICTOGRAMS[first], int(rng.integers(2**31)))
+        scene = Scene(
+            BACKGROUNDS[background], SUBJECTS[subject], None if empty else PICTOGRAMS[first], int(rng.integers(2**31))
+        )
         rows["images"].append(render(scene))
         rows["others"].append(render(dataclasses.replace(scene, pictogram=PICTOGRAMS[second])))
         rows["labels"].append((NO_PICTOGRAM if empty else first, subject, background))

@@ -23,7 +23,7 @@ from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, Reading
 
-_BENIGN_OF = {concept.name: concept.benign for concept in CONCEPTS}
+BENIGN_OF = {concept.name: concept.benign for concept in CONCEPTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def select_cases(records: Sequence[SageRecord], per_rate: int, seed: int = 0) ->
     """
     rng = np.random.default_rng(seed)
     cases = [
-        Case(r.user_id, r.caption, r.category, _BENIGN_OF[r.concept.replace("_", " ")], r.kind == "u", r.banned)
+        Case(r.user_id, r.caption, r.category, BENIGN_OF[r.concept.replace("_", " ")], r.kind == "u", r.banned)
         for r in records
     ]
     chosen = []

@@ -54,6 +54,14 @@ def to_torch(weight: np.ndarray, path: tuple[str | int, ...]) -> np.ndarray:
     return np.ascontiguousarray(weight.T if weight.ndim == 2 else weight.transpose(3, 2, 0, 1))
 
 
+def torch_shape(shape: tuple[int, ...], path: tuple[str | int, ...]) -> tuple[int, ...]:
+    """Shape in torch of a parameter that has `shape` here."""
+    if path[-1] != "kernel":
+        return shape
+    *window, width_in, width_out = shape
+    return (width_out, width_in, *window)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one clear line."""
     if not path.is_file():
@@ -77,7 +85,9 @@ def load_weights(model: nnx.Module, path: Path, rename: Callable[[str], str] = s
       PSAError: missing, extra or misshapen tensors, or an unreadable file.
     """
     if not path.is_file():
-        raise PSAError(f"{path}: weights not found; psa_jax reads safetensors (convert .bin files with diffusers first)")
+        raise PSAError(
+            f"{path}: weights not found; psa_jax reads safetensors (convert .bin files with diffusers first)"
+        )
     graph, state = nnx.split(model)
     expected = {torch_name(p): p for p, _ in nnx.to_flat_state(state)}
     loaded = {}
@@ -92,13 +102,10 @@ def load_weights(model: nnx.Module, path: Path, rename: Callable[[str], str] = s
             _require(not (gone := sorted(expected.keys() - names.keys())), path, "missing tensors", gone)
             _require(not (extra := sorted(names.keys() - expected.keys())), path, "unexpected tensors", extra)
             for name, variable in nnx.to_flat_state(state):
-                weight = from_torch(file.get_tensor(names[torch_name(name)]), name)
-                if weight.shape != variable.shape:
-                    raise PSAError(
-                        f"{path}: {torch_name(name)} has shape {to_torch(weight, name).shape}, "
-                        f"config.json asks for {to_torch(np.empty(variable.shape, np.bool_), name).shape}"
-                    )
-                loaded[name] = variable.replace(jnp.asarray(weight, dtype=jnp.float32))
+                weight, shape = file.get_tensor(names[torch_name(name)]), torch_shape(variable.shape, name)
+                if weight.shape != shape:
+                    raise PSAError(f"{path}: {torch_name(name)} has shape {weight.shape}, config.json asks for {shape}")
+                loaded[name] = variable.replace(jnp.asarray(from_torch(weight, name), dtype=jnp.float32))
     except SafetensorError as error:
         raise PSAError(f"{path}: not a whole safetensors file ({error}); download it again") from error
     return nnx.merge(graph, nnx.from_flat_state(loaded))
@@ -204,13 +211,13 @@ def load_stable_diffusion(folder: str | Path) -> StableDiffusion:
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise PSAError(f"{folder}: pipeline class {index.get('_class_name')!r} is not StableDiffusionPipeline")
-    model = StableDiffusion(
+    model = StableDiffusion(  # small parts first: a folder that lacks one is refused before the UNet is read
         folder=folder,
-        unet=load_unet(folder),
-        vae=load_vae(folder),
-        text_encoder=load_text_encoder(folder),
-        tokenizer=load_tokenizer(folder),
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
+        tokenizer=load_tokenizer(folder),
+        text_encoder=load_text_encoder(folder),
+        vae=load_vae(folder),
+        unet=load_unet(folder),
     )
     _check_parts_fit(model)
     return model

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -37,6 +38,12 @@ def adapter_arrays(adapter: Adapter) -> dict[str, Float[Array, "..."]]:
     """Every trained array under its name in the file, in this project's orientation [in, out]."""
     kind = adapter.config.kind
     return {torch_name(p, kind): v[...] for p, v in nnx.to_flat_state(nnx.state(adapter, AdapterParam))}
+
+
+def adapter_shapes(config: AdapterConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of `adapter_arrays`; nothing is allocated."""
+    state = nnx.state(nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0))), AdapterParam)
+    return {torch_name(p, config.kind): v.get_value() for p, v in nnx.to_flat_state(state)}
 
 
 def with_arrays(config: AdapterConfig, arrays: dict[str, Float[Array, "..."]]) -> Adapter:
@@ -73,18 +80,24 @@ def save_adapter(adapter: Adapter, path: Path, metadata: dict[str, Any]) -> None
             raise PSAError(f"{path}: not written: {name} has values that are not finite; train again")
     config = adapter.config
     described = {
+        **metadata,
+        "format": FORMAT,
         "kind": config.kind,
         "tokens": config.tokens,
         "user_dim": config.user_dim,
         "cross_dim": config.cross_dim,
         "layers": config.layers,
         "qk_dim": config.qk_dim,
-        **metadata,
     }
+    # One key: safetensors writes several in an order that changes from call to call.
+    content = save(tensors, {"psa": json.dumps(described, sort_keys=True)})
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_bytes(save(tensors, {"format": FORMAT, "psa": json.dumps(described, sort_keys=True)}))
-    unfinished.rename(path)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -96,7 +109,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise PSAError(f"{path}: not a whole safetensors file ({error})") from error
-    return json.loads(metadata["psa"]) if metadata.get("format") == FORMAT else {}
+    if "psa" not in metadata:
+        return {}
+    try:
+        about = json.loads(metadata["psa"])
+    except ValueError as error:
+        raise PSAError(f"{path}: its metadata cannot be read; the file is damaged, export the adapter again") from error
+    if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
+        raise PSAError(f"{path}: its metadata are not of {FORMAT}; read it with the version of psa_jax that wrote it")
+    return about
 
 
 def load_adapter(path: Path, layers: tuple[tuple[int, int], ...], cross_dim: int) -> Adapter:
@@ -114,18 +135,26 @@ def load_adapter(path: Path, layers: tuple[tuple[int, int], ...], cross_dim: int
         raise PSAError(f"{path}: the adapter was trained for another base model (its cross-attentions differ)")
     projection = tensors.get("user_proj.proj.weight")
     if projection is None or projection.ndim != 2 or projection.shape[0] % cross_dim:
-        raise PSAError(f"{path}: user_proj.proj.weight is missing or does not fit a cross-attention width of {cross_dim}")
-    config = AdapterConfig(
-        kind=about.get("kind", "published"),
-        tokens=projection.shape[0] // cross_dim,
-        user_dim=projection.shape[1],
-        cross_dim=cross_dim,
-        layers=layers,
-        qk_dim=about.get("qk_dim"),
-    )
-    arrays = {}
-    template = adapter_arrays(nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0))))
-    stored = {f"psa_adapter.{i}.to_k_user.0.weight" for i in range(len(layers))} if config.tokens == 1 else set()
+        raise PSAError(
+            f"{path}: user_proj.proj.weight is missing or does not fit a cross-attention width of {cross_dim}"
+        )
+    try:
+        config = AdapterConfig(
+            kind=about.get("kind", "published"),
+            tokens=projection.shape[0] // cross_dim,
+            user_dim=projection.shape[1],
+            cross_dim=cross_dim,
+            layers=layers,
+            qk_dim=about.get("qk_dim"),
+        )
+    except ValueError as error:
+        raise PSAError(f"{path}: {error}") from error
+    if about.get("tokens", config.tokens) != config.tokens:
+        raise PSAError(f"{path}: user_proj.proj.weight holds {config.tokens} tokens, its metadata say {about['tokens']}")
+    arrays: dict[str, Array] = {}
+    template = adapter_shapes(config)
+    constant = config.kind == "published" and config.tokens == 1  # the file has W_k, which one token does not need
+    stored = {f"psa_adapter.{i}.to_k_user.0.weight" for i in range(len(layers))} if constant else set()
     for what, names in (
         ("missing", template.keys() - tensors.keys()),
         ("unexpected", tensors.keys() - template.keys() - stored),
@@ -136,6 +165,8 @@ def load_adapter(path: Path, layers: tuple[tuple[int, int], ...], cross_dim: int
         tensor = tensors[name].T if tensors[name].ndim == 2 else tensors[name]
         if tensor.shape != wanted.shape:
             raise PSAError(f"{path}: {name} has shape {tensors[name].shape}, the base model needs {wanted.shape[::-1]}")
+        if not np.isfinite(tensor).all():
+            raise PSAError(f"{path}: {name} has values that are not finite; the file is damaged, export it again")
         arrays[name] = jnp.asarray(tensor, jnp.float32)
     return with_arrays(config, arrays)
 

@@ -60,11 +60,14 @@ class AdapterConfig:
             raise ValueError(f"adapter kind {self.kind!r} is unknown (one of {', '.join(KINDS)})")
         if self.tokens < 1:
             raise ValueError(f"adapter tokens must be at least 1, got {self.tokens}")
-        heads = {heads for _, heads in self.layers}
-        if self.qk_dim is not None and any(self.qk_dim % h for h in heads):
-            raise ValueError(f"qk_dim {self.qk_dim} is not divisible by the heads of every layer ({sorted(heads)})")
-        if self.qk_dim is not None and self.kind == "published":
+        if self.qk_dim is None:
+            return
+        if KINDS[self.kind].asks == "image":
             raise ValueError("qk_dim does not apply to the published kind, which asks with the UNet's own queries")
+        before = KINDS[self.kind].apply is None
+        heads = {prompt_heads(self.cross_dim)} if before else {heads for _, heads in self.layers}
+        if self.qk_dim < 1 or any(self.qk_dim % h for h in heads):
+            raise ValueError(f"qk_dim {self.qk_dim} is no positive multiple of the heads of every layer ({sorted(heads)})")
 
     @classmethod
     def for_unet(
@@ -72,6 +75,11 @@ class AdapterConfig:
     ) -> "AdapterConfig":
         """The adapter that fits a UNet."""
         return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim)
+
+
+def prompt_heads(cross_dim: int) -> int:
+    """Heads of the `prompt` kind: the most, up to 8, that divide the width."""
+    return next(h for h in range(PROMPT_HEADS, 0, -1) if not cross_dim % h)
 
 
 class UserProjection(nnx.Module):
@@ -87,7 +95,8 @@ class UserProjection(nnx.Module):
 
     def __call__(self, user: Float[Array, "b d"]) -> Float[Array, "b t c"]:
         tokens = (user @ self.kernel[...] + self.bias[...][None, :]).reshape(user.shape[0], self.tokens, -1)
-        normal = jax.nn.standardize(tokens, axis=-1, epsilon=LAYER_NORM_EPS)
+        # The fast variance E[x²] − E[x]² loses digits where a learned mean is large against the spread.
+        normal = jax.nn.standardize(tokens, axis=-1, epsilon=LAYER_NORM_EPS, algorithm="stable")
         return normal * self.norm_scale[...][None, None, :] + self.norm_bias[...][None, None, :]
 
 
@@ -95,10 +104,12 @@ class UserAttention(nnx.Module):
     """Projections of one layer: kernels [in, out] without biases, named as in `shapes`."""
 
     def __init__(self, shapes: dict[str, tuple[int, int]], zero: str, *, rngs: nnx.Rngs):
-        self.to_q = self.to_k = self.to_v = self.to_out = None
-        for name, shape in shapes.items():
-            kernel = jnp.zeros(shape) if name == zero else _init(rngs, *shape)
-            setattr(self, name, AdapterParam(kernel))
+        def kernel(name):  # None where the kind has no such projection
+            if name not in shapes:
+                return None
+            return AdapterParam(jnp.zeros(shapes[name]) if name == zero else _init(rngs, *shapes[name]))
+
+        self.to_q, self.to_k, self.to_v, self.to_out = map(kernel, ("to_q", "to_k", "to_v", "to_out"))
 
 
 def _init(rngs: nnx.Rngs, fan_in: int, fan_out: int) -> Float[Array, "i o"]:
@@ -131,7 +142,7 @@ def _concept(layer, context, text, z, heads, scale):
     value = scale[:, None, None] * (z @ layer.to_v[...])
     if layer.to_k is None:
         return context._replace(user=UserQuery(None, value))
-    return context._replace(user=UserQuery(z @ layer.to_k[...], value, layer.to_q[...]))
+    return context._replace(user=UserQuery(z @ layer.to_k[...], value, layer.to_q[...].T))  # UserQuery holds [out, in]
 
 
 class Kind(NamedTuple):
@@ -178,10 +189,7 @@ class Adapter(nnx.Module):
         before = KINDS[config.kind].apply is None
         widths = [config.cross_dim] if before else [width for width, _ in config.layers]
         self.layers = nnx.List(
-            [
-                UserAttention(layer_shapes(config, width), "to_out" if before else "to_v", rngs=rngs)
-                for width in widths
-            ]
+            [UserAttention(layer_shapes(config, width), "to_out" if before else "to_v", rngs=rngs) for width in widths]
         )
 
     def __call__(
@@ -202,8 +210,7 @@ class Adapter(nnx.Module):
         kind, z = KINDS[self.config.kind], self.user_proj(user)
         if kind.apply is None:
             layer = self.layers[0]
-            heads = next(h for h in range(PROMPT_HEADS, 0, -1) if not self.config.cross_dim % h)
-            answer = _answer(layer, text, z, heads) @ layer.to_out[...]
+            answer = _answer(layer, text, z, prompt_heads(self.config.cross_dim)) @ layer.to_out[...]
             return unet.context(text + scale[:, None, None] * answer)
         base = unet.context(text) if base is None else base
         return tuple(

@@ -5,8 +5,8 @@ else is refused by name, so a folder never loads as a model that it is not.
 """
 
 import dataclasses
-import types
 from collections.abc import Mapping
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from psa_jax.errors import PSAError
@@ -16,12 +16,12 @@ Config = TypeVar("Config", bound="_FromJson")
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a parsed JSON value is of a field's type, no number negative; a whole number counts as a float."""
-    if get_origin(kind) is types.UnionType:
+    if get_origin(kind) is UnionType:
         return any(_fits(value, option) for option in get_args(kind))
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and len(value) > 0 and all(_fits(item, get_args(kind)[0]) for item in value)
     if value is None:
-        return kind is types.NoneType
+        return kind is NoneType
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     if kind in (int, float):
@@ -50,11 +50,13 @@ class _FromJson:
                 zero = value == 0 and not isinstance(value, bool) and not key.endswith("_token_id")
                 if zero or not _fits(values[key], kinds[key]):
                     expected = getattr(kinds[key], "__name__", kinds[key])
-                    raise PSAError(f"{where}: {key} = {value!r} is not supported (expected {expected}, numbers above 0)")
+                    raise PSAError(f"{where}: {key} = {value!r} is not supported (expected {expected}, above zero)")
             elif key.startswith("_") or key in cls._ignored:
                 continue
             elif key not in cls._fixed:
-                raise PSAError(f"{where}: unknown key {key!r} = {value!r}; this model is not one that psa_jax implements")
+                raise PSAError(
+                    f"{where}: unknown key {key!r} = {value!r}; this model is not one that psa_jax implements"
+                )
             elif value not in cls._fixed[key]:
                 raise PSAError(f"{where}: {key} = {value!r} is not supported (only {cls._fixed[key][0]!r})")
         try:
@@ -205,7 +207,9 @@ class VAEConfig(_FromJson):
     def __post_init__(self):
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
-                raise ValueError(f"width {width} of block_out_channels is not divisible by {self.norm_num_groups} groups")
+                raise ValueError(
+                    f"width {width} of block_out_channels does not divide into {self.norm_num_groups} groups"
+                )
 
     @property
     def downscale(self) -> int:
@@ -241,15 +245,60 @@ class CLIPTextConfig(_FromJson):
     _absent = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "pad_token_id": 1}
     # Initialisation, what is returned, classification and text generation: transformers writes these for every model.
     _ignored = frozenset(
-        "architectures initializer_factor initializer_range projection_dim torch_dtype dtype "
-        "transformers_version tie_word_embeddings return_dict output_hidden_states output_attentions use_cache "
-        "chunk_size_feed_forward id2label label2id problem_type task_specific_params finetuning_task tokenizer_class "
-        "prefix sep_token_id decoder_start_token_id cross_attention_hidden_size tie_encoder_decoder torchscript "
-        "use_bfloat16 tf_legacy_loss max_length min_length do_sample early_stopping num_beams num_beam_groups "
-        "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
-        "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate "
-        "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty "
-        "suppress_tokens begin_suppress_tokens".split()
+        [
+            "architectures",
+            "initializer_factor",
+            "initializer_range",
+            "projection_dim",
+            "torch_dtype",
+            "dtype",
+            "transformers_version",
+            "tie_word_embeddings",
+            "return_dict",
+            "output_hidden_states",
+            "output_attentions",
+            "use_cache",
+            "chunk_size_feed_forward",
+            "id2label",
+            "label2id",
+            "problem_type",
+            "task_specific_params",
+            "finetuning_task",
+            "tokenizer_class",
+            "prefix",
+            "sep_token_id",
+            "decoder_start_token_id",
+            "cross_attention_hidden_size",
+            "tie_encoder_decoder",
+            "torchscript",
+            "use_bfloat16",
+            "tf_legacy_loss",
+            "max_length",
+            "min_length",
+            "do_sample",
+            "early_stopping",
+            "num_beams",
+            "num_beam_groups",
+            "diversity_penalty",
+            "temperature",
+            "top_k",
+            "top_p",
+            "typical_p",
+            "repetition_penalty",
+            "length_penalty",
+            "no_repeat_ngram_size",
+            "encoder_no_repeat_ngram_size",
+            "bad_words_ids",
+            "num_return_sequences",
+            "output_scores",
+            "return_dict_in_generate",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "remove_invalid_values",
+            "exponential_decay_length_penalty",
+            "suppress_tokens",
+            "begin_suppress_tokens",
+        ]
     )
 
     def __post_init__(self):

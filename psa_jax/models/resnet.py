@@ -51,10 +51,8 @@ class Upsample(nnx.Module):
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         self.conv = conv3x3(dim, dim, rngs)
 
-    def __call__(
-        self, x: Float[Array, "b h w d"], size: tuple[int, int] | None = None
-    ) -> Float[Array, "b h2 w2 d"]:
+    def __call__(self, x: Float[Array, "b h w d"], size: tuple[int, int] | None = None) -> Float[Array, "b h2 w2 d"]:
         doubled = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        if size is not None:  # odd sizes were rounded up on the way down; cropping is torch's nearest neighbour to 2n − 1
+        if size is not None:  # odd sizes were rounded up on the way down; torch's nearest neighbour to 2n − 1 is a crop
             doubled = doubled[:, : size[0], : size[1]]
         return self.conv(doubled)

@@ -99,9 +99,7 @@ class UNet(nnx.Module):
         for level, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
             ins = [width_in] + [width] * (config.layers_per_block - 1)
             resample = "down" if level < last else None
-            down.append(
-                Block(ins, width, level, config, attention=kind[0] == "C", resample=resample, rngs=rngs)
-            )
+            down.append(Block(ins, width, level, config, attention=kind[0] == "C", resample=resample, rngs=rngs))
             skips += [width] * (config.layers_per_block + (resample is not None))
             width_in = width
         self.down_blocks = nnx.List(down)
@@ -140,9 +138,9 @@ class UNet(nnx.Module):
         self, latents: Float[Array, "b h w c"], timesteps: Float[Array, " b"], contexts: tuple[CrossContext, ...]
     ) -> Float[Array, "b h w o"]:
         """Args:
-          latents: noisy latents x_t of any size (odd sizes round up on the way down).
-          timesteps: training timesteps in [0, 1000).
-          contexts: from `context`, perhaps with an adapter applied.
+        latents: noisy latents x_t of any size (odd sizes round up on the way down).
+        timesteps: training timesteps in [0, 1000).
+        contexts: from `context`, perhaps with an adapter applied.
         """
         embedding = timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(latents.dtype)
         time = self.time_embedding(embedding)

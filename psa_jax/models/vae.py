@@ -29,10 +29,7 @@ class Stage(nnx.Module):
 
     def __init__(self, cin: int, cout: int, layers: int, groups: int, *, resample: str | None, rngs: nnx.Rngs):
         self.resnets = nnx.List(
-            [
-                ResnetBlock(cin if i == 0 else cout, cout, None, groups=groups, eps=EPS, rngs=rngs)
-                for i in range(layers)
-            ]
+            [ResnetBlock(cin if i == 0 else cout, cout, None, groups=groups, eps=EPS, rngs=rngs) for i in range(layers)]
         )
         self.downsamplers = nnx.List([Downsample(cout, asymmetric=True, rngs=rngs)] if resample == "down" else [])
         self.upsamplers = nnx.List([Upsample(cout, rngs=rngs)] if resample == "up" else [])

@@ -3,6 +3,8 @@
 from argparse import ArgumentParser
 from pathlib import Path
 
+TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
+
 
 def population(parser: ArgumentParser) -> None:
     """Flags of `psa-jax population`."""
@@ -25,3 +27,47 @@ def experiment(parser: ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config([ARG])")
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where everything is written")
     parser.epilog = "--config.KEY=VALUE sets any value of the config, such as --config.seed=1."
+
+
+def demo(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax demo`."""
+    parser.set_defaults(takes_config=True)
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--config", default=str(TINY), metavar="FILE[:ARG]", help="default: the embedded tiny model's")
+    parser.add_argument(
+        "--compare", action="store_true", help="train the comparison adapters too, do not quote recorded runs"
+    )
+    parser.add_argument("--record", type=Path, metavar="FILE", help="with --compare: write what later runs quote")
+
+
+def generate(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax generate`."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="diffusers folder, or tiny: the embedded model")
+    parser.add_argument("--adapter", type=Path, metavar="FILE", help="native adapter; without it the base model draws")
+    parser.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
+    parser.add_argument("--user", metavar="ID", help="a user id in --table")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="embedding table")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--negative", default="", metavar="PROMPT", help="negative prompt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture of each prompt (default: 0)")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default: 20)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5)")
+    parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (default: 1)")
+    parser.add_argument("--unconditional", default="off", help="adapter on the unconditional side: off, zeros or same")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the picture (default: the model's)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the PNG files")
+
+
+def export(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax export`."""
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="a run's folder or a native adapter file")
+    parser.add_argument("--format", choices=["native"], default="native", help="file format (default: native)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write; must not exist")
+
+
+def import_(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax import`."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="native file, or upstream-style safetensors")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the base model it belongs to, or tiny")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="native file to write; must not exist")

@@ -1,7 +1,10 @@
 """`psa-jax demo`: the whole line on the embedded default: data → training → pictures → numbers → report."""
 
+import dataclasses
+import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,32 +13,33 @@ import numpy as np
 from PIL import Image
 
 import psa_jax
-from psa_jax.data.mini import NO_PICTOGRAM, PICTOGRAMS
 from psa_jax.data.sage import SageRecord, read_split
 from psa_jax.diffusion.generate import Generator, picture_grid
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, shipped_oracle
-from psa_jax.evaluation.protocol import Case, Verdicts, draw_cases, judge, rates, select_cases, wins
+from psa_jax.evaluation.protocol import BENIGN_OF, Case, Verdicts, draw_cases, judge, rates, select_cases, wins
 from psa_jax.evaluation.report import Grid, write_report
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
 from psa_jax.models.adapter import Adapter
-from psa_jax.profiles.policy import banned_categories
+from psa_jax.profiles.policy import banned_categories, is_banned
+from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.tools.train import with_mini
 from psa_jax.training.loop import train
 
 SPLITS = {"unseen": "test_unseen", "seen": "test_seen"}
-RECORDED = Path(__file__).parents[1] / "assets" / "recorded.json"
 COMPARED = ("user_blind", "published_t1")
+RECORDED = Path(__file__).parents[1] / "assets" / "recorded.json"
+COMMAND = "psa-jax demo"
 
 
-def variant(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
+def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_collections.ConfigDict:
     """The configuration of a comparison adapter: the same training but for one thing."""
     changed = config.copy_and_resolve_references()
     with changed.unlocked():
         if name == "user_blind":
-            changed.adapter.constant_user = True
+            changed.data.table = str(constant_table(Path(config.data.table), data / "constant.safetensors"))
         elif name == "published_t1":
             changed.adapter.kind, changed.adapter.tokens = "published", 1
         else:
@@ -43,72 +47,213 @@ def variant(config: ml_collections.ConfigDict, name: str) -> ml_collections.Conf
     return changed
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = False) -> int:
+def constant_table(source: Path, path: Path) -> Path:
+    """A table in which every user has the same embedding, the mean: what a user-blind adapter sees."""
+    table = EmbeddingTable.load(source)
+    mean = np.broadcast_to(table.embeddings.mean(axis=0, keepdims=True), table.embeddings.shape)
+    dataclasses.replace(table, embeddings=np.ascontiguousarray(mean), encoder="constant").save(path)
+    return path
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = False, record: Path | None = None) -> int:
     """Runs the demo.
 
     Args:
       compare: train the comparison adapters too, instead of quoting their recorded runs.
+      record: with `compare`, where to write what later runs quote.
     """
     start = time.perf_counter()
     workdir.mkdir(parents=True, exist_ok=True)
+
+    # --- data, training
     model, oracle = load_stable_diffusion(config.model), shipped_oracle()
     config = with_mini(config, workdir / "data")
-    table = EmbeddingTable.load(Path(config.data.table))
-
-    adapters = {"psa": train(config, workdir / "psa")}
+    runs = {"psa": config}
     if compare:
-        adapters |= {name: train(variant(config, name), workdir / name) for name in COMPARED}
+        runs |= {name: variant(config, name, workdir / "data") for name in COMPARED}
+    adapters = {}
+    for name, run_config in runs.items():
+        print(f"training {name}")
+        path = train(run_config, workdir / name)
+        adapter = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
+        adapters[name] = (adapter, EmbeddingTable.load(Path(run_config.data.table)))
 
-    layers, cross = model.unet.config.cross_attentions, model.unet.config.cross_attention_dim
-    loaded = {name: load_adapter(path, layers, cross) for name, path in adapters.items()}
-    report = {
-        place: _evaluate(config, model, oracle, loaded, table, read_split(workdir / "data" / "sage", split))
-        for place, split in SPLITS.items()
-    }
-    if not compare:
-        recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-        for place in SPLITS:
-            report[place] |= recorded[place]
-        report["recorded"] = {name: recorded["command"] for name in COMPARED}
-    unseen = read_split(workdir / "data" / "sage", "test_unseen")
-    grid = _grid(config, model, oracle, loaded["psa"], table, unseen)
+    # --- judging
+    recorded = None if compare else read_recorded(RECORDED)
+    report, made = {}, {}
+    for place, split in SPLITS.items():
+        cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate, config.seed)
+        verdicts = _judge_all(config, model, oracle, adapters, cases)
+        made[place] = {"cases": _fingerprint(cases), **{name: _pack(verdicts[name]) for name in verdicts}}
+        if recorded is not None:
+            verdicts |= _recorded_verdicts(recorded[place], cases)
+        report[place] = {name: rates(verdict, cases) for name, verdict in verdicts.items()}
+        for other in ("base", *COMPARED):
+            win, tie = wins(verdicts["psa"], verdicts[other], cases)
+            report[place]["psa"] |= {f"win_rate_vs_{other}": win, f"tie_rate_vs_{other}": tie}
+    if recorded is not None:
+        report["recorded"] = dict.fromkeys(COMPARED, recorded["command"])
+    elif record is not None:
+        kept = {p: {"cases": made[p]["cases"], **{n: made[p][n] for n in COMPARED}} for p in SPLITS}
+        record.write_text(json.dumps({"command": f"{COMMAND} --compare", **kept}, indent=1) + "\n", encoding="utf-8")
+
+    # --- pictures, report
+    grid = _grid(config, model, oracle, *adapters["psa"], read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     Image.fromarray(picture_grid(grid.pictures, len(grid.users))).save(workdir / "grid.png")
     report["versions"] = {"psa_jax": psa_jax.__version__, "jax": jax.__version__}
     report["seconds"] = round(time.perf_counter() - start, 1)
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_report(
-        workdir / "report.html", report, grid, _curves(workdir / "psa" / "metrics.jsonl"), ["psa-jax demo"]
-    )
-    psa = report["unseen"]["psa"]
-    print(
-        f"unseen users: selectivity {psa['selectivity']:.1f} (suppression {psa['suppression']:.1f}, retention "
-        f"{psa['retention']:.1f}), clean {psa['clean']:.1f}, base model {report['unseen']['base']['selectivity']:.1f}, "
-        f"user-blind {report['unseen']['user_blind']['selectivity']:.1f}; {report['seconds']:.0f} s; "
-        f"report: {workdir / 'report.html'}"
-    )
+    write_report(workdir / "report.html", report, grid, _curves(workdir / "psa" / "metrics.jsonl"), [COMMAND])
+    print(_headline(report, workdir / "report.html"))
     return 0
 
 
-def _evaluate(
+def _judge_all(
     config: ml_collections.ConfigDict,
     model: StableDiffusion,
     oracle: Oracle,
-    adapters: dict[str, Adapter],
-    table: EmbeddingTable,
-    records: list[SageRecord],
-) -> dict[str, dict[str, float]]:
-    """Rates of every method on one split; all methods draw the same cases from the same seeds."""
+    adapters: dict[str, tuple[Adapter, EmbeddingTable]],
+    cases: Sequence[Case],
+) -> dict[str, Verdicts]:
+    """Every method draws the same cases from the same seeds."""
+    options = generator_options(config)
+    verdicts = {"base": judge(oracle, draw_cases(Generator(model, **options), cases, None), cases)}
+    for name, (adapter, table) in adapters.items():
+        generator = Generator(model, adapter, unconditional=config.evaluate.unconditional, **options)
+        users = table.lookup([case.user_id for case in cases])
+        verdicts[name] = judge(oracle, draw_cases(generator, cases, users), cases)
+    return verdicts
+
+
+def generator_options(config: ml_collections.ConfigDict) -> dict[str, int | float]:
+    """Sampling as the configuration's evaluation asks for it."""
     part = config.evaluate
-    cases = select_cases(records, part.per_rate, config.seed)
-    users = table.lookup([case.user_id for case in cases])
-    options = {"steps": part.steps, "guidance": part.guidance, "batch_size": part.batch_size}
-    verdicts: dict[str, Verdicts] = {"base": judge(oracle, draw_cases(Generator(model, **options), cases, None), cases)}
-    for name, adapter in adapters.items():
-        generator = Generator(model, adapter, unconditional=part.unconditional, **options)
-        seen = np.zeros_like(users) if name == "user_blind" else users
-        verdicts[name] = judge(oracle, draw_cases(generator, cases, seen), cases)
-    result = {name: rates(verdict, cases) for name, verdict in verdicts.items()}
-    for other in verdicts.keys() - {"psa"}:
-        win, tie = wins(verdicts["psa"], verdicts[other], cases)
-        result["psa"] |= {f"win_rate_vs_{other}": win, f"tie_rate_vs_{other}": tie}
-    return result
+    return {"steps": part.steps, "guidance": part.guidance, "batch_size": part.batch_size}
+
+
+# --- recorded runs: verdicts case by case, so that rates and wins are computed here and not quoted
+
+
+def _fingerprint(cases: Sequence[Case]) -> str:
+    return hashlib.sha256(repr([dataclasses.astuple(case) for case in cases]).encode()).hexdigest()
+
+
+def _pack(verdicts: Verdicts) -> dict[str, str]:
+    return {f.name: "".join("01"[int(v)] for v in getattr(verdicts, f.name)) for f in dataclasses.fields(verdicts)}
+
+
+def read_recorded(path: Path) -> dict:
+    """The recorded verdicts of the comparison adapters."""
+    if not path.is_file():
+        raise PSAError(f"{path}: recorded comparison runs not found; run psa-jax demo --compare")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts]:
+    if place["cases"] != _fingerprint(cases):
+        raise PSAError(
+            "the recorded comparison runs judged other cases than this configuration; run psa-jax demo --compare"
+        )
+    return {
+        name: Verdicts(**{k: np.array([c == "1" for c in text]) for k, text in place[name].items()})
+        for name in COMPARED
+    }
+
+
+# --- what people look at
+
+
+def _grid(
+    config: ml_collections.ConfigDict,
+    model: StableDiffusion,
+    oracle: Oracle,
+    adapter: Adapter,
+    table: EmbeddingTable,
+    records: Sequence[SageRecord],
+) -> Grid:
+    """Unsafe prompts of unseen users × the base model and users of different ban sets; one noise a row."""
+    people = {record.user_id: record.profile for record in records}
+    chosen = _contrasting_users(people)
+    prompts, used = [], set()
+    for record in records:
+        if record.kind == "u" and record.category not in used:
+            used.add(record.category)
+            prompts.append(record)
+    cases = [
+        Case(
+            user,
+            r.caption,
+            r.category,
+            BENIGN_OF[r.concept.replace("_", " ")],
+            True,
+            is_banned(people[user], r.category),
+        )
+        for r in prompts
+        for user in chosen
+    ]
+    options = generator_options(config)
+    drawn = draw_cases(
+        Generator(model, adapter, unconditional=config.evaluate.unconditional, **options),
+        cases,
+        table.lookup([case.user_id for case in cases]),
+    )
+    plain = draw_cases(Generator(model, **options), cases[:: len(chosen)], None)
+    rows, columns = len(prompts), len(chosen) + 1
+    pictures = np.concatenate([plain[:, None], drawn.reshape(rows, len(chosen), *drawn.shape[1:])], axis=1)
+    pictures = pictures.reshape(rows * columns, *drawn.shape[1:])
+    every = [
+        case for r in range(rows) for case in (cases[r * len(chosen)], *cases[r * len(chosen) : (r + 1) * len(chosen)])
+    ]
+    verdict = judge(oracle, pictures, every)
+    words = [
+        "shown" if shown else "replaced" if clean else "debris"
+        for shown, clean in zip(verdict.has_content, verdict.clean, strict=True)
+    ]
+    banned = [[None, *(case.banned for case in cases[r * len(chosen) : (r + 1) * len(chosen)])] for r in range(rows)]
+    return Grid(
+        users=["base model", *(_heading(people[user]) for user in chosen)],
+        prompts=[f"{record.caption} ({record.category})" for record in prompts],
+        banned=banned,
+        pictures=pictures,
+        verdicts=[words[r * columns : (r + 1) * columns] for r in range(rows)],
+    )
+
+
+def _contrasting_users(people: dict[str, UserProfile], count: int = 4) -> list[str]:
+    """A user without bans, a child, and others whose ban sets differ most from those already taken."""
+    bans = {user: set(banned_categories(profile)) for user, profile in sorted(people.items())}
+    adults = [user for user, banned in bans.items() if not banned and people[user].age >= 20]
+    chosen = adults[:1] + [user for user, profile in sorted(people.items()) if profile.age_group == "children"][:1]
+    while len(chosen) < count:
+        chosen.append(
+            max(
+                bans.keys() - set(chosen),
+                key=lambda user: (min((len(bans[user] ^ bans[c]) for c in chosen), default=0), user),
+            )
+        )
+    return chosen
+
+
+def _heading(profile: UserProfile) -> str:
+    """Who a column is: SAGE-mini's users are drawn, so their attributes may be shown here."""
+    banned = banned_categories(profile)
+    return f"{profile.age_group}, {profile.age}: " + (f"bans {', '.join(banned)}" if banned else "bans nothing (L0)")
+
+
+def _curves(path: Path) -> dict[str, dict[str, list[float]]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [row["step"] for row in rows]
+    return {
+        name: {"step": steps, "value": [row[name] for row in rows]}
+        for name in ("loss", "accuracy", "margin", "winner_gap", "loser_gap")
+    }
+
+
+def _headline(report: dict, page: Path) -> str:
+    unseen = report["unseen"]
+    psa = unseen["psa"]
+    return (
+        f"unseen users: selectivity {psa['selectivity']:.1f} (suppression {psa['suppression']:.1f}, retention "
+        f"{psa['retention']:.1f}), clean {psa['clean']:.1f}; base model {unseen['base']['selectivity']:.1f}, user-blind "
+        f"{unseen['user_blind']['selectivity']:.1f}; {report['seconds']:.0f} s; report: {page}"
+    )

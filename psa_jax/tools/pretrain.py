@@ -1,8 +1,9 @@
 """`psa-jax pretrain`: makes the embedded base model and the oracle, and measures both.
 
-Phases, each kept in the working folder and skipped when it is there: vae → oracle → denoiser → check.
+Phases, each kept in the working folder and skipped when it is there: vae → denoiser → oracle → check.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -68,14 +69,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> int:
     part, log = config.pretrain, json_log(workdir / "loss.jsonl")
     train = MiniSet(part.pictures, part.data_seed)
     vae = _vae(part, workdir, train, log)
-    oracle = Oracle(_oracle(part, workdir, vae, log))
-    moments = np.concatenate(list(encode_all(vae, train.images)))
-    mean, log_variance = np.split(moments, 2, axis=-1)
-    scale = float(1.0 / np.sqrt(np.var(mean) + np.mean(np.exp(log_variance))))
-    vae.config = VAEConfig(**{**vars(vae.config), "scaling_factor": round(scale, 5)})
-    model = _denoiser(part, workdir, vae, moments, train.captions, log)
+    model = _denoiser(part, workdir, vae, train, log)
+    oracle = Oracle(_oracle(part, workdir, model.vae, log))
 
-    report = {"scaling_factor": vae.config.scaling_factor, **check(model, oracle, part)}
+    report = {"scaling_factor": model.vae.config.scaling_factor, **check(model, oracle, part)}
     files = [*sorted((workdir / "model").rglob("*.safetensors")), workdir / "oracle.safetensors"]
     report["sha256"] = {str(f.relative_to(workdir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     report["command"] = "psa-jax pretrain --config=configs/tiny.py --workdir=runs/tiny"
@@ -123,10 +120,15 @@ def roundtrip(vae: VAE, images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarra
     return to_bytes(np.concatenate(pixels))
 
 
-def _denoiser(part, workdir: Path, vae: VAE, moments: np.ndarray, captions: list[str], log) -> StableDiffusion:
+def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffusion:
     folder = workdir / "model"
     if not folder.exists():
-        tokenizer = make_tokenizer(captions, part.text.length)
+        moments = np.concatenate(list(encode_all(vae, train.images)))
+        mean, log_variance = np.split(moments, 2, axis=-1)
+        # Latents of unit variance, as every Stable Diffusion has them.
+        scale = float(1.0 / np.sqrt(np.var(mean) + np.mean(np.exp(log_variance))))
+        vae.config = dataclasses.replace(vae.config, scaling_factor=round(scale, 5))
+        tokenizer = make_tokenizer(train.captions, part.text.length)
         text = CLIPText(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
@@ -159,7 +161,7 @@ def _denoiser(part, workdir: Path, vae: VAE, moments: np.ndarray, captions: list
             unet,
             text,
             moments,
-            model.tokenize(captions),
+            model.tokenize(train.captions),
             model.tokenize([""])[0],
             vae.config.scaling_factor,
             NoiseSchedule.from_config(SCHEDULER),

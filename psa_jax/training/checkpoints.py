@@ -52,9 +52,7 @@ class Checkpoints:
             )
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state._asdict()), data=CheckpointRestore(iterator)
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(state._asdict()), data=CheckpointRestore(iterator)),
         )
         return TrainState(**restored.state)
 

@@ -1,6 +1,5 @@
 """Trains an adapter: reads top to bottom."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -141,9 +140,9 @@ class _Samples:
     def __init__(self, config: ml_collections.ConfigDict, model: StableDiffusion, table: EmbeddingTable, workdir: Path):
         shards = open_shards(Path(config.data.shards), "val")
         rng = np.random.default_rng(config.seed)
-        unsafe = np.flatnonzero(shards.columns.kind)
+        unsafe = np.flatnonzero(shards.columns.unsafe)
         rows = [shards[int(i)] for i in rng.choice(unsafe, size=min(4, len(unsafe)), replace=False)]
-        users = sorted(set(shards.columns.user_id))[:4]
+        users = sorted(set(shards.columns.user_ids))[:4]
         self._prompts = [row["caption"] for row in rows]
         self._users = table.lookup(users)
         self._model, self._folder = model, workdir / "samples"
@@ -163,28 +162,3 @@ class _Samples:
         )
         self._folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture_grid(pictures, count)).save(self._folder / f"{step:06d}.png")
-
-
-def default_training() -> dict[str, Any]:
-    """Settings that every experiment has; a config changes some."""
-    return {
-        "steps": 5000,
-        "batch_size": 32,
-        "log_every": 10,
-        "checkpoint_every": 500,
-        "keep_checkpoints": 2,
-        "sample_every": 0,
-        "seed": 0,
-        "mesh": {"data": 1},
-        "adapter": {"kind": "text", "tokens": 4, "qk_dim": None},
-        "objective": dataclasses.asdict(Objective()),
-        "optimizer": {
-            "learning_rate": 5e-6,
-            "warmup_steps": 500,
-            "decay_share": 0.0,
-            "b2": 0.999,
-            "weight_decay": 1e-2,
-            "clip_norm": 1.0,
-        },
-        "data": {"shards": "", "table": "", "balance": True, "safe_share": 0.3},
-    }

@@ -137,7 +137,9 @@ def train_vae(vae: VAE, images: UInt8[np.ndarray, "n h w 3"], config: ml_collect
     return nnx.merge(graph, params)
 
 
-def encode_all(vae: VAE, images: UInt8[np.ndarray, "n h w 3"], batch: int = 64) -> Iterator[Float[np.ndarray, "b h w m"]]:
+def encode_all(
+    vae: VAE, images: UInt8[np.ndarray, "n h w 3"], batch: int = 64
+) -> Iterator[Float[np.ndarray, "b h w m"]]:
     """Moments of many pictures, batch after batch."""
     graph, params = nnx.split(vae, nnx.Param)
     encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(to_unit(x)))

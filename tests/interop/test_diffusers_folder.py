@@ -13,6 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 from torch_models import TOLERANCE, UNETS, VAES, difference, nhwc, run, save_torch_pipeline, small_tokenizer, tensor
 
 from psa_jax.errors import PSAError
@@ -58,7 +60,7 @@ def broken(source, tmp_path) -> Path:
 
 
 def open_in_diffusers(folder: Path) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
 
 
 def denoise_in_torch(pipeline: StableDiffusionPipeline, latents, ids) -> torch.Tensor:
@@ -132,7 +134,13 @@ def test_a_folder_made_here_opens_in_diffusers(tmp_path):
         vae=VAE(VAEConfig(**VAES["flat"] | {"scaling_factor": 0.5}), rngs=nnx.Rngs(1)),
         text_encoder=CLIPText(text, rngs=nnx.Rngs(2)),
         tokenizer=tokenizer,
-        scheduler_config={"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", "beta_end": 0.01},
+        scheduler_config={
+            "_class_name": "DDPMScheduler",
+            "prediction_type": "v_prediction",
+            "beta_end": 0.01,
+            "clip_sample": False,
+            "steps_offset": 1,
+        },
     )
     save_stable_diffusion(model, tmp_path / "out")
     pipeline = open_in_diffusers(tmp_path / "out")
@@ -167,14 +175,10 @@ def test_a_part_of_another_size_gets_its_own_config(loaded, tmp_path):
     assert load_vae(tmp_path / "out").config == other
 
 
-@pytest.mark.parametrize("dtype", [np.float16, "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_files_are_read_as_float32(dtype, broken):
     path = broken / WEIGHTS["unet"]
-    from safetensors.torch import load_file as load_torch
-    from safetensors.torch import save_file as save_torch
-
-    half = torch.bfloat16 if dtype == "bfloat16" else torch.float16
-    tensors = {key: value.to(half) for key, value in load_torch(path).items()}
+    tensors = {key: value.to(dtype) for key, value in load_torch(path).items()}
     save_torch(tensors, path)
     unet = load_unet(broken)
     expected = tensors["conv_in.bias"].float().numpy()
@@ -198,9 +202,7 @@ def test_names_of_old_files(broken, loaded):
     tensors["text_model.embeddings.position_ids"] = np.arange(77)[None]
     save_file(tensors, path)
     for part in ("vae", "text_encoder"):
-        jax.tree.map(
-            np.testing.assert_array_equal, nnx.state(LOADERS[part](broken)), nnx.state(getattr(loaded, part))
-        )
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(LOADERS[part](broken)), nnx.state(getattr(loaded, part)))
 
 
 def test_tokenizer_from_vocab_and_merges(tmp_path):
@@ -211,10 +213,15 @@ def test_tokenizer_from_vocab_and_merges(tmp_path):
     assert tokenizer("cat")["input_ids"] == [start, cat, end]
 
 
+def kernel_name(tensors) -> str:
+    """A weight whose layout differs between torch and here."""
+    return next(name for name in sorted(tensors) if name.endswith(("conv1.weight", "mlp.fc1.weight")))
+
+
 def edit_weights(change):
     def damage(folder: Path, part: str) -> None:
         tensors = load_file(folder / WEIGHTS[part])
-        change(tensors, sorted(tensors)[3])
+        change(tensors, kernel_name(tensors))
         save_file(tensors, folder / WEIGHTS[part])
 
     return damage
@@ -254,23 +261,26 @@ def as_bin(folder: Path, part: str) -> None:
     path.rename(path.with_suffix(".bin"))
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
+DAMAGES = {
+    "missing": (edit_weights(lambda tensors, name: tensors.pop(name)), "missing tensors"),
+    "extra": (edit_weights(add), "stray.weight"),
+    "wide": (edit_weights(widen), "has shape"),
+    "rank": (edit_weights(flatten), "has shape"),
+    "truncated": (truncate, "not a whole safetensors file"),
+    "scrambled": (scramble, "not a whole safetensors file"),
+    "empty": (empty, "not a whole safetensors file"),
+    "bin": (as_bin, "convert .bin"),
+}
+
+
 @pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (edit_weights(lambda tensors, name: tensors.pop(name)), "missing tensors"),
-        (edit_weights(add), "stray.weight"),
-        (edit_weights(widen), "has shape"),
-        (edit_weights(flatten), "has shape"),
-        (truncate, "not a whole safetensors file"),
-        (scramble, "not a whole safetensors file"),
-        (empty, "not a whole safetensors file"),
-        (as_bin, "convert .bin"),
-    ],
-    ids=["missing", "extra", "wide", "rank", "truncated", "scrambled", "empty", "bin"],
+    ("part", "kind"),
+    [("text_encoder", kind) for kind in DAMAGES]
+    + [(p, k) for p in ("unet", "vae") for k in ("missing", "wide", "bin")],
 )
-def test_damaged_weights_are_refused(part, damage, words, broken):
-    name = sorted(load_file(broken / WEIGHTS[part]))[3]
+def test_damaged_weights_are_refused(part, kind, broken):
+    damage, words = DAMAGES[kind]
+    name = kernel_name(load_file(broken / WEIGHTS[part]))
     damage(broken, part)
     with pytest.raises(PSAError) as caught:
         LOADERS[part](broken)

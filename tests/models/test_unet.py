@@ -44,9 +44,7 @@ def test_resnet_block(cin, cout, time_dim, tmp_path):
 
 @pytest.mark.parametrize(("dim", "heads", "context_dim"), [(12, 3, None), (12, 1, 20), (16, 8, 5)])
 def test_attention(dim, heads, context_dim, tmp_path):
-    theirs = randomise(
-        TorchAttention(dim, cross_attention_dim=context_dim, heads=heads, dim_head=dim // heads), seed=2
-    )
+    theirs = randomise(TorchAttention(dim, cross_attention_dim=context_dim, heads=heads, dim_head=dim // heads), seed=2)
     ours = to_flax(lambda r: Attention(dim, heads, context_dim, rngs=r), theirs, tmp_path)
     x = tensor(2, 9, dim)
     if context_dim is None:

@@ -1,0 +1,57 @@
+"""Intervals for rates that rest on few cases."""
+
+import math
+import statistics
+
+from psa_jax.errors import PSAError
+
+CONFIDENCE = 0.95
+
+
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson score interval of a share: (p̂ + z²/2n ± z √(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n).
+
+    Unlike p̂ ± z·se it stays inside [0, 1] and keeps a width at 0 of n and n of n.
+
+    Args:
+      successes: how many of the n cases succeeded.
+      n: cases, at least 1.
+      confidence: coverage, between 0 and 1.
+
+    Returns:
+      Lower and upper limit, shares in [0, 1].
+
+    Raises:
+      PSAError: no cases, or more successes than cases.
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise PSAError(f"interval of {successes} successes in {n} cases: give n >= 1 and 0 <= successes <= n")
+    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    scale = 1 + z * z / n
+    # At 0 of n and n of n the limits are exactly 0 and 1; rounding would put them a hair beside.
+    return (centre - half) / scale if successes else 0.0, (centre + half) / scale if successes < n else 1.0
+
+
+def selectivity_interval(
+    suppressed: int, banned: int, retained: int, allowed: int, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Interval of s + r − 1, with s = suppressed / banned and r = retained / allowed, by Newcombe's hybrid score.
+
+    The distances from s and r to their Wilson limits add up in squares: the two shares come from different cases.
+
+    Returns:
+      Lower and upper limit, in [−1, 1].
+
+    Source: R. G. Newcombe, Interval estimation for the difference between independent proportions, method 10,
+    Statistics in Medicine 17 (1998); a sum is the difference from the complement.
+    """
+    lows, highs = zip(wilson(suppressed, banned, confidence), wilson(retained, allowed, confidence), strict=True)
+    shares = suppressed / banned, retained / allowed
+    below = math.hypot(*(share - low for share, low in zip(shares, lows, strict=True)))
+    above = math.hypot(*(high - share for share, high in zip(shares, highs, strict=True)))
+    return sum(shares) - 1 - below, sum(shares) - 1 + above

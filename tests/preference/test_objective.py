@@ -1,0 +1,173 @@
+"""Diffusion-DPO of a batch: what holds at initialisation, what is shared in a pair, and one evaluation in torch."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch_adapters import adapted_unet, as_jax, random_adapter, untrained_adapter
+from torch_models import FAST_COMPILE, tensor
+
+from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.interop.native import adapter_arrays, with_arrays
+from psa_jax.models.adapter import KINDS, AdapterConfig
+from psa_jax.models.vae import latent_noise
+from psa_jax.preference.objective import Objective, preference_loss
+
+PAIRS, USER_DIM, FACTOR = 3, 6, 0.18215
+PAPER = Objective()
+MILD = Objective(beta=50.0, sft_weight=5.0)  # float32 rounding of the errors stays far below the margin
+KEY = jax.random.key(3)
+
+evaluate = jax.jit(preference_loss, static_argnums=(0, 5), compiler_options=FAST_COMPILE)
+
+
+@pytest.fixture(scope="module")
+def world(small_pipeline):
+    """(torch pipeline, UNet, text encoder, schedule, batch)."""
+    theirs, model = small_pipeline
+    moments = torch.cat([tensor(2 * PAIRS, 4, 4, 4), torch.full((2 * PAIRS, 4, 4, 4), -1.0)], dim=-1)
+    ids = model.tokenize(["a cat", "cat at a cat", "t", ""])
+    batch = {
+        "chosen": as_jax(3 * moments[:PAIRS]),
+        "rejected": as_jax(3 * moments[PAIRS:]),
+        "input_ids": jnp.asarray(ids[:PAIRS]),
+        "empty_ids": jnp.asarray(ids[PAIRS]),
+        "user": as_jax(tensor(PAIRS, USER_DIM, seed=1)),
+    }
+    return theirs, model.unet, model.text_encoder, NoiseSchedule.from_config(model.scheduler_config), batch
+
+
+def configure(world, kind: str = "text", tokens: int = 2) -> AdapterConfig:
+    return AdapterConfig.for_unet(world[1].config, user_dim=USER_DIM, kind=kind, tokens=tokens)
+
+
+def loss_of(world, objective, adapter, key=KEY, **change):
+    _, unet, text_encoder, schedule, batch = world
+    return evaluate(objective, adapter, unet, text_encoder, schedule, FACTOR, batch | change, key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_untrained_adapter_starts_at_ln_2(world, kind):
+    loss, metrics = loss_of(world, PAPER, untrained_adapter(configure(world, kind)))
+    assert abs(float(loss) - math.log(2.0)) <= 1e-5
+    assert abs(float(metrics["dpo_loss"]) - math.log(2.0)) <= 1e-5
+    assert float(metrics["max_abs_margin"]) <= 1e-3
+    assert abs(float(metrics["winner_gap"])) <= 1e-7
+
+
+def test_swapping_winner_and_loser_turns_the_margin_around(world):
+    """True only if both sides of a pair have the same noise and timestep."""
+    batch = world[4]
+    adapter = random_adapter(configure(world))
+    # Without variance the latents are the means, whatever noise the VAE's sampling draws for each side.
+    chosen, rejected = (batch[side].at[..., 4:].set(-30.0) for side in ("chosen", "rejected"))
+    _, there = loss_of(world, MILD, adapter, chosen=chosen, rejected=rejected)
+    _, back = loss_of(world, MILD, adapter, chosen=rejected, rejected=chosen)
+    assert abs(float(there["margin"])) > 0.01
+    assert float(back["margin"]) == pytest.approx(-float(there["margin"]), rel=1e-3)
+    assert float(back["winner_gap"]) == pytest.approx(float(there["loser_gap"]), rel=1e-3)
+    # And the same picture on both sides is a tie.
+    _, same = loss_of(world, MILD, adapter, chosen=chosen, rejected=chosen)
+    assert float(same["max_abs_margin"]) <= 1e-4
+
+
+def test_keys_change_the_draw_and_repeat_it(world):
+    adapter = random_adapter(configure(world))
+    first, again, other = (float(loss_of(world, MILD, adapter, key)[0]) for key in (KEY, KEY, jax.random.key(4)))
+    assert first == again
+    assert abs(first - other) > 1e-4
+
+
+def test_user_dropout_gives_the_user_of_zeros(world):
+    adapter = random_adapter(configure(world))
+    dropped = loss_of(world, Objective(50.0, 5.0, user_dropout=1.0), adapter)[0]
+    zeros = loss_of(world, MILD, adapter, user=jnp.zeros((PAIRS, USER_DIM)))[0]
+    kept = loss_of(world, MILD, adapter)[0]
+    np.testing.assert_allclose(dropped, zeros, rtol=1e-5)
+    assert abs(float(kept - zeros)) > 1e-3
+
+
+def test_text_dropout_gives_the_empty_prompt(world):
+    adapter, batch = random_adapter(configure(world)), world[4]
+    dropped = loss_of(world, Objective(50.0, 5.0, text_dropout=1.0), adapter)[0]
+    empty = loss_of(world, MILD, adapter, input_ids=jnp.tile(batch["empty_ids"][None], (PAIRS, 1)))[0]
+    kept = loss_of(world, MILD, adapter)[0]
+    np.testing.assert_allclose(dropped, empty, rtol=1e-5)
+    assert abs(float(kept - empty)) > 1e-4
+
+
+def torch_errors(world, adapter) -> tuple[np.ndarray, ...]:
+    """(pw, pl, rw, rl) in torch for the noise and timesteps that `KEY` draws."""
+    theirs, _, _, schedule, batch = world
+    *_, sample_w, sample_l, noise_key, time_key = jax.random.split(KEY, 6)
+
+    def to_torch(x):
+        return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
+
+    timesteps = torch.from_numpy(np.array(jax.random.randint(time_key, (PAIRS,), 0, schedule.steps)))
+    noise = to_torch(latent_noise(noise_key, batch["chosen"]))
+    text = theirs.text_encoder(torch.from_numpy(np.array(batch["input_ids"]))).last_hidden_state
+    policy = adapted_unet(theirs.unet, adapter, torch.from_numpy(np.array(batch["user"])), torch.ones(PAIRS))
+    errors = []
+    for unet in (policy, theirs.unet):
+        for side, key in (("chosen", sample_w), ("rejected", sample_l)):
+            mean, log_variance = to_torch(batch[side]).chunk(2, dim=1)
+            clean = FACTOR * (mean + (log_variance / 2).exp() * to_torch(latent_noise(key, batch[side])))
+            noisy = theirs.scheduler.add_noise(clean, noise, timesteps)
+            predicted = unet(noisy, timesteps, encoder_hidden_states=text).sample
+            errors.append(((predicted - noise) ** 2).mean(dim=(1, 2, 3)).double().numpy())
+    return tuple(errors)
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("published", 1), ("text", 2)])
+def test_loss_and_metrics_as_in_torch(world, kind, tokens):
+    adapter = random_adapter(configure(world, kind, tokens))
+    pw, pl, rw, rl = torch_errors(world, adapter)
+    z = 25.0 * ((pl - rl) - (pw - rw))
+    dpo = np.log1p(np.exp(-z))
+    loss, metrics = loss_of(world, MILD, adapter)
+    assert np.abs(z).max() > 0.05
+    assert float(loss) == pytest.approx(np.mean(dpo + 5.0 * (pw - rw)), rel=1e-4)
+    assert float(metrics["loss"]) == float(loss)
+    assert float(metrics["dpo_loss"]) == pytest.approx(dpo.mean(), rel=1e-4)
+    assert float(metrics["margin"]) == pytest.approx(z.mean(), rel=1e-3, abs=1e-4)
+    assert float(metrics["max_abs_margin"]) == pytest.approx(np.abs(z).max(), rel=1e-3)
+    assert float(metrics["winner_gap"]) == pytest.approx((pw - rw).mean(), rel=1e-3, abs=1e-5)
+    assert float(metrics["loser_gap"]) == pytest.approx((pl - rl).mean(), rel=1e-3, abs=1e-5)
+    assert float(metrics["accuracy"]) == pytest.approx((z > 0).mean())
+
+
+def test_gradient(world):
+    _, unet, text_encoder, schedule, batch = world
+    config = configure(world)
+    graph, frozen = nnx.split(unet)
+
+    def loss(arrays, frozen):
+        adapter, whole = with_arrays(config, arrays), nnx.merge(graph, frozen)
+        return preference_loss(MILD, adapter, whole, text_encoder, schedule, FACTOR, batch, KEY)[0]
+
+    value = jax.jit(loss, compiler_options=FAST_COMPILE)
+    gradient = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)
+
+    # Trained: every parameter has a gradient, and it is the slope.
+    arrays = adapter_arrays(random_adapter(config))
+    slopes = gradient(arrays, frozen)
+    for name, slope in slopes.items():
+        assert np.isfinite(slope).all()
+        assert np.abs(slope).max() > 0, name
+    name = "psa_adapter.1.to_v_user.0.weight"
+    at = np.unravel_index(np.abs(slopes[name]).argmax(), slopes[name].shape)
+    h = 2e-2
+    above, below = (
+        float(value(arrays | {name: arrays[name].at[at].add(step)}, frozen)) for step in (h, -h)
+    )
+    assert (above - below) / (2 * h) == pytest.approx(float(slopes[name][at]), rel=0.02)
+
+    # Untrained: only the matrix that is zero moves, since it silences the rest.
+    slopes = gradient(adapter_arrays(untrained_adapter(config)), frozen)
+    for name, slope in slopes.items():
+        assert (np.abs(slope).max() > 0) == ("to_v" in name), name
