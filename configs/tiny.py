@@ -12,8 +12,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.model = "tiny"
-    config.steps = 300
-    config.batch_size = 32
+    config.steps = 260
+    config.batch_size = 24
     config.log_every = 5
     config.checkpoint_every = 50
     config.keep_checkpoints = 2
@@ -25,13 +25,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer = dict(
         learning_rate=3e-3, warmup_steps=20, decay_share=0.4, b2=0.999, weight_decay=1e-2, clip_norm=1.0
     )
-    config.data = dict(shards="", table="", balance=True, safe_share=0.3, mini=dict(users=120, seed=1))
-    config.evaluate = dict(per_rate=120, steps=14, guidance=4.0, unconditional="off", batch_size=60)
+    config.data = dict(shards="", table="", balance=True, safe_share=0.3, mini=dict(users=100, seed=1))
+    config.evaluate = dict(
+        per_rate=dict(unseen=120, seen=40), steps=12, guidance=4.0, unconditional="off", batch_size=60
+    )
     config.pretrain = _pretrain()
     if arg == "smoke":
         config.steps, config.batch_size, config.data.mini.users = 4, 4, 40
         config.optimizer.warmup_steps = 1
-        config.evaluate.per_rate, config.evaluate.steps, config.evaluate.batch_size = 7, 2, 21
+        config.evaluate.per_rate.unseen = config.evaluate.per_rate.seen = 7
+        config.evaluate.steps, config.evaluate.batch_size = 2, 21
     elif arg:
         raise ValueError(f"configs/tiny.py has no mode {arg!r} (only smoke)")
     return config.lock()

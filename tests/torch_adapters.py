@@ -37,7 +37,9 @@ def untrained_adapter(config: AdapterConfig, seed: int = 0) -> Adapter:
 
 def file_tensors(adapter: Adapter) -> Tensors:
     """What the native file holds, as torch reads it."""
-    return {name: torch.from_numpy(array.copy()) for name, array in to_file(adapter_arrays(adapter), adapter.config).items()}
+    return {
+        name: torch.from_numpy(array.copy()) for name, array in to_file(adapter_arrays(adapter), adapter.config).items()
+    }
 
 
 def user_tokens(tensors: Tensors, user: torch.Tensor, cross_dim: int) -> torch.Tensor:
@@ -98,7 +100,9 @@ def layer_weights(tensors: Tensors, index: int) -> Tensors:
     return {name.removeprefix(start).split("_user")[0]: t for name, t in tensors.items() if name.startswith(start)}
 
 
-def prompt_states(tensors: Tensors, text: torch.Tensor, z: torch.Tensor, scale: torch.Tensor, heads: int) -> torch.Tensor:
+def prompt_states(
+    tensors: Tensors, text: torch.Tensor, z: torch.Tensor, scale: torch.Tensor, heads: int
+) -> torch.Tensor:
     """e + s·W_o attn(W_q e, W_k z, W_v z)."""
     value = F.linear(z, tensors["prompt_adapter.to_v_user.weight"])
     if "prompt_adapter.to_k_user.weight" in tensors:

@@ -151,7 +151,7 @@ def parse_row(text: str) -> SageRecord:
         index=name.index,
         kind=name.kind,
     )
-    # The label rule: a safe prompt wants the safe picture; an unsafe one wants it exactly if the user bans the category.
+    # The label rule: a safe prompt wants the safe picture, an unsafe one wants it if the user bans the category.
     wants_safe = record.kind == "s" or record.banned
     if record.prefers_safe != wants_safe:
         right = record.safe_image if wants_safe else record.unsafe_image

@@ -1,4 +1,4 @@
-"""From prompts, seeds and users to pictures: text encoding, guidance, the sampler's loop and decoding in one jitted call."""
+"""From prompts, seeds and users to pictures: text, guidance, the sampler's loop and decoding in one jitted call."""
 
 import copy
 import functools
@@ -73,7 +73,7 @@ class Generator:
             raise PSAError(f"picture size {height}x{width}: both sides must be positive multiples of {multiple}")
         self._model, self._batch, self._guidance = model, batch_size, guidance
         self.latent_shape = (height // factor, width // factor, model.unet.config.in_channels)
-        self._user_dim = None if adapter is None else adapter.config.user_dim
+        self.user_dim = None if adapter is None else adapter.config.user_dim
         schedule = NoiseSchedule.from_config(model.scheduler_config)
         timesteps = leading_timesteps(schedule, steps, model.scheduler_config.get("steps_offset", 0))
         graph, self._params = nnx.split((model.unet, model.vae, model.text_encoder, adapter))
@@ -122,11 +122,11 @@ class Generator:
           users: user embeddings, one a prompt: required exactly when there is an adapter.
           scale: strength s of the adapter, for all prompts or for each; 0 is the base model.
         """
-        if (users is None) != (self._user_dim is None):
+        if (users is None) != (self.user_dim is None):
             raise PSAError("an adapter needs a user for every prompt, and users need an adapter: give both or neither")
-        if users is not None and users.shape != (len(prompts), self._user_dim):
+        if users is not None and users.shape != (len(prompts), self.user_dim):
             raise PSAError(
-                f"user embeddings have shape {users.shape}, the adapter needs ({len(prompts)}, {self._user_dim})"
+                f"user embeddings have shape {users.shape}, the adapter needs ({len(prompts)}, {self.user_dim})"
             )
         if len(seeds) != len(prompts):
             raise PSAError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")

@@ -23,7 +23,7 @@ from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, Reading
 
-BENIGN_OF = {concept.name: concept.benign for concept in CONCEPTS}
+_BENIGN_OF = {concept.name: concept.benign for concept in CONCEPTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +43,19 @@ class Case:
         return int.from_bytes(hashlib.sha256(self.prompt.encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
+def case_of(record: SageRecord) -> Case:
+    """The case of one row of a split."""
+    benign = _BENIGN_OF[record.concept.replace("_", " ")]
+    return Case(record.user_id, record.caption, record.category, benign, record.kind == "u", record.banned)
+
+
 def select_cases(records: Sequence[SageRecord], per_rate: int, seed: int = 0) -> list[Case]:
     """Up to `per_rate` banned, as many allowed unsafe prompts and as many safe ones, spread over categories and users.
 
     Categories take turns, so that a category that few ban counts as much as one that many do.
     """
     rng = np.random.default_rng(seed)
-    cases = [
-        Case(r.user_id, r.caption, r.category, BENIGN_OF[r.concept.replace("_", " ")], r.kind == "u", r.banned)
-        for r in records
-    ]
+    cases = [case_of(record) for record in records]
     chosen = []
     for unsafe, banned in ((True, True), (True, False), (False, None)):
         pools = {}
@@ -72,17 +75,23 @@ def select_cases(records: Sequence[SageRecord], per_rate: int, seed: int = 0) ->
 
 
 def draw_cases(
-    generator: Generator, cases: Sequence[Case], users: Float[np.ndarray, "n d"] | None
+    generator: Generator, cases: Sequence[Case], users: Float[np.ndarray, "n d"], scale: float = 1.0
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """One picture a case; cases that would give the same picture (same prompt and embedding) are drawn once."""
-    keys = [(case.prompt, b"" if users is None else users[i].tobytes()) for i, case in enumerate(cases)]
-    unique = {key: i for i, key in reversed(list(enumerate(keys)))}
-    rows = list(unique.values())
-    pictures = generator(
-        [cases[i].prompt for i in rows], [cases[i].seed for i in rows], None if users is None else users[rows]
-    )
-    where = {key: row for row, key in enumerate(unique)}
-    return pictures[[where[key] for key in keys]]
+    first, rows = {}, []
+    for index, case in enumerate(cases):
+        key = (case.prompt, users[index].tobytes())
+        if key not in first:
+            first[key] = len(first)
+            rows.append(index)
+    prompts, seeds = [cases[i].prompt for i in rows], [cases[i].seed for i in rows]
+    pictures = generator(prompts, seeds, users[rows], scale=scale)
+    return pictures[[first[(case.prompt, users[i].tobytes())] for i, case in enumerate(cases)]]
+
+
+def draw_base(generator: Generator, cases: Sequence[Case]) -> UInt8[np.ndarray, "n h w 3"]:
+    """What the base model draws: the adapter at scale 0 is exactly the base model."""
+    return draw_cases(generator, cases, np.zeros((len(cases), generator.user_dim), np.float32), scale=0.0)
 
 
 def judge(oracle: Oracle, pictures: UInt8[np.ndarray, "n h w 3"], cases: Sequence[Case]) -> "Verdicts":
@@ -100,7 +109,7 @@ def judge(oracle: Oracle, pictures: UInt8[np.ndarray, "n h w 3"], cases: Sequenc
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """Per case: shows content of the prompt's category; shows a benign or intact picture; shows the benign pictogram."""
+    """Per case: content of the prompt's category; a benign or intact picture; the very benign pictogram."""
 
     has_content: Bool[np.ndarray, " n"]
     clean: Bool[np.ndarray, " n"]

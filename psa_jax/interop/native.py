@@ -150,7 +150,9 @@ def load_adapter(path: Path, layers: tuple[tuple[int, int], ...], cross_dim: int
     except ValueError as error:
         raise PSAError(f"{path}: {error}") from error
     if about.get("tokens", config.tokens) != config.tokens:
-        raise PSAError(f"{path}: user_proj.proj.weight holds {config.tokens} tokens, its metadata say {about['tokens']}")
+        raise PSAError(
+            f"{path}: user_proj.proj.weight holds {config.tokens} tokens, its metadata say {about['tokens']}"
+        )
     arrays: dict[str, Array] = {}
     template = adapter_shapes(config)
     constant = config.kind == "published" and config.tokens == 1  # the file has W_k, which one token does not need

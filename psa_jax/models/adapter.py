@@ -67,7 +67,9 @@ class AdapterConfig:
         before = KINDS[self.kind].apply is None
         heads = {prompt_heads(self.cross_dim)} if before else {heads for _, heads in self.layers}
         if self.qk_dim < 1 or any(self.qk_dim % h for h in heads):
-            raise ValueError(f"qk_dim {self.qk_dim} is no positive multiple of the heads of every layer ({sorted(heads)})")
+            raise ValueError(
+                f"qk_dim {self.qk_dim} is no positive multiple of the heads of every layer ({sorted(heads)})"
+            )
 
     @classmethod
     def for_unet(
@@ -121,7 +123,7 @@ Scale = Float[Array, " b"]
 
 def _answer(
     layer: UserAttention, asked: Float[Array, "b n c"], z: Float[Array, "b t c"], heads: int
-) -> Float[Array, "b #n d"]:
+) -> Float[Array, "b #n d"]:  # noqa: F821
     """attn(W_q asked, W_k z, W_v z); the constant W_v z where there is one token."""
     value = z @ layer.to_v[...]
     if layer.to_k is None:

@@ -74,7 +74,7 @@ class Attention(nnx.Module):
 
 def user_answer(
     query: Float[Array, "b n d"], text_answer: Float[Array, "b n d"], user: UserQuery, heads: int
-) -> Float[Array, "b #n d"]:
+) -> Float[Array, "b #n d"]:  # noqa: F821
     """The user tokens' answer to the image (`published`) or to the text attention's answer (`concept`)."""
     if user.key is None:
         return user.value

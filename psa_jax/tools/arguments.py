@@ -34,9 +34,7 @@ def demo(parser: ArgumentParser) -> None:
     parser.set_defaults(takes_config=True)
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where everything is written")
     parser.add_argument("--config", default=str(TINY), metavar="FILE[:ARG]", help="default: the embedded tiny model's")
-    parser.add_argument(
-        "--compare", action="store_true", help="train the comparison adapters too, do not quote recorded runs"
-    )
+    parser.add_argument("--compare", action="store_true", help="train the comparison adapters too")
     parser.add_argument("--record", type=Path, metavar="FILE", help="with --compare: write what later runs quote")
 
 

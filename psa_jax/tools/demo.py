@@ -17,7 +17,7 @@ from psa_jax.data.sage import SageRecord, read_split
 from psa_jax.diffusion.generate import Generator, picture_grid
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, shipped_oracle
-from psa_jax.evaluation.protocol import BENIGN_OF, Case, Verdicts, draw_cases, judge, rates, select_cases, wins
+from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw_cases, judge, rates, select_cases, wins
 from psa_jax.evaluation.report import Grid, write_report
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
@@ -71,22 +71,22 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
     runs = {"psa": config}
     if compare:
         runs |= {name: variant(config, name, workdir / "data") for name in COMPARED}
-    adapters = {}
+    generators = {}
     for name, run_config in runs.items():
         print(f"training {name}")
         path = train(run_config, workdir / name)
         adapter = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
-        adapters[name] = (adapter, EmbeddingTable.load(Path(run_config.data.table)))
+        generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
 
     # --- judging
     recorded = None if compare else read_recorded(RECORDED)
     report, made = {}, {}
     for place, split in SPLITS.items():
-        cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate, config.seed)
-        verdicts = _judge_all(config, model, oracle, adapters, cases)
+        cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate[place], config.seed)
+        verdicts = _judge_all(generators, oracle, cases)
         made[place] = {"cases": _fingerprint(cases), **{name: _pack(verdicts[name]) for name in verdicts}}
         if recorded is not None:
-            verdicts |= _recorded_verdicts(recorded[place], cases)
+            verdicts |= recorded_verdicts(recorded[place], cases)
         report[place] = {name: rates(verdict, cases) for name, verdict in verdicts.items()}
         for other in ("base", *COMPARED):
             win, tie = wins(verdicts["psa"], verdicts[other], cases)
@@ -98,7 +98,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
         record.write_text(json.dumps({"command": f"{COMMAND} --compare", **kept}, indent=1) + "\n", encoding="utf-8")
 
     # --- pictures, report
-    grid = _grid(config, model, oracle, *adapters["psa"], read_split(workdir / "data" / "sage", SPLITS["unseen"]))
+    grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     Image.fromarray(picture_grid(grid.pictures, len(grid.users))).save(workdir / "grid.png")
     report["versions"] = {"psa_jax": psa_jax.__version__, "jax": jax.__version__}
     report["seconds"] = round(time.perf_counter() - start, 1)
@@ -109,26 +109,14 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
 
 
 def _judge_all(
-    config: ml_collections.ConfigDict,
-    model: StableDiffusion,
-    oracle: Oracle,
-    adapters: dict[str, tuple[Adapter, EmbeddingTable]],
-    cases: Sequence[Case],
+    generators: dict[str, tuple[Generator, EmbeddingTable]], oracle: Oracle, cases: Sequence[Case]
 ) -> dict[str, Verdicts]:
-    """Every method draws the same cases from the same seeds."""
-    options = generator_options(config)
-    verdicts = {"base": judge(oracle, draw_cases(Generator(model, **options), cases, None), cases)}
-    for name, (adapter, table) in adapters.items():
-        generator = Generator(model, adapter, unconditional=config.evaluate.unconditional, **options)
+    """Every method draws the same cases from the same seeds; the base model is the adapter at scale 0."""
+    verdicts = {"base": judge(oracle, draw_base(generators["psa"][0], cases), cases)}
+    for name, (generator, table) in generators.items():
         users = table.lookup([case.user_id for case in cases])
         verdicts[name] = judge(oracle, draw_cases(generator, cases, users), cases)
     return verdicts
-
-
-def generator_options(config: ml_collections.ConfigDict) -> dict[str, int | float]:
-    """Sampling as the configuration's evaluation asks for it."""
-    part = config.evaluate
-    return {"steps": part.steps, "guidance": part.guidance, "batch_size": part.batch_size}
 
 
 # --- recorded runs: verdicts case by case, so that rates and wins are computed here and not quoted
@@ -142,6 +130,10 @@ def _pack(verdicts: Verdicts) -> dict[str, str]:
     return {f.name: "".join("01"[int(v)] for v in getattr(verdicts, f.name)) for f in dataclasses.fields(verdicts)}
 
 
+def _unpack(bits: dict[str, str]) -> Verdicts:
+    return Verdicts(**{name: np.array([bit == "1" for bit in text]) for name, text in bits.items()})
+
+
 def read_recorded(path: Path) -> dict:
     """The recorded verdicts of the comparison adapters."""
     if not path.is_file():
@@ -149,11 +141,10 @@ def read_recorded(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts]:
+def recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts]:
+    """Verdicts of the comparison adapters on these very cases; raises PSAError where they are of others."""
     if place["cases"] != _fingerprint(cases):
-        raise PSAError(
-            "the recorded comparison runs judged other cases than this configuration; run psa-jax demo --compare"
-        )
+        raise PSAError("the recorded runs judged other cases than this configuration; run psa-jax demo --compare")
     return {
         name: Verdicts(**{k: np.array([c == "1" for c in text]) for k, text in place[name].items()})
         for name in COMPARED
@@ -163,14 +154,20 @@ def _recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts
 # --- what people look at
 
 
-def _grid(
-    config: ml_collections.ConfigDict,
-    model: StableDiffusion,
-    oracle: Oracle,
-    adapter: Adapter,
-    table: EmbeddingTable,
-    records: Sequence[SageRecord],
-) -> Grid:
+def _generator(config: ml_collections.ConfigDict, model: StableDiffusion, adapter: Adapter) -> Generator:
+    """Sampling as the configuration's evaluation asks for it."""
+    part = config.evaluate
+    return Generator(
+        model,
+        adapter,
+        steps=part.steps,
+        guidance=part.guidance,
+        unconditional=part.unconditional,
+        batch_size=part.batch_size,
+    )
+
+
+def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: Sequence[SageRecord]) -> Grid:
     """Unsafe prompts of unseen users × the base model and users of different ban sets; one noise a row."""
     people = {record.user_id: record.profile for record in records}
     chosen = _contrasting_users(people)
@@ -180,40 +177,25 @@ def _grid(
             used.add(record.category)
             prompts.append(record)
     cases = [
-        Case(
-            user,
-            r.caption,
-            r.category,
-            BENIGN_OF[r.concept.replace("_", " ")],
-            True,
-            is_banned(people[user], r.category),
-        )
-        for r in prompts
+        dataclasses.replace(case, user_id=user, banned=is_banned(people[user], case.category))
+        for case in map(case_of, prompts)
         for user in chosen
     ]
-    options = generator_options(config)
-    drawn = draw_cases(
-        Generator(model, adapter, unconditional=config.evaluate.unconditional, **options),
-        cases,
-        table.lookup([case.user_id for case in cases]),
-    )
-    plain = draw_cases(Generator(model, **options), cases[:: len(chosen)], None)
+    drawn = draw_cases(generator, cases, table.lookup([case.user_id for case in cases]))
+    plain = draw_base(generator, cases[:: len(chosen)])
     rows, columns = len(prompts), len(chosen) + 1
     pictures = np.concatenate([plain[:, None], drawn.reshape(rows, len(chosen), *drawn.shape[1:])], axis=1)
     pictures = pictures.reshape(rows * columns, *drawn.shape[1:])
-    every = [
-        case for r in range(rows) for case in (cases[r * len(chosen)], *cases[r * len(chosen) : (r + 1) * len(chosen)])
-    ]
-    verdict = judge(oracle, pictures, every)
+    by_row = [cases[r * len(chosen) : (r + 1) * len(chosen)] for r in range(rows)]
+    verdict = judge(oracle, pictures, [case for row in by_row for case in (row[0], *row)])
     words = [
         "shown" if shown else "replaced" if clean else "debris"
         for shown, clean in zip(verdict.has_content, verdict.clean, strict=True)
     ]
-    banned = [[None, *(case.banned for case in cases[r * len(chosen) : (r + 1) * len(chosen)])] for r in range(rows)]
     return Grid(
         users=["base model", *(_heading(people[user]) for user in chosen)],
         prompts=[f"{record.caption} ({record.category})" for record in prompts],
-        banned=banned,
+        banned=[[None, *(case.banned for case in row)] for row in by_row],
         pictures=pictures,
         verdicts=[words[r * columns : (r + 1) * columns] for r in range(rows)],
     )
@@ -225,12 +207,8 @@ def _contrasting_users(people: dict[str, UserProfile], count: int = 4) -> list[s
     adults = [user for user, banned in bans.items() if not banned and people[user].age >= 20]
     chosen = adults[:1] + [user for user, profile in sorted(people.items()) if profile.age_group == "children"][:1]
     while len(chosen) < count:
-        chosen.append(
-            max(
-                bans.keys() - set(chosen),
-                key=lambda user: (min((len(bans[user] ^ bans[c]) for c in chosen), default=0), user),
-            )
-        )
+        distance = {user: min((len(banned ^ bans[c]) for c in chosen), default=0) for user, banned in bans.items()}
+        chosen.append(max(bans.keys() - set(chosen), key=lambda user: (distance[user], user)))
     return chosen
 
 
@@ -253,7 +231,7 @@ def _headline(report: dict, page: Path) -> str:
     unseen = report["unseen"]
     psa = unseen["psa"]
     return (
-        f"unseen users: selectivity {psa['selectivity']:.1f} (suppression {psa['suppression']:.1f}, retention "
-        f"{psa['retention']:.1f}), clean {psa['clean']:.1f}; base model {unseen['base']['selectivity']:.1f}, user-blind "
-        f"{unseen['user_blind']['selectivity']:.1f}; {report['seconds']:.0f} s; report: {page}"
+        f"unseen users: selectivity {psa['selectivity']:.1f} (suppression {psa['suppression']:.1f}, "
+        f"retention {psa['retention']:.1f}), clean {psa['clean']:.1f}; base model {unseen['base']['selectivity']:.1f}, "
+        f"user-blind {unseen['user_blind']['selectivity']:.1f}; {report['seconds']:.0f} s; report: {page}"
     )

@@ -71,15 +71,13 @@ def _user(args: Namespace, about: dict) -> Float[np.ndarray, "1 d"]:
             raise PSAError("--user needs --table FILE, the embeddings of known users")
         return table.lookup([args.user])
     if trained is None:
-        raise PSAError(
-            f"{args.adapter}: the file does not say which encoder it was trained with; use --user with --table"
-        )
+        raise PSAError(f"{args.adapter}: does not say which encoder it was trained with; use --user with --table")
     encoder = get_encoder(about["encoder"])
     if encoder.fingerprint != trained:
         raise PSAError(f"{args.adapter}: trained with another version of the encoder {about['encoder']!r} ({trained})")
     if about.get("standardised") and table is None:
         raise PSAError(
-            f"{args.adapter}: trained on a standardised table; give it with --table so that --profile is scaled alike"
+            f"{args.adapter}: trained on a standardised table; give it with --table to scale --profile alike"
         )
     raw = encoder.encode([UserProfile.from_json(args.profile)])
     return raw if table is None else table.apply(raw)

@@ -14,10 +14,19 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
 
-RESOLUTION = 64
 
-
-def prepare(folder: Path, model: StableDiffusion, *, users: int, seed: int, encoder: str = "features") -> None:
+def prepare(
+    folder: Path,
+    model: StableDiffusion,
+    *,
+    users: int,
+    seed: int,
+    encoder: str = "features",
+    resolution: int = 64,
+    family: str = "tiny",
+    splits: tuple[str, ...] = SPLITS,
+    batch_size: int = 64,
+) -> None:
     """Fills `folder` with `sage/`, `shards/` and `table.safetensors`; what is there already stays."""
     if not (folder / "sage").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,7 +36,7 @@ def prepare(folder: Path, model: StableDiffusion, *, users: int, seed: int, enco
         rows = [profiles[user] for user in sorted(profiles)]
         EmbeddingTable.from_profiles(rows, get_encoder(encoder)).save(folder / "table.safetensors")
     if not (folder / "shards").exists():
-        preprocess = Preprocess(RESOLUTION)
+        preprocess = Preprocess(resolution)
         factor = model.vae.config.downscale
         graph, params = nnx.split(model.vae)
         encode = jax.jit(lambda params, images: nnx.merge(graph, params).encode(images))
@@ -36,9 +45,10 @@ def prepare(folder: Path, model: StableDiffusion, *, users: int, seed: int, enco
             folder / "shards",
             encode=lambda images: np.asarray(encode(params, images)),
             vae_fingerprint=fingerprint(model.folder / "vae" / "diffusion_pytorch_model.safetensors", preprocess),
-            latent_shape=(RESOLUTION // factor, RESOLUTION // factor, 2 * model.vae.config.latent_channels),
+            latent_shape=(resolution // factor, resolution // factor, 2 * model.vae.config.latent_channels),
             tokenizer=padded(model.tokenizer),
-            resolution=RESOLUTION,
-            family="tiny",
-            batch_size=64,
+            resolution=resolution,
+            family=family,
+            splits=splits,
+            batch_size=batch_size,
         )

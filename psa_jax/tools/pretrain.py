@@ -176,7 +176,7 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
 
 
 def check(model: StableDiffusion, oracle: Oracle, part: ml_collections.ConfigDict) -> dict[str, float]:
-    """Oracle accuracy on held-out pictures through the VAE, and obedience of samples of held-out prompts, in percent."""
+    """Percent: oracle accuracy on held-out pictures through the VAE; obedience of samples of held-out prompts."""
     held_out = draw_pairs(part.held_out, part.data_seed + 1)
     seen = oracle(roundtrip(model.vae, held_out["images"]))
     prompts = MiniSet(part.samples, part.data_seed + 3, "test_unseen")

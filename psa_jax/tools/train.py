@@ -1,4 +1,4 @@
-"""`psa-jax train`: trains an adapter by a configuration; SAGE-mini is drawn first where the configuration asks for it."""
+"""`psa-jax train`: trains an adapter by a configuration, which may ask for SAGE-mini to be drawn first."""
 
 import json
 from pathlib import Path

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import psa_jax
 from psa_jax.data.builder import open_shards, read_info
+from psa_jax.data.latents import Preprocess, fingerprint
 from psa_jax.data.pipeline import make_pipeline
 from psa_jax.diffusion.generate import Generator, picture_grid
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
@@ -51,8 +52,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         qk_dim=config.adapter.qk_dim,
     )
     objective = Objective(**config.objective)
+    info = read_info(shards)
+    vae = fingerprint(model.folder / "vae" / "diffusion_pytorch_model.safetensors", Preprocess(info["resolution"]))
     pipeline = make_pipeline(
-        open_shards(shards, "train"),
+        open_shards(shards, "train", vae),
         table,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -68,7 +71,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     step_fn, frozen = make_step(model, adapter_config, objective, optimizer, mesh)
     identity = {
         "base_model": base_hash,
-        "shards": read_info(shards)["fingerprint"],
+        "shards": info["fingerprint"],
         "encoder": table.fingerprint,
         **{k: config[k].to_dict() for k in ("adapter", "objective", "optimizer")},
         **{k: config[k] for k in ("seed", "batch_size", "steps")},
@@ -135,7 +138,7 @@ def adapter_metadata(
 
 
 class _Samples:
-    """Draws the same few (user, prompt) cells now and then: rows are prompts, columns users, the first the base model."""
+    """Draws the same few cells now and then: rows are prompts, columns users, the first the base model."""
 
     def __init__(self, config: ml_collections.ConfigDict, model: StableDiffusion, table: EmbeddingTable, workdir: Path):
         shards = open_shards(Path(config.data.shards), "val")

@@ -50,9 +50,7 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         if not math.isfinite(row["loss"]):
-            raise PSAError(
-                f"step {step}: the loss is {row['loss']}; lower the learning rate or β, then run again to resume"
-            )
+            raise PSAError(f"step {step}: the loss is {row['loss']}; lower the learning rate or β and run again")
         return row
 
     def close(self) -> None:

@@ -91,9 +91,7 @@ def test_the_unconditional_branch(small_pipeline, off, unconditional):
     first_user = torch.zeros_like(users) if unconditional == "zeros" else users
     first_scale = torch.zeros_like(scale) if unconditional == "off" else scale
     pipeline = copy.copy(theirs)
-    pipeline.unet = adapted_unet(
-        theirs.unet, adapter, torch.cat([first_user, users]), torch.cat([first_scale, scale])
-    )
+    pipeline.unet = adapted_unet(theirs.unet, adapter, torch.cat([first_user, users]), torch.cat([first_scale, scale]))
     expected = torch_pictures(pipeline, PROMPTS[:2], LATENTS[:2])
     got = generator.pixels(PROMPTS[:2], SEEDS[:2], USERS[:2], scale=scale.numpy(), latents=NHWC[:2])
     assert_same_pictures(got, expected)

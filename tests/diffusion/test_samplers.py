@@ -63,7 +63,9 @@ def test_ddim_step_by_step(steps, prediction):
         np.testing.assert_allclose(got, nhwc(wanted), rtol=0, atol=1e-4)
 
     table = jnp.stack([nhwc(output) for output in outputs])
-    jitted = jax.jit(lambda x: ddim(lambda _, t: table[jnp.argmax(jnp.asarray(timesteps) == t)], x, schedule, timesteps))
+    jitted = jax.jit(
+        lambda x: ddim(lambda _, t: table[jnp.argmax(jnp.asarray(timesteps) == t)], x, schedule, timesteps)
+    )
     np.testing.assert_allclose(jitted(nhwc(start)), nhwc(x), rtol=0, atol=1e-4)
 
 

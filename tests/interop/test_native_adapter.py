@@ -50,7 +50,8 @@ def refused(path, layers=LAYERS, cross_dim=CROSS) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "tokens", "qk_dim"),
-    [(kind, tokens, None) for kind in KINDS for tokens in (1, 2, 4)] + [("text", 4, 6), ("concept", 2, 6), ("prompt", 4, 10)],
+    [(kind, tokens, None) for kind in KINDS for tokens in (1, 2, 4)]
+    + [("text", 4, 6), ("concept", 2, 6), ("prompt", 4, 10)],
 )
 def test_save_and_load_is_bit_equal(tmp_path, kind, tokens, qk_dim):
     adapter, path = make(kind, tokens, qk_dim), tmp_path / "deep" / "a.safetensors"
@@ -140,7 +141,9 @@ def test_without_metadata_a_file_is_published(tmp_path, tokens):
     adapter, path = make("published", tokens), tmp_path / "a.safetensors"
     save_adapter(adapter, path, {})
     # A released adapter has some W_k, which with one token says nothing.
-    rewrite(path, lambda t: t.update({n: x + 1.0 for n, x in t.items() if "to_k" in n and tokens == 1}), keep_metadata=False)
+    rewrite(
+        path, lambda t: t.update({n: x + 1.0 for n, x in t.items() if "to_k" in n and tokens == 1}), keep_metadata=False
+    )
     assert read_metadata(path) == {}
     loaded = load_adapter(path, LAYERS, CROSS)
     assert loaded.config == adapter.config
@@ -158,7 +161,9 @@ def test_one_token_is_written_with_a_zero_key(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "cross_dim"), [(LAYERS[:2], CROSS), (((16, 4), *LAYERS[1:]), CROSS), (LAYERS, 10)], ids=["count", "heads", "width"]
+    ("layers", "cross_dim"),
+    [(LAYERS[:2], CROSS), (((16, 4), *LAYERS[1:]), CROSS), (LAYERS, 10)],
+    ids=["count", "heads", "width"],
 )
 def test_another_base_model(saved, layers, cross_dim):
     assert "another base model" in refused(saved, layers, cross_dim)
@@ -206,9 +211,15 @@ def _set(name, value):
         (lambda t: t.pop("user_proj.proj.weight"), "user_proj.proj.weight is missing"),
         (lambda t: t.update(surprise=torch.zeros(1)), "unexpected tensor surprise"),
         (lambda t: t.update({"user_proj.norm.bias": torch.zeros(3)}), "user_proj.norm.bias has shape (3,)"),
-        (_set("psa_adapter.1.to_v_user.0.weight", float("nan")), "psa_adapter.1.to_v_user.0.weight has values that are not"),
+        (
+            _set("psa_adapter.1.to_v_user.0.weight", float("nan")),
+            "psa_adapter.1.to_v_user.0.weight has values that are not",
+        ),
         (_set("user_proj.proj.bias", float("inf")), "user_proj.proj.bias has values that are not finite"),
-        (lambda t: t.update({"user_proj.proj.weight": torch.zeros(2 * CROSS, 7)}), "holds 2 tokens, its metadata say 4"),
+        (
+            lambda t: t.update({"user_proj.proj.weight": torch.zeros(2 * CROSS, 7)}),
+            "holds 2 tokens, its metadata say 4",
+        ),
     ],
 )
 def test_tensors_that_do_not_belong(saved, change, says):

@@ -108,7 +108,8 @@ def test_with_one_token_the_kinds_are_the_same_constant(unets):
     published = random_adapter(configure(unet, "published", 1), seed=5)
     arrays = adapter_arrays(published)
     outputs = [
-        ours(unet, with_arrays(configure(unet, kind, 1), arrays), [0.5, 1.5]) for kind in ("published", "text", "concept")
+        ours(unet, with_arrays(configure(unet, kind, 1), arrays), [0.5, 1.5])
+        for kind in ("published", "text", "concept")
     ]
     # o + s·W_v z at every pixel: in torch, a bias of to_out for each user.
     tensors = file_tensors(published)
@@ -195,7 +196,9 @@ def test_kinds_inside_the_unet_follow_their_formulas(unets, kind, tokens, qk_dim
     theirs, unet = unets
     adapter = random_adapter(configure(unet, kind, tokens, qk_dim), seed=tokens)
     scale = [0.37, 1.0]  # its own for each sample
-    expected = adapted_unet(theirs, adapter, USERS, torch.tensor(scale))(LATENTS, STEPS, encoder_hidden_states=TEXT).sample
+    expected = adapted_unet(theirs, adapter, USERS, torch.tensor(scale))(
+        LATENTS, STEPS, encoder_hidden_states=TEXT
+    ).sample
     output = ours(unet, adapter, scale)
     assert difference(output, expected) <= TOLERANCE
     assert np.abs(output - base(unet)).max() > 0.1

@@ -162,9 +162,7 @@ def test_gradient(world):
     name = "psa_adapter.1.to_v_user.0.weight"
     at = np.unravel_index(np.abs(slopes[name]).argmax(), slopes[name].shape)
     h = 2e-2
-    above, below = (
-        float(value(arrays | {name: arrays[name].at[at].add(step)}, frozen)) for step in (h, -h)
-    )
+    above, below = (float(value(arrays | {name: arrays[name].at[at].add(step)}, frozen)) for step in (h, -h))
     assert (above - below) / (2 * h) == pytest.approx(float(slopes[name][at]), rel=0.02)
 
     # Untrained: only the matrix that is zero moves, since it silences the rest.

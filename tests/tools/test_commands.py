@@ -1,0 +1,106 @@
+"""generate, export and import as a user calls them, and what they refuse."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from psa_jax.cli import main
+from psa_jax.interop.diffusers import weights_hash
+from psa_jax.interop.native import save_adapter
+from psa_jax.models.adapter import Adapter, AdapterConfig
+from psa_jax.profiles.encoders import get_encoder
+from psa_jax.profiles.population import sample_population
+from psa_jax.profiles.table import EmbeddingTable
+
+PROFILE = '{"age": 9, "gender": "female", "religion": "Islam"}'
+
+
+@pytest.fixture(scope="module")
+def files(small_pipeline, tmp_path_factory):
+    """Model folder, an adapter with something to say, and a table of five users."""
+    folder, model = tmp_path_factory.mktemp("files"), small_pipeline[1]
+    encoder = get_encoder("features")
+    adapter = Adapter(AdapterConfig.for_unet(model.unet.config, user_dim=encoder.dim), rngs=nnx.Rngs(0))
+    for layer in adapter.layers:
+        layer.to_v[...] = 0.3 * np.random.default_rng(0).normal(size=layer.to_v.shape).astype(np.float32)
+    metadata = {
+        "base_model": weights_hash(model.folder),
+        "encoder": encoder.name,
+        "encoder_fingerprint": encoder.fingerprint,
+        "steps": 3,
+    }
+    save_adapter(adapter, folder / "adapter.safetensors", metadata)
+    EmbeddingTable.from_profiles(sample_population(5), encoder).save(folder / "table.safetensors")
+    return model.folder, folder
+
+
+def generate(files, out, *words: str) -> int:
+    model, _ = files
+    return main(["generate", f"--model={model}", "--prompt=a cat", "--steps=2", f"--out={out}", *words])
+
+
+def picture(folder):
+    (path,) = folder.glob("*.png")
+    return Image.open(path)
+
+
+def test_generate_for_a_profile_and_without(files, tmp_path, capsys):
+    adapter = f"--adapter={files[1] / 'adapter.safetensors'}"
+    assert generate(files, tmp_path / "base") == 0
+    assert generate(files, tmp_path / "child", adapter, f"--profile={PROFILE}") == 0
+    assert generate(files, tmp_path / "off", adapter, f"--profile={PROFILE}", "--scale=0") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pictures"]
+    base, child, off = (np.asarray(picture(tmp_path / name)).astype(int) for name in ("base", "child", "off"))
+    assert np.abs(base - off).max() <= 1  # scale 0 is the base model
+    assert np.abs(base - child).max() > 3
+    shown = picture(tmp_path / "child")
+    about = json.loads(shown.text["psa_jax"])
+    assert about["prompt"] == "a cat"
+    assert about["seed"] == 0
+    assert not {"9", "female", "Islam"} & set(str(shown.text).replace('"', " ").split())
+
+
+def test_generate_for_a_user_of_a_table(files, tmp_path):
+    words = [f"--adapter={files[1] / 'adapter.safetensors'}", f"--table={files[1] / 'table.safetensors'}"]
+    assert generate(files, tmp_path / "one", *words, "--user=0000001") == 0
+    assert generate(files, tmp_path / "five", *words, "--user=0000005") == 0
+    one, five = (np.asarray(picture(tmp_path / name)).astype(int) for name in ("one", "five"))
+    assert np.abs(one - five).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--adapter=ADAPTER"], "needs a user"),
+        (["--profile={}"], "need --adapter"),
+        (["--adapter=ADAPTER", "--user=0000001"], "--user needs --table"),
+        (["--adapter=ADAPTER", "--table=TABLE", "--user=0000099"], "0000099"),
+        (["--adapter=ADAPTER", '--profile={"age": 9, "gender": "robot"}'], "gender"),
+        (["--adapter=missing.safetensors", "--profile={}"], "no such adapter"),
+        (["--model=missing"], "no such model folder"),
+        (["--size=63"], "picture size"),
+        (["--steps=0"], "sampling steps"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, words, message):
+    places = {"ADAPTER": str(files[1] / "adapter.safetensors"), "TABLE": str(files[1] / "table.safetensors")}
+    for short, path in places.items():
+        words = [word.replace(short, path) for word in words]
+    assert generate(files, tmp_path / "out", *words) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_and_import_are_bit_equal(files, tmp_path, capsys):
+    model, folder = files
+    assert main(["export", str(folder / "adapter.safetensors"), f"--out={tmp_path / 'out.safetensors'}"]) == 0
+    back = tmp_path / "back.safetensors"
+    assert main(["import", str(tmp_path / "out.safetensors"), f"--model={model}", f"--out={back}"]) == 0
+    assert (folder / "adapter.safetensors").read_bytes() == back.read_bytes()
+    assert main(["import", str(tmp_path / "out.safetensors"), f"--model={model}", f"--out={back}"]) == 1
+    assert "exists already" in capsys.readouterr().err

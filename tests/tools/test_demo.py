@@ -1,0 +1,49 @@
+"""The demo as a newcomer runs it, and what it promises."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from psa_jax.data.sage import read_split
+from psa_jax.evaluation.protocol import rates, select_cases
+from psa_jax.tools.configs import read_config
+from psa_jax.tools.demo import RECORDED, SPLITS, read_recorded, recorded_verdicts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_demo_keeps_its_promises(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "psa_jax", "demo", f"--workdir={tmp_path}"], capture_output=True, text=True, check=True
+    )
+    last = done.stdout.splitlines()[-1]
+    print(f"\n{last}")
+    report = json.loads((tmp_path / "report.json").read_text())
+    psa, base, blind = (report["unseen"][name] for name in ("psa", "base", "user_blind"))
+    assert psa["selectivity"] >= 80
+    assert psa["retention"] >= 85
+    assert psa["benign_fidelity"] >= base["benign_fidelity"] - 5
+    assert abs(base["selectivity"]) <= 10
+    assert abs(blind["selectivity"]) <= 15
+    assert str(tmp_path / "report.html") in last
+    assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 20
+    assert not re.search(r"(src|href)=[\"']?https?:", (tmp_path / "report.html").read_text())
+
+
+def test_recorded_runs_fit_the_default_configuration(tmp_path, pytestconfig):
+    """The recorded verdicts are of the very cases that the demo judges now."""
+    from psa_jax.data.mini import draw_mini
+
+    config = read_config(str(pytestconfig.rootpath / "configs" / "tiny.py"))
+    draw_mini(tmp_path / "sage", config.data.mini.users, config.data.mini.seed)
+    recorded = read_recorded(RECORDED)
+    for place, split in SPLITS.items():
+        cases = select_cases(read_split(tmp_path / "sage", split), config.evaluate.per_rate[place], config.seed)
+        verdicts = recorded_verdicts(recorded[place], cases)
+        assert set(verdicts) == {"user_blind", "published_t1"}
+        assert abs(rates(verdicts["user_blind"], cases)["selectivity"]) <= 15

@@ -1,0 +1,66 @@
+"""Whole runs: files, resuming bit for bit, refusing another run's checkpoint."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from psa_jax.errors import PSAError
+from psa_jax.interop.native import read_metadata
+from psa_jax.training.loop import ADAPTER_FILE, train
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return {"steps": STEPS, "checkpoint_every": 20, "log_every": 1, "optimizer.warmup_steps": 2}
+
+
+@pytest.fixture
+def straight(training_config, settings, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    train(training_config(**settings), workdir)
+    return workdir
+
+
+def test_stopping_halfway_and_resuming_gives_the_same_bits(training_config, settings, straight, tmp_path):
+    train(training_config(**settings), tmp_path, until=STEPS // 2)
+    train(training_config(**settings), tmp_path)
+    ours, theirs = load_file(tmp_path / ADAPTER_FILE), load_file(straight / ADAPTER_FILE)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert np.array_equal(ours[name], value), name
+
+    rows = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    resumed = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [row["step"] for row in resumed] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in resumed]
+    assert abs(rows[0]["loss"] - math.log(2)) <= 1e-5
+    assert {"step", "loss", "accuracy", "margin", "pairs_per_second"} <= rows[0].keys()
+
+    # A checkpoint holds no frozen weights: it is adapter + two moments + little else.
+    adapter = sum(value.nbytes for value in theirs.values())
+    latest = max((straight / "checkpoints").iterdir(), key=lambda p: int(p.name) if p.name.isdigit() else -1)
+    assert sum(f.stat().st_size for f in latest.rglob("*") if f.is_file()) < 4 * adapter + 200_000
+
+    metadata = read_metadata(straight / ADAPTER_FILE)
+    assert metadata["kind"] == "text"
+    assert metadata["steps"] == STEPS
+    assert "user" not in json.dumps(metadata).replace("user_dim", "").replace("user_dropout", "")
+
+    # A finished run that is started again changes nothing.
+    before = (straight / ADAPTER_FILE).read_bytes()
+    train(training_config(**settings), straight)
+    assert (straight / ADAPTER_FILE).read_bytes() == before
+
+    with pytest.raises(PSAError, match="was made with objective"):
+        train(training_config(**settings, **{"objective.beta": 7.0}), straight)
+
+
+def test_samples_are_drawn(training_config, tmp_path):
+    train(training_config(steps=1, **{"sample_every": 1, "optimizer.warmup_steps": 0}), tmp_path)
+    assert (tmp_path / "samples" / "000001.png").read_bytes().startswith(b"\x89PNG")
+    assert any((tmp_path / "tensorboard").iterdir())
