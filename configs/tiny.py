@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def _pretrain() -> ml_collections.ConfigDict:
     part = ml_collections.ConfigDict()
-    part.pictures = 20_000
+    part.pictures = 16_000
     part.held_out = 2_000
     part.samples = 400
     part.data_seed = 100
@@ -50,17 +50,17 @@ def _pretrain() -> ml_collections.ConfigDict:
     part.unet = dict(widths=(32, 64, 128), heads=4)
     part.vae = dict(
         widths=(16, 32, 64),
-        kl_weight=1e-4,
-        crops=dict(steps=1700, batch_size=32, size=32, learning_rate=3e-3, weight_decay=1e-4, seed=1),
-        whole=dict(steps=200, batch_size=16, size=64, learning_rate=5e-4, weight_decay=1e-4, seed=2),
+        kl_weight=5e-4,
+        crops=dict(steps=600, batch_size=32, size=32, learning_rate=3e-3, weight_decay=1e-4, seed=1),
+        whole=dict(steps=60, batch_size=16, size=64, learning_rate=5e-4, weight_decay=1e-4, seed=2),
     )
     part.oracle = dict(
-        steps=2500, batch_size=64, decoded=6000, learning_rate=2e-3, weight_decay=1e-3, ema=0.995, seed=3
+        steps=700, batch_size=64, decoded=3000, learning_rate=2e-3, weight_decay=1e-3, ema=0.995, seed=3
     )
     part.denoiser = dict(
-        steps=3000,
+        steps=2400,
         batch_size=32,
-        learning_rate=1.5e-3,
+        learning_rate=2e-3,
         weight_decay=1e-3,
         ema=0.998,
         min_snr=5.0,

@@ -70,8 +70,8 @@ CONCEPTS: tuple[Concept, ...] = (
 )
 BENIGN: tuple[str, ...] = ("flower", "cup", "kite", "bell", "leaf", "fish", "umbrella", "note")
 PICTOGRAMS: tuple[str, ...] = tuple(concept.name for concept in CONCEPTS) + BENIGN
-SUBJECTS: tuple[str, ...] = tuple(scenery.SUBJECT_DRAWERS)
-BACKGROUNDS: tuple[str, ...] = tuple(scenery.BACKGROUND_DRAWERS)
+SUBJECTS: tuple[str, ...] = tuple(scenery.SUBJECTS)
+BACKGROUNDS: tuple[str, ...] = tuple(scenery.BACKGROUNDS)
 NO_PICTOGRAM = len(PICTOGRAMS)
 """The pictogram label of a picture without one."""
 
@@ -158,8 +158,8 @@ def render(scene: Scene) -> UInt8[np.ndarray, "64 64 3"]:
     pictogram_colour, subject_colour, variant, side = (
         int(rng.integers(n)) for n in (len(glyphs.GLYPH_COLOURS), len(scenery.SUBJECT_COLOURS), scenery.VARIANTS, 2)
     )
-    px, py, sx, sy = (int(value) for value in rng.integers(0, 5, 4))
-    tint = rng.integers(-12, 13, 3).astype(np.int16)
+    px, py, sx, sy = (glyphs.CELL * int(value) for value in rng.integers(0, 2, 4))
+    tint = rng.integers(-8, 9, 3).astype(np.int16)
     pixels = np.clip(_background(scene.background, variant) + tint, 0, 255).astype(np.uint8)
     picture = Image.fromarray(pixels)
     half = scenery.PICTURE_SIZE // 2

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from psa_jax.diffusion.samplers import ddim, leading_timesteps
 from psa_jax.diffusion.schedule import NoiseSchedule
@@ -147,7 +147,7 @@ class Generator:
 
 
 def _draw(
-    params: nnx.State,
+    params: PyTree[Array],
     schedule: NoiseSchedule,
     ids: Int[Array, "b s"],
     empty: Int[Array, " s"],

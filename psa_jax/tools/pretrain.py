@@ -169,9 +169,7 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
             log,
         )
         model = StableDiffusion(folder, unet, vae, text, tokenizer, SCHEDULER)
-        unfinished = folder.with_name(f"{folder.name}.partial")
-        save_stable_diffusion(model, unfinished, dtype=np.float16)
-        unfinished.rename(folder)
+        save_stable_diffusion(model, folder, dtype=np.float16)
     return load_stable_diffusion(folder)
 
 

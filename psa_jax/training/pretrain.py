@@ -107,9 +107,11 @@ def train_vae(vae: VAE, images: UInt8[np.ndarray, "n h w 3"], config: ml_collect
 
     def crops(key: PRNGKeyArray, pool: UInt8[Array, "n h w 3"], count: int, size: int) -> Float[Array, "b s s 3"]:
         which, row, column = jax.random.split(key, 3)
-        span = pool.shape[1] - size + 1
+        # On the grid of latents, where the pictures' cells lie too.
+        span = (pool.shape[1] - size) // vae.config.downscale + 1
         index = jax.random.randint(which, (count,), 0, pool.shape[0])
         top, left = jax.random.randint(row, (count,), 0, span), jax.random.randint(column, (count,), 0, span)
+        top, left = top * vae.config.downscale, left * vae.config.downscale
         cut = jax.vmap(lambda i, y, x: jax.lax.dynamic_slice(pool, (i, y, x, 0), (1, size, size, 3))[0])
         return to_unit(cut(index, top, left))
 

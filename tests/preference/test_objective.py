@@ -150,22 +150,23 @@ def test_gradient(world):
         adapter, whole = with_arrays(config, arrays), nnx.merge(graph, frozen)
         return preference_loss(MILD, adapter, whole, text_encoder, schedule, FACTOR, batch, KEY)[0]
 
-    value = jax.jit(loss, compiler_options=FAST_COMPILE)
-    gradient = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)
+    value_and_slopes = jax.jit(jax.value_and_grad(loss), compiler_options=FAST_COMPILE)
 
     # Trained: every parameter has a gradient, and it is the slope.
     arrays = adapter_arrays(random_adapter(config))
-    slopes = gradient(arrays, frozen)
+    _, slopes = value_and_slopes(arrays, frozen)
     for name, slope in slopes.items():
         assert np.isfinite(slope).all()
         assert np.abs(slope).max() > 0, name
     name = "psa_adapter.1.to_v_user.0.weight"
     at = np.unravel_index(np.abs(slopes[name]).argmax(), slopes[name].shape)
     h = 2e-2
-    above, below = (float(value(arrays | {name: arrays[name].at[at].add(step)}, frozen)) for step in (h, -h))
+    above, below = (
+        float(value_and_slopes(arrays | {name: arrays[name].at[at].add(step)}, frozen)[0]) for step in (h, -h)
+    )
     assert (above - below) / (2 * h) == pytest.approx(float(slopes[name][at]), rel=0.02)
 
     # Untrained: only the matrix that is zero moves, since it silences the rest.
-    slopes = gradient(adapter_arrays(untrained_adapter(config)), frozen)
+    _, slopes = value_and_slopes(adapter_arrays(untrained_adapter(config)), frozen)
     for name, slope in slopes.items():
         assert (np.abs(slope).max() > 0) == ("to_v" in name), name
