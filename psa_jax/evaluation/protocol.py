@@ -149,6 +149,6 @@ def wins(ours: Verdicts, theirs: Verdicts, cases: Sequence[Case]) -> tuple[float
     return _percent((a & ~b).sum(), decided), _percent((a == b).sum(), unsafe.sum())
 
 
-def _percent(part: int, whole: int) -> float:
+def _percent(part: int | np.integer, whole: int | np.integer) -> float:
     """NaN has no place in JSON: a rate over nothing is 0."""
     return 100.0 * int(part) / int(whole) if whole else 0.0

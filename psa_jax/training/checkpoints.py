@@ -23,7 +23,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
 
     def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> None:
-        """Starts writing; the next save or `close` waits for it. Call before the next batch is drawn."""
+        """Starts writing; the next save, or leaving the context, waits for it. Call before the next batch is drawn."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -56,7 +56,10 @@ class Checkpoints:
         )
         return TrainState(**restored.state)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()

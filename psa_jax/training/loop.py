@@ -1,5 +1,6 @@
 """Trains an adapter: reads top to bottom."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -76,40 +77,43 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         **{k: config[k].to_dict() for k in ("adapter", "objective", "optimizer")},
         **{k: config[k] for k in ("seed", "batch_size", "steps")},
     }
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, identity=identity)
-    state = checkpoints.restore(state, iterator) or state
-    start = int(state.step)
-    if start:
-        print(f"resumed at step {start}")
-    writer = MetricsWriter(workdir, start)
-    samples = _Samples(config, model, table, workdir) if config.sample_every else None
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, identity=identity)
+        )
+        state = checkpoints.restore(state, iterator) or state
+        start = int(state.step)
+        if start:
+            print(f"resumed at step {start}")
+        writer = stack.enter_context(MetricsWriter(workdir, start))
+        samples = _Samples(config, model, table, workdir) if config.sample_every else None
 
-    # --- steps
-    key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
-    empty_ids = jax.device_put(model.tokenize([""])[0], replicated(mesh))
-    end = config.steps if until is None else min(until, config.steps)
-    bar = tqdm(range(start, end), initial=start, total=config.steps, unit="step", mininterval=2.0)
-    clock, clocked = time.perf_counter(), start
-    for number in bar:
-        rows = next(iterator)
-        batch = jax.device_put({name: rows[name] for name in BATCH}, by_rows(mesh)) | {"empty_ids": empty_ids}
-        state, metrics = step_fn(state, frozen, batch, key)
-        done = number + 1
-        if done % config.log_every == 0 or number == start or done == end:
-            # The device is still busy with this step: what is measured is the pace of those before it.
-            now = time.perf_counter()
-            pace = (done - clocked) * config.batch_size / (now - clock)
-            clock, clocked = now, done
-            written = writer.log(done, metrics, pairs_per_second=pace)
-            if written is not None:
-                bar.set_postfix_str(f"{pace:.1f} pairs/s, loss {written['loss']:.3f}, acc {written['accuracy']:.2f}")
-        if done % config.checkpoint_every == 0 or done == end:
-            checkpoints.save(done, state, iterator)
-        if samples is not None and (done % config.sample_every == 0 or done == config.steps):
-            samples.draw(with_arrays(adapter_config, state.params), done)
-            clock, clocked = time.perf_counter(), done
-    writer.close()
-    checkpoints.close()
+        # --- steps
+        key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+        empty_ids = jax.device_put(model.tokenize([""])[0], replicated(mesh))
+        end = config.steps if until is None else min(until, config.steps)
+        bar = tqdm(range(start, end), initial=start, total=config.steps, unit="step", mininterval=2.0)
+        clock, clocked = time.perf_counter(), start
+        for number in bar:
+            rows = next(iterator)
+            batch = jax.device_put({name: rows[name] for name in BATCH}, by_rows(mesh)) | {"empty_ids": empty_ids}
+            state, metrics = step_fn(state, frozen, batch, key)
+            done = number + 1
+            if done % config.log_every == 0 or number == start or done == end:
+                # The device is still busy with this step: what is measured is the pace of those before it.
+                now = time.perf_counter()
+                pace = (done - clocked) * config.batch_size / (now - clock)
+                clock, clocked = now, done
+                written = writer.log(done, metrics, pairs_per_second=pace)
+                if written is not None:
+                    bar.set_postfix_str(
+                        f"{pace:.1f} pairs/s, loss {written['loss']:.3f}, acc {written['accuracy']:.2f}"
+                    )
+            if done % config.checkpoint_every == 0 or done == end:
+                checkpoints.save(done, state, iterator)
+            if samples is not None and (done % config.sample_every == 0 or done == config.steps):
+                samples.draw(with_arrays(adapter_config, state.params), done)
+                clock, clocked = time.perf_counter(), done
 
     # --- result
     path = workdir / ADAPTER_FILE

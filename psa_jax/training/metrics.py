@@ -53,8 +53,14 @@ class MetricsWriter:
             raise PSAError(f"step {step}: the loss is {row['loss']}; lower the learning rate or β and run again")
         return row
 
-    def close(self) -> None:
-        """Writes the rest."""
-        self.flush()
-        self._file.close()
-        self._board.close()
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Writes what is queued, unless the run failed; closes the files in any case."""
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._file.close()
+            self._board.close()

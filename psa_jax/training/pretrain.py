@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 from tqdm import tqdm
 
 from psa_jax.data.mini import sample_scenes
@@ -49,14 +49,14 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
 
 def fit(
     loss: Callable,
-    params: nnx.State,
+    params: PyTree[Array],
     config: ml_collections.ConfigDict,
     data: dict[str, Array],
     *,
     name: str,
     log: Callable[[dict], None],
     ema: float | None = None,
-) -> nnx.State:
+) -> PyTree[Array]:
     """Minimises `loss(params, data, key)` for `config.steps` steps; logs about every 50 steps, one step late.
 
     Args:

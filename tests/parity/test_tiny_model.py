@@ -13,6 +13,10 @@ from psa_jax.evaluation.oracle import ASSETS, shipped_oracle
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion
 from psa_jax.training.pretrain import MiniSet
 
+pytestmark = pytest.mark.skipif(
+    not TINY.is_dir(), reason="the embedded base model is not made yet: run psa-jax pretrain"
+)
+
 
 @pytest.fixture(scope="module")
 def generator():

@@ -1,5 +1,6 @@
 """Diffusion-DPO of a batch: what holds at initialisation, what is shared in a pair, and one evaluation in torch."""
 
+import copy
 import math
 
 import jax
@@ -7,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from flax import nnx
 from torch_adapters import adapted_unet, as_jax, random_adapter, untrained_adapter
-from torch_models import FAST_COMPILE, tensor
+from torch_models import FAST_COMPILE, UNETS, randomise, tensor, to_flax
 
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.interop.native import adapter_arrays, with_arrays
 from psa_jax.models.adapter import KINDS, AdapterConfig
+from psa_jax.models.config import UNetConfig
+from psa_jax.models.unet import UNet
 from psa_jax.models.vae import latent_noise
 from psa_jax.preference.objective import Objective, preference_loss
 
@@ -26,9 +30,12 @@ evaluate = jax.jit(preference_loss, static_argnums=(0, 5), compiler_options=FAST
 
 
 @pytest.fixture(scope="module")
-def world(small_pipeline):
-    """(torch pipeline, UNet, text encoder, schedule, batch)."""
-    theirs, model = small_pipeline
+def world(small_pipeline, tmp_path_factory):
+    """(torch pipeline, UNet, text encoder, schedule, batch), the UNet of the smallest kind: it is compiled often."""
+    theirs, model = copy.copy(small_pipeline[0]), small_pipeline[1]
+    theirs.unet = randomise(UNet2DConditionModel(**UNETS["mid_only"] | {"cross_attention_dim": 32}), seed=5)
+    config = UNetConfig.from_json(dict(theirs.unet.config))
+    unet = to_flax(lambda r: UNet(config, rngs=r), theirs.unet, tmp_path_factory.mktemp("objective_unet"))
     moments = torch.cat([tensor(2 * PAIRS, 4, 4, 4), torch.full((2 * PAIRS, 4, 4, 4), -1.0)], dim=-1)
     ids = model.tokenize(["a cat", "cat at a cat", "t", ""])
     batch = {
@@ -38,7 +45,7 @@ def world(small_pipeline):
         "empty_ids": jnp.asarray(ids[PAIRS]),
         "user": as_jax(tensor(PAIRS, USER_DIM, seed=1)),
     }
-    return theirs, model.unet, model.text_encoder, NoiseSchedule.from_config(model.scheduler_config), batch
+    return theirs, unet, model.text_encoder, NoiseSchedule.from_config(model.scheduler_config), batch
 
 
 def configure(world, kind: str = "text", tokens: int = 2) -> AdapterConfig:
@@ -158,7 +165,7 @@ def test_gradient(world):
     for name, slope in slopes.items():
         assert np.isfinite(slope).all()
         assert np.abs(slope).max() > 0, name
-    name = "psa_adapter.1.to_v_user.0.weight"
+    name = "psa_adapter.0.to_v_user.0.weight"
     at = np.unravel_index(np.abs(slopes[name]).argmax(), slopes[name].shape)
     h = 2e-2
     above, below = (

@@ -11,8 +11,13 @@ from PIL import Image
 
 from psa_jax.data.sage import read_split
 from psa_jax.evaluation.protocol import rates, select_cases
+from psa_jax.interop.diffusers import TINY
 from psa_jax.tools.configs import read_config
 from psa_jax.tools.demo import RECORDED, SPLITS, read_recorded, recorded_verdicts
+
+pytestmark = pytest.mark.skipif(
+    not TINY.is_dir(), reason="the embedded base model is not made yet: run psa-jax pretrain"
+)
 
 
 @pytest.mark.slow
