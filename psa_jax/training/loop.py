@@ -150,7 +150,7 @@ class _Samples:
         unsafe = np.flatnonzero(shards.columns.unsafe)
         rows = [shards[int(i)] for i in rng.choice(unsafe, size=min(4, len(unsafe)), replace=False)]
         users = sorted(set(shards.columns.user_ids))[:4]
-        self._prompts = [row["caption"] for row in rows]
+        self._prompts = [row["caption"].decode() for row in rows]
         self._users = table.lookup(users)
         self._model, self._folder = model, workdir / "samples"
         self._generator = None

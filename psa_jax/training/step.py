@@ -66,7 +66,7 @@ def make_step(
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies Python floats and int32 counters
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        metrics |= {"gradient_norm": optax.global_norm(gradient), "update_norm": optax.global_norm(updates)}
+        metrics |= {"gradient_norm": optax.tree.norm(gradient), "update_norm": optax.tree.norm(updates)}
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 

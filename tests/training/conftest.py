@@ -14,7 +14,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
 def training_data(small_pipeline, tmp_path_factory) -> Path:
     """Folder with shards and table of 40 train users."""
     folder = tmp_path_factory.mktemp("mini")
-    prepare(folder, small_pipeline[1], users=40, seed=3)
+    prepare(folder, small_pipeline[1], users=40, seed=3, resolution=32, splits=("train", "val"))
     return folder
 
 
