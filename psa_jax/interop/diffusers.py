@@ -207,7 +207,8 @@ def load_stable_diffusion(folder: str | Path) -> StableDiffusion:
     """
     folder = TINY if str(folder) == "tiny" else Path(folder)
     if not folder.is_dir():
-        raise PSAError(f"{folder}: no such model folder; give a Stable Diffusion folder in diffusers' layout")
+        way_out = "make it with psa-jax pretrain" if folder == TINY else "give a folder in diffusers' layout"
+        raise PSAError(f"{folder}: no such model folder; {way_out}")
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise PSAError(f"{folder}: pipeline class {index.get('_class_name')!r} is not StableDiffusionPipeline")
