@@ -199,11 +199,23 @@ def save_torch_pipeline(folder: Path) -> StableDiffusionPipeline:
         "block_out_channels": (8, 16),
         "norm_num_groups": 4,
     }
-    pipeline = StableDiffusionPipeline(
-        vae=randomise(AutoencoderKL(**vae), seed=2),
-        text_encoder=torch_clip("sd1_shape", vocab_size=len(tokenizer)),
+    pipeline = join_pipeline(
+        randomise(UNet2DConditionModel(**unet), seed=1),
+        randomise(AutoencoderKL(**vae), seed=2),
+        torch_clip("sd1_shape", vocab_size=len(tokenizer)),
+        tokenizer,
+    )
+    pipeline.save_pretrained(folder / "model")
+    return pipeline
+
+
+def join_pipeline(unet, vae, text_encoder, tokenizer) -> StableDiffusionPipeline:
+    """Parts of SD1.x as a pipeline with its usual schedule and no safety checker."""
+    return StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=randomise(UNet2DConditionModel(**unet), seed=1),
         scheduler=DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -216,5 +228,3 @@ def save_torch_pipeline(folder: Path) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder / "model")
-    return pipeline

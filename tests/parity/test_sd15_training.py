@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch_models import small_tokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch_models import join_pipeline, small_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from psa_jax.interop.diffusers import load_stable_diffusion, parameter_count
@@ -24,28 +24,17 @@ def sd15(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = small_tokenizer(folder / "tokenizer_source")
     text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        vae=AutoencoderKL(
+    join_pipeline(
+        UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             layers_per_block=2,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             sample_size=512,
         ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        CLIPTextModel(text),
+        tokenizer,
     ).save_pretrained(folder / "model")
     return folder
 
