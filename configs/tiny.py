@@ -56,7 +56,7 @@ def _pretrain() -> ml_collections.ConfigDict:
     )
     part.oracle = dict(steps=700, batch_size=64, decoded=3000, learning_rate=2e-3, weight_decay=1e-3, ema=0.995, seed=3)
     part.denoiser = dict(
-        steps=1000,
+        steps=5000,
         batch_size=32,
         learning_rate=2e-3,
         weight_decay=1e-3,

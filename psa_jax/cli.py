@@ -27,15 +27,15 @@ class Command:
 
 
 def _population(args: Namespace) -> int:
-    from psa_jax.profiles import population
+    from psa_jax.tools import draw
 
-    return population.run(args)
+    return draw.population(args)
 
 
 def _mini(args: Namespace) -> int:
-    from psa_jax.data import mini
+    from psa_jax.tools import draw
 
-    return mini.run(args)
+    return draw.mini(args)
 
 
 def _pretrain(args: Namespace) -> int:

@@ -131,19 +131,6 @@ def test_wrong_usage_exits_2_with_usage(words: list[str], tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["population", "mini"])
-def test_a_module_that_runs_alone_takes_the_same_flags(name: str) -> None:
-    """`python -m psa_jax.data.mini` and `psa-jax mini` are one command."""
-    import argparse
-    import importlib
-
-    module = importlib.import_module({"population": "psa_jax.profiles.population", "mini": "psa_jax.data.mini"}[name])
-    own, shared = argparse.ArgumentParser(prog=name), argparse.ArgumentParser(prog=name)
-    module.add_arguments(own)
-    cli.COMMANDS[name].add_arguments(shared)
-    assert own.format_help() == shared.format_help()
-
-
 # --- commands that are there
 
 

@@ -5,12 +5,10 @@ stand for what a profile may ban; eight everyday ones are their benign counterpa
 nothing but the pictogram, and pictograms take their colour from one palette, so a category is a family of shapes.
 """
 
-import argparse
 import functools
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -363,39 +361,3 @@ def _user_data(profile: UserProfile) -> dict[str, str | int | None]:
     """SAGE's order: the cluster (there a leftover of an older clustering, here any fixed number) follows the id."""
     mapping = profile.to_mapping()
     return {"User_ID": mapping.pop("User_ID"), "Cluster_ID": str(int(profile.user_id) % 40), **mapping}
-
-
-# --- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `psa-jax mini`."""
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; absent or empty")
-    parser.add_argument("--users", type=int, default=200, help="train users (default: 200); other splits in proportion")
-    parser.add_argument("--seed", type=int, default=0, help="seed of concepts, scenes and captions (default: 0)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Draws the data set; the last line on stdout is JSON with the rows of each split."""
-    counts = draw_mini(args.out, args.users, args.seed)
-    print(json.dumps({"out": str(args.out), "rows": counts}))
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m psa_jax.data.mini`: 0 done, 1 a one-line error, 2 wrong usage."""
-    parser = argparse.ArgumentParser(prog="psa-jax mini", description="Draw SAGE-mini in the layout of SAGE.")
-    add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except PSAError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -128,9 +128,17 @@ class Generator:
             raise PSAError(
                 f"user embeddings have shape {users.shape}, the adapter needs ({len(prompts)}, {self.user_dim})"
             )
-        if len(seeds) != len(prompts):
-            raise PSAError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
-        scales = np.broadcast_to(np.float32(scale), (len(prompts),))
+        if not prompts or len(seeds) != len(prompts):
+            raise PSAError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds: give at least one prompt and a seed for each"
+            )
+        if np.shape(scale) not in ((), (len(prompts),)):
+            raise PSAError(
+                f"scale has shape {np.shape(scale)}: give one number or one for each of {len(prompts)} prompts"
+            )
+        if latents is not None and latents.shape != (len(prompts), *self.latent_shape):
+            raise PSAError(f"latents have shape {latents.shape}, expected {(len(prompts), *self.latent_shape)}")
+        scales = np.broadcast_to(np.asarray(scale, np.float32), (len(prompts),))
         ids, empty = self._model.tokenize(prompts), self._model.tokenize([negative])[0]
         pictures = []
         for start in range(0, len(prompts), self._batch):

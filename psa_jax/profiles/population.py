@@ -3,12 +3,9 @@
 `psa-jax population --n=1000 --seed=2025 --out=users.csv` writes the users released with SAGE.
 """
 
-import argparse
 import csv
 import io
-import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -166,38 +163,3 @@ def _parse_categories(column: str, cell: str) -> tuple[str, ...]:
     if match is None or any(name not in {f"'{category}'" for category in CATEGORIES} for name in names):
         raise PSAError(f"{column} is {cell!r}; expected such as ['Hate', 'Violence'], of: {', '.join(CATEGORIES)}")
     return tuple(name.strip("'") for name in names)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `psa-jax population`."""
-    parser.add_argument("--n", type=int, default=1000, help="number of users (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=2025, help="2025 gives the users released with SAGE (the default)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the users.csv to write (mode 0600)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Writes the population; the last line on stdout is JSON for programs."""
-    write_users_csv(args.out, sample_population(args.n, args.seed))
-    print(json.dumps({"users": args.n, "seed": args.seed, "out": str(args.out)}))
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m psa_jax.profiles.population`: 0 done, 1 a one-line error, 2 wrong usage."""
-    parser = argparse.ArgumentParser(
-        prog="psa-jax population", description="Draw user profiles as SAGE did and write them to a CSV file."
-    )
-    add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except PSAError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

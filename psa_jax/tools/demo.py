@@ -145,10 +145,7 @@ def recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts]
     """Verdicts of the comparison adapters on these very cases; raises PSAError where they are of others."""
     if place["cases"] != _fingerprint(cases):
         raise PSAError("the recorded runs judged other cases than this configuration; run psa-jax demo --compare")
-    return {
-        name: Verdicts(**{k: np.array([c == "1" for c in text]) for k, text in place[name].items()})
-        for name in COMPARED
-    }
+    return {name: _unpack(place[name]) for name in COMPARED}
 
 
 # --- what people look at

@@ -167,6 +167,7 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
             NoiseSchedule.from_config(SCHEDULER),
             part.denoiser,
             log,
+            keep=workdir / "checkpoints",
         )
         model = StableDiffusion(folder, unet, vae, text, tokenizer, SCHEDULER)
         save_stable_diffusion(model, folder, dtype=np.float16)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 from tqdm import tqdm
@@ -23,6 +24,9 @@ from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE, latent_noise, sample_latents
+
+KEEP_EVERY = 500
+"""Steps between two checkpoints of a long phase."""
 
 
 class MiniSet:
@@ -56,11 +60,13 @@ def fit(
     name: str,
     log: Callable[[dict], None],
     ema: float | None = None,
+    keep: Path | None = None,
 ) -> PyTree[Array]:
     """Minimises `loss(params, data, key)` for `config.steps` steps; logs about every 50 steps, one step late.
 
     Args:
       ema: decay of an exponential moving average that is returned instead of the last parameters.
+      keep: folder of checkpoints, one every KEEP_EVERY steps; what is there is gone on from, with the same result.
     """
     transform = optimizer(config)
     average = params if ema is not None else None
@@ -77,13 +83,26 @@ def fit(
     # Buffers given to a donating function must not be shared.
     params, average = jax.tree.map(jnp.copy, (params, average))
     state, key, values, start = transform.init(params), jax.random.key(config.seed), [], time.perf_counter()
-    for number in tqdm(range(config.steps), desc=name, mininterval=5.0):
+    manager = None
+    first = 0
+    if keep is not None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=KEEP_EVERY)
+        manager = ocp.CheckpointManager(keep.absolute(), options=options)
+        first = manager.latest_step() or 0
+        if first:
+            kept = manager.restore(first, args=ocp.args.StandardRestore((params, average, state)))
+            params, average, state = kept
+    for number in tqdm(range(first, config.steps), desc=name, mininterval=5.0):
+        if manager is not None and number > first:
+            manager.save(number, args=ocp.args.StandardSave((params, average, state)))
         params, average, state, value = step(params, average, state, data, jax.random.fold_in(key, number))
         values.append(value)
         if len(values) == 50 or number + 1 == config.steps:
             mean = float(np.mean(jax.device_get(values)))
             log({"phase": name, "step": number + 1, "loss": mean, "seconds": round(time.perf_counter() - start, 1)})
             values = []
+    if manager is not None:
+        manager.close()
     return params if average is None else average
 
 
@@ -164,6 +183,7 @@ def train_denoiser(
     schedule: NoiseSchedule,
     config: ml_collections.ConfigDict,
     log: Callable,
+    keep: Path | None = None,
 ) -> tuple[UNet, CLIPText]:
     """Noise prediction with min-SNR weights (arXiv 2303.09556, γ = 5) and dropped prompts; returns the averages."""
     graph, params = nnx.split((unet, text_encoder), nnx.Param)
@@ -189,5 +209,5 @@ def train_denoiser(
         "input_ids": jnp.asarray(input_ids),
         "empty_ids": jnp.asarray(empty_ids),
     }
-    params = fit(loss, params, config, data, name="denoiser", log=log, ema=config.ema)
+    params = fit(loss, params, config, data, name="denoiser", log=log, ema=config.ema, keep=keep)
     return nnx.merge(graph, params)

@@ -319,13 +319,3 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
         mini.draw_mini(tmp_path / "new", 1, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert [path.name for path in full.iterdir()] == ["mine.txt"]
-
-
-def test_command_prints_rows_and_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    flags = ["--out", str(tmp_path / "out"), "--users", "1", "--seed", "0"]
-    assert mini.main(flags) == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["rows"] == {"train": 42, "val": 336, "test_seen": 42, "test_unseen": 336}
-    assert mini.main(flags) == 1
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1

@@ -132,8 +132,17 @@ def test_users_are_needed_exactly_with_an_adapter(base, off):
     for users in (USERS[:2], USERS[:, :5]):
         with pytest.raises(PSAError, match=r"the adapter needs \(3, 6\)"):
             generator.pixels(PROMPTS, SEEDS, users)
-    with pytest.raises(PSAError, match="3 prompts need as many seeds, got 2"):
+    with pytest.raises(PSAError, match="3 prompts and 2 seeds: give at least one prompt"):
         base.pixels(PROMPTS, SEEDS[:2])
+
+
+def test_misshapen_arguments(base):
+    with pytest.raises(PSAError, match="0 prompts and 0 seeds"):
+        base([], [])
+    with pytest.raises(PSAError, match=r"scale has shape \(2,\): give one number or one for each of 3 prompts"):
+        base(PROMPTS, SEEDS, scale=np.ones(2, np.float32))
+    with pytest.raises(PSAError, match=r"latents have shape \(3, 4, 8, 8\), expected \(3, 8, 8, 4\)"):
+        base(PROMPTS, SEEDS, latents=LATENTS.numpy())
 
 
 @pytest.mark.parametrize("size", [(0, 16), (16, -4), (16, 18), (7, 16)])

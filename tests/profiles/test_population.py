@@ -1,14 +1,11 @@
 """The population equals the released users; users.csv is written privately and read strictly."""
 
-import json
 import stat
-import subprocess
-import sys
 
 import pytest
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.population import main, read_users_csv, sample_population, write_users_csv
+from psa_jax.profiles.population import read_users_csv, sample_population, write_users_csv
 from psa_jax.profiles.schema import UserProfile
 
 HEADER = "User_ID,Age,Age_Group,Gender,Religion,Physical_Condition,Mental_Condition"
@@ -17,7 +14,7 @@ ROW = "0000001,35,middle-aged,male,None,healthy,healthy"
 
 def test_equals_the_released_users_byte_for_byte(shared_data, tmp_path):
     out = tmp_path / "users.csv"
-    assert main([f"--out={out}"]) == 0
+    write_users_csv(out, sample_population(1000, 2025))
     lines = out.read_bytes().split(b"\n")
     ids, rest = zip(*(line.split(b",", 1) for line in lines[:-1]), strict=True)
     released = (shared_data / "users.csv").read_bytes().split(b"\n")
@@ -128,23 +125,3 @@ def test_a_byte_order_mark_is_no_obstacle(tmp_path):
     path = tmp_path / "users.csv"
     path.write_bytes(b"\xef\xbb\xbf" + f"{HEADER}\r\n{ROW}\r\n".encode())
     assert [user.user_id for user in read_users_csv(path)] == ["0000001"]
-
-
-def test_command_as_a_module(tmp_path):
-    out = tmp_path / "users.csv"
-    command = [sys.executable, "-W", "error", "-m", "psa_jax.profiles.population"]
-    done = subprocess.run([*command, "--n=5", "--seed=1", f"--out={out}"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"users": 5, "seed": 1, "out": str(out)}
-    assert read_users_csv(out) == sample_population(5, seed=1)
-
-
-def test_exit_codes(tmp_path, capsys):
-    assert main([f"--out={tmp_path / 'no' / 'users.csv'}"]) == 1
-    assert main(["--n=0", f"--out={tmp_path / 'users.csv'}"]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
-    with pytest.raises(SystemExit) as stop:
-        main(["--n=many", "--out=x"])
-    assert stop.value.code == 2
-    assert list(tmp_path.iterdir()) == []
