@@ -116,6 +116,8 @@ def sampler_from_config(
     own = config.get("_class_name") == scheduler
     # diffusers lists here what was only a default of the class that wrote the config.
     config = {key: value for key, value in config.items() if key not in config.get("_use_default_values", ())}
+    if name == "pndm" and not own:  # asked for by name it is PLMS, as every Stable Diffusion uses it
+        config = {"skip_prk_steps": True} | config
     values = read_keys(config, _keys(name), where)
     _refuse(config, values, name, own, where)
     schedule = NoiseSchedule.from_config(config, where)

@@ -86,7 +86,7 @@ def test_what_was_only_a_default_of_the_other_class_is_left_out(monkeypatch):
         (SD15 | {"_class_name": "DDPMScheduler"}, None, ["DDPMScheduler", "choose a sampler", "pndm"]),
         (BETAS, None, ["None is not supported", "choose a sampler"]),
         (SD15 | {"skip_prk_steps": False}, None, ["skip_prk_steps False", "pndm", "True"]),
-        (BETAS, "pndm", ["skip_prk_steps False"]),
+        (BETAS | {"skip_prk_steps": False}, "pndm", ["skip_prk_steps False"]),
         (SD15 | {"rescale_betas_zero_snr": True}, None, ["rescale_betas_zero_snr", "pndm"]),
         (SD15 | {"clip_sample": True}, None, ["clip_sample", "pndm"]),
         (SDXL_TURBO | {"use_karras_sigmas": True}, None, ["use_karras_sigmas", "euler-ancestral"]),
