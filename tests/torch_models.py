@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from flax import nnx
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from psa_jax.interop.diffusers import abstract_model, load_weights
+from psa_jax.interop.weights import abstract_model, load_weights
+from psa_jax.models.unet import AddedConditions
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
@@ -66,9 +67,40 @@ UNETS = {
         "attention_head_dim": (4,),
         "norm_num_groups": 16,
     },
+    "sd2_shape": {  # heads of one width at every resolution
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 32, 32),
+        "layers_per_block": 1,
+        "cross_attention_dim": 20,
+        "attention_head_dim": (1, 2, 4, 4),
+        "use_linear_projection": True,
+        "norm_num_groups": 4,
+    },
+    "sdxl_shape": {
+        "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (8, 16, 32),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 3),
+        "cross_attention_dim": 56,
+        "attention_head_dim": (1, 2, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": 60,  # a pooled text of 24 and six numbers
+        "norm_num_groups": 4,
+    },
 }
-# Latent height and width of the parity run: never square; the last two halve to odd numbers on the way down.
-UNET_SIZES = {"sd1_shape": (16, 8), "linear_deep": (13, 10), "uneven": (5, 9), "mid_only": (3, 5)}
+# Latent height and width of the parity run: never square; some halve to odd numbers on the way down.
+UNET_SIZES = {
+    "sd1_shape": (16, 8),
+    "linear_deep": (13, 10),
+    "uneven": (5, 9),
+    "mid_only": (3, 5),
+    "sd2_shape": (8, 16),
+    "sdxl_shape": (6, 8),
+}
 
 VAES = {
     "sd1_shape": {"block_out_channels": (8, 16, 24, 24), "layers_per_block": 1, "norm_num_groups": 4},
@@ -101,6 +133,15 @@ CLIPS = {
         "num_attention_heads": 1,
         "eos_token_id": 2,
     },
+    "openclip": {  # the second encoder of SDXL
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "hidden_act": "gelu",
+        "eos_token_id": 2,
+        "projection_dim": 24,
+    },
 }
 
 
@@ -132,16 +173,33 @@ def torch_vae(name: str) -> AutoencoderKL:
     return randomise(AutoencoderKL(**VAES[name], **types), seed=len(name))
 
 
-def torch_clip(name: str, vocab_size: int = 99) -> CLIPTextModel:
+def torch_clip(name: str, vocab_size: int = 99) -> CLIPTextModel | CLIPTextModelWithProjection:
     ends = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
-    return randomise(CLIPTextModel(CLIPTextConfig(**{"vocab_size": vocab_size} | ends | CLIPS[name])), seed=len(name))
+    kind = CLIPTextModelWithProjection if "projection_dim" in CLIPS[name] else CLIPTextModel
+    config = CLIPTextConfig(**{"vocab_size": vocab_size, "architectures": [kind.__name__]} | ends | CLIPS[name])
+    return randomise(kind(config), seed=len(name))
+
+
+def torch_added(unet: UNet2DConditionModel) -> dict[str, torch.Tensor] | None:
+    """`added_cond_kwargs` for two pictures, or None where the UNet takes none."""
+    if unet.config.addition_embed_type is None:
+        return None
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    time_ids = torch.tensor([[512.0, 768, 0, 16, 1024, 1024], [300, 200, 40, 0, 512, 640]])
+    return {"text_embeds": tensor(2, pooled, seed=3), "time_ids": time_ids}
+
+
+def flax_added(added: dict[str, torch.Tensor] | None) -> AddedConditions | None:
+    return added and AddedConditions(*(jnp.asarray(added[key].numpy()) for key in ("text_embeds", "time_ids")))
 
 
 def to_flax(make, module: torch.nn.Module, folder: Path) -> nnx.Module:
     """The model `make(rngs)` with the parameters of `module`, through a safetensors file."""
     path = folder / f"{type(module).__name__}.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, path)
-    return load_weights(abstract_model(lambda _, rngs: make(rngs), None), path)
+    return load_weights(
+        abstract_model(lambda _, rngs: make(rngs), None), path, lambda name: name.removeprefix("text_model.")
+    )
 
 
 def run(function, *args):

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
-from psa_jax.diffusion.samplers import ddim, leading_timesteps
-from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.diffusion.conditioning import encode_text, size_ids
+from psa_jax.diffusion.samplers import Sampler, guide, sample
+from psa_jax.diffusion.scheduler_config import sampler_from_config
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter import Adapter
+from psa_jax.models.unet import AddedConditions
 
 UNCONDITIONAL = ("off", "zeros", "same")
 
@@ -43,10 +45,16 @@ class Generator:
     """Draws pictures with a base model and, if given, an adapter.
 
     Args:
-      model: the base model.
+      model: the base model, of any family. Its UNet and text encoders run in the type of their parameters, the VAE and
+        the sampler in float32 (SDXL's VAE is not safe in float16).
       adapter: None draws with the base model alone.
       steps: sampler steps.
-      guidance: classifier-free guidance w in ε_∅ + w·(ε − ε_∅).
+      guidance: classifier-free guidance w in ε_∅ + w·(ε − ε_∅); 1 or less leaves the unconditional side out, as
+        diffusers does (the turbo models want 0).
+      rescale: φ of guidance rescale (`samplers.guide`).
+      sampler: a name of `scheduler_config.SAMPLERS`; None for the folder's own.
+      eta: DDIM's η.
+      karras: Karras' noise levels; None for what the folder says.
       unconditional: what the adapter does on the ε_∅ side: "off", "zeros" (user embedding zeros), "same" (the user).
       size: height and width in pixels; None for the model's own.
       batch_size: prompts a call; a last smaller batch is padded, so there is one compilation.
@@ -59,33 +67,45 @@ class Generator:
         *,
         steps: int = 20,
         guidance: float = 7.5,
+        rescale: float = 0.0,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        karras: bool | None = None,
         unconditional: str = "off",
         size: tuple[int, int] | None = None,
         batch_size: int = 32,
     ):
+        if batch_size < 1:
+            raise PSAError(f"batch size {batch_size}: give a number from 1 up")
         if unconditional not in UNCONDITIONAL:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
         factor = model.vae.config.downscale
         side = model.unet.config.sample_size * factor
         height, width = (side, side) if size is None else size
-        multiple = factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
-        if height % multiple or width % multiple or min(height, width) <= 0:
-            raise PSAError(f"picture size {height}x{width}: both sides must be positive multiples of {multiple}")
-        self._model, self._batch, self._guidance = model, batch_size, guidance
+        if height % factor or width % factor or min(height, width) <= 0:
+            raise PSAError(f"picture size {height}x{width}: both sides must be positive multiples of {factor}")
+        self._model, self._batch, self.size = model, batch_size, (height, width)
         self.latent_shape = (height // factor, width // factor, model.unet.config.in_channels)
         self.user_dim = None if adapter is None else adapter.config.user_dim
-        schedule = NoiseSchedule.from_config(model.scheduler_config)
-        timesteps = leading_timesteps(schedule, steps, model.scheduler_config.get("steps_offset", 0))
-        graph, self._params = nnx.split((model.unet, model.vae, model.text_encoder, adapter))
-        self._graph = graph
-        # Weights and the schedule are arguments: closed over, they would become constants of the executable.
-        self._schedule = schedule
-        self._draw = jax.jit(functools.partial(_draw, graph=graph, timesteps=timesteps, unconditional=unconditional))
+        # Weights and the sampler are arguments: closed over, they would become constants of the executable.
+        self._sampler = sampler_from_config(
+            model.scheduler_config, steps, sampler, eta=eta, karras=karras, where=f"{model.folder}: scheduler"
+        )
+        self._guidance = jnp.float32(guidance), jnp.float32(rescale)
+        vae = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.vae)
+        encoders = tuple(encoder for encoder in (model.text_encoder, model.text_encoder_2) if encoder is not None)
+        self._parts = (model.unet, vae, encoders)
+        self._graph, self._params = nnx.split((*self._parts, adapter))
+        self._draw = jax.jit(
+            functools.partial(
+                _draw, graph=self._graph, size=(height, width), guided=guidance > 1.0, unconditional=unconditional
+            )
+        )
 
     def with_adapter(self, adapter: Adapter) -> "Generator":
         """The same generator with another adapter of the same configuration; nothing is compiled again."""
         other = copy.copy(self)
-        graph, other._params = nnx.split((self._model.unet, self._model.vae, self._model.text_encoder, adapter))
+        graph, other._params = nnx.split((*self._parts, adapter))
         if graph != self._graph:
             raise PSAError(
                 "the adapter has another configuration than the generator was made for; make a new Generator"
@@ -98,7 +118,7 @@ class Generator:
         seeds: list[int],
         users: Float[np.ndarray, "n d"] | None = None,
         *,
-        negative: str = "",
+        negative: str | list[str | None] | None = None,
         scale: float | Float[np.ndarray, " n"] = 1.0,
         latents: Float[np.ndarray, "n h w c"] | None = None,
     ) -> UInt8[np.ndarray, "n height width 3"]:
@@ -111,79 +131,100 @@ class Generator:
         seeds: list[int],
         users: Float[np.ndarray, "n d"] | None = None,
         *,
-        negative: str = "",
+        negative: str | list[str | None] | None = None,
         scale: float | Float[np.ndarray, " n"] = 1.0,
         latents: Float[np.ndarray, "n h w c"] | None = None,
     ) -> Float[np.ndarray, "n height width 3"]:
         """Pictures in [−1, 1], not clipped.
 
         Args:
-          seeds: one a prompt; ignored where `latents` (x_T) are given.
+          seeds: one a prompt: of the first noise (unless `latents` are given) and of a stochastic sampler's.
           users: user embeddings, one a prompt: required exactly when there is an adapter.
+          negative: negative prompt, for all or one a prompt; None is "", or zeros where SDXL's folder says so.
           scale: strength s of the adapter, for all prompts or for each; 0 is the base model.
+          latents: standard normal noise in place of the seeds'.
         """
+        count = len(prompts)
+        self._check(prompts, seeds, users, scale, latents)
+        negatives = negative if isinstance(negative, list) else [negative] * count
+        if len(negatives) != count:
+            raise PSAError(f"{len(negatives)} negative prompts for {count} prompts: give one, or one for each")
+        zeros = np.array([n is None and self._model.force_zeros_for_empty_prompt for n in negatives])
+        scales = np.broadcast_to(np.asarray(scale, np.float32), (count,))
+        ids, negative_ids = self._tokens(prompts), self._tokens([n or "" for n in negatives])
+        pictures = []
+        for start in range(0, count, self._batch):
+            rows = np.arange(start, start + self._batch).clip(max=count - 1)
+            chosen = [seeds[i] for i in rows]
+            drawn = self._draw(
+                self._params,
+                self._sampler,
+                tuple(jnp.asarray(tokens[rows]) for tokens in ids),
+                tuple(jnp.asarray(tokens[rows]) for tokens in negative_ids),
+                jnp.asarray(zeros[rows]),
+                initial_latents(chosen, self.latent_shape) if latents is None else jnp.asarray(latents[rows]),
+                jnp.stack([jax.random.key(seed) for seed in chosen]),
+                None if users is None else jnp.asarray(users[rows], jnp.float32),
+                jnp.asarray(scales[rows]),
+                self._guidance,
+            )
+            pictures.append(np.asarray(drawn)[: count - start])
+        return np.concatenate(pictures)
+
+    def _check(self, prompts, seeds, users, scale, latents) -> None:
+        count = len(prompts)
         if (users is None) != (self.user_dim is None):
             raise PSAError("an adapter needs a user for every prompt, and users need an adapter: give both or neither")
-        if users is not None and users.shape != (len(prompts), self.user_dim):
-            raise PSAError(
-                f"user embeddings have shape {users.shape}, the adapter needs ({len(prompts)}, {self.user_dim})"
-            )
-        if not prompts or len(seeds) != len(prompts):
-            raise PSAError(
-                f"{len(prompts)} prompts and {len(seeds)} seeds: give at least one prompt and a seed for each"
-            )
-        if np.shape(scale) not in ((), (len(prompts),)):
-            raise PSAError(
-                f"scale has shape {np.shape(scale)}: give one number or one for each of {len(prompts)} prompts"
-            )
-        if latents is not None and latents.shape != (len(prompts), *self.latent_shape):
-            raise PSAError(f"latents have shape {latents.shape}, expected {(len(prompts), *self.latent_shape)}")
-        scales = np.broadcast_to(np.asarray(scale, np.float32), (len(prompts),))
-        ids, empty = self._model.tokenize(prompts), self._model.tokenize([negative])[0]
-        pictures = []
-        for start in range(0, len(prompts), self._batch):
-            rows = np.arange(start, start + self._batch).clip(max=len(prompts) - 1)
-            chosen = [seeds[i] for i in rows]
-            noise = initial_latents(chosen, self.latent_shape) if latents is None else jnp.asarray(latents[rows])
-            batch_users = None if users is None else jnp.asarray(users[rows], jnp.float32)
-            drawn = self._draw(
-                self._params, self._schedule, jnp.asarray(ids[rows]), jnp.asarray(empty), noise, batch_users,
-                jnp.asarray(scales[rows]), jnp.float32(self._guidance),
-            )  # fmt: skip
-            pictures.append(np.asarray(drawn)[: len(prompts) - start])
-        return np.concatenate(pictures)
+        if users is not None and users.shape != (count, self.user_dim):
+            raise PSAError(f"user embeddings have shape {users.shape}, the adapter needs ({count}, {self.user_dim})")
+        if not prompts or len(seeds) != count:
+            raise PSAError(f"{count} prompts and {len(seeds)} seeds: give at least one prompt and a seed for each")
+        if np.shape(scale) not in ((), (count,)):
+            raise PSAError(f"scale has shape {np.shape(scale)}: give one number or one for each of {count} prompts")
+        if latents is not None and latents.shape != (count, *self.latent_shape):
+            raise PSAError(f"latents have shape {latents.shape}, expected {(count, *self.latent_shape)}")
+
+    def _tokens(self, prompts: list[str]) -> tuple[Int[np.ndarray, "n s"], ...]:
+        """Token ids for each text encoder."""
+        first = self._model.tokenize(prompts)
+        return (first,) if self._model.text_encoder_2 is None else (first, self._model.tokenize_2(prompts))
 
 
 def _draw(
     params: PyTree[Array],
-    schedule: NoiseSchedule,
-    ids: Int[Array, "b s"],
-    empty: Int[Array, " s"],
-    latents: Float[Array, "b h w c"],
+    sampler: Sampler,
+    ids: tuple[Int[Array, "b s"], ...],
+    negative_ids: tuple[Int[Array, "b s"], ...],
+    zeros: Bool[Array, " b"],
+    noise: Float[Array, "b h w c"],
+    keys: Key[Array, " b"],
     users: Float[Array, "b d"] | None,
     scale: Float[Array, " b"],
-    guidance: Float[Array, ""],
+    guidance: tuple[Float[Array, ""], Float[Array, ""]],
     *,
     graph: nnx.GraphDef,
-    timesteps: Int[np.ndarray, " n"],
+    size: tuple[int, int],
+    guided: bool,
     unconditional: str,
 ) -> Float[Array, "b height width 3"]:
-    unet, vae, text_encoder, adapter = nnx.merge(graph, params)
-    batch = ids.shape[0]
-    # The unconditional half comes first, as in diffusers.
-    both = jnp.concatenate([jnp.broadcast_to(empty[None, :], ids.shape), ids])
-    text = text_encoder(both).last
-    if adapter is None:
-        contexts = unet.context(text)
-    else:
-        first_user = jnp.zeros_like(users) if unconditional == "zeros" else users
-        first_scale = jnp.zeros_like(scale) if unconditional == "off" else scale
-        contexts = adapter(unet, text, jnp.concatenate([first_user, users]), jnp.concatenate([first_scale, scale]))
+    unet, vae, encoders, adapter = nnx.merge(graph, params)
+    if guided:  # the unconditional half comes first, as in diffusers
+        ids = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), negative_ids, ids)
+    text = encode_text(encoders, ids)
+    if guided:
+        text = text.without(jnp.concatenate([zeros, jnp.zeros_like(zeros)]))
+        if users is not None:
+            users = jnp.concatenate([jnp.zeros_like(users) if unconditional == "zeros" else users, users])
+        scale = jnp.concatenate([jnp.zeros_like(scale) if unconditional == "off" else scale, scale])
+    batch, dtype = len(text.states), unet.conv_in.kernel.dtype
+    contexts = unet.context(text.states) if adapter is None else adapter(unet, text.states, users, scale)
+    contexts = jax.tree.map(lambda leaf: leaf.astype(dtype), contexts)  # an adapter is float32 beside any model
+    added = None if text.pooled is None else AddedConditions(text.pooled, size_ids(size, batch))
 
-    def predict(x, timestep):
-        times = jnp.full((2 * batch,), timestep, jnp.float32)
-        without, with_prompt = jnp.split(unet(jnp.concatenate([x, x]), times, contexts), 2)
-        return without + guidance * (with_prompt - without)
+    def predict(latents, timestep):
+        latents = jnp.concatenate([latents, latents]) if guided else latents
+        output = unet(latents.astype(dtype), jnp.full((batch,), timestep), contexts, added).astype(jnp.float32)
+        return guide(*jnp.split(output, 2), *guidance) if guided else output
 
-    clean = ddim(predict, latents, schedule, timesteps)
+    clean = sample(sampler, predict, noise, keys)
     return vae.decode(clean / vae.config.scaling_factor)

@@ -11,6 +11,56 @@ from jaxtyping import Array, Float, Int
 
 from psa_jax.errors import PSAError
 
+BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+# Keys of a scheduler's config that say what the noise is, with diffusers' defaults.
+DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+
+
+def read_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of the keys in `defaults`, each of its default's type; raises PSAError naming one that is not."""
+    values = {}
+    for key, default in defaults.items():
+        value, kind = config.get(key, default), type(default)
+        if value is None and default is False:
+            value = False  # diffusers' optional switches may be null
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise PSAError(f"{where}: {key} must be a {kind.__name__}, not {value!r}")
+        values[key] = value
+    return values
+
+
+def linear_betas(kind: str, start: float, end: float, steps: int) -> Float[np.ndarray, " t"]:
+    """β_t at equal distances from start to end ("linear"), or the squares of equally distant √β_t ("scaled_linear")."""
+    if kind == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, steps, dtype=np.float32) ** 2
+    return np.linspace(start, end, steps, dtype=np.float32)
+
+
+def cosine_betas(steps: int, largest: float = 0.999) -> Float[np.ndarray, " t"]:
+    """β_t = 1 − f(t+1)/f(t) with f(t) = cos²(π/2·(t/T + 0.008)/1.008), at most `largest`.
+
+    Source: arXiv 2102.09672, equation 17; diffusers' `squaredcos_cap_v2`.
+    """
+    bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1.0 - bar[1:] / bar[:-1], largest).astype(np.float32)
+
+
+def zero_terminal_snr(alphas_cumprod: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    """√ᾱ shifted so that the last is 0 and scaled so that the first stays. Source: arXiv 2305.08891, algorithm 1."""
+    # In float32, as diffusers: the difference of near neighbours would not be the same otherwise.
+    root = np.sqrt(alphas_cumprod)
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,22 +73,26 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str = "scheduler_config.json") -> "NoiseSchedule":
         """From diffusers' `scheduler_config.json`; raises PSAError for what is not implemented."""
-        steps = config.get("num_train_timesteps", 1000)
-        start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-        kind = config.get("beta_schedule", "linear")
-        if kind == "scaled_linear":
-            betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float32) ** 2
-        elif kind == "linear":
-            betas = np.linspace(start, end, steps, dtype=np.float32)
-        else:
-            raise PSAError(f"{where}: beta_schedule {kind!r} is not supported (only scaled_linear, linear)")
-        prediction = config.get("prediction_type", "epsilon")
-        if prediction not in ("epsilon", "v_prediction"):
-            raise PSAError(f"{where}: prediction_type {prediction!r} is not supported (only epsilon, v_prediction)")
-        for key in ("trained_betas", "rescale_betas_zero_snr", "thresholding"):
+        values = read_keys(config, DEFAULTS, where)
+        kind, start, end = values["beta_schedule"], values["beta_start"], values["beta_end"]
+        steps, prediction = values["num_train_timesteps"], values["prediction_type"]
+        if kind not in BETA_SCHEDULES:
+            raise PSAError(f"{where}: beta_schedule {kind!r} is not supported (only {', '.join(BETA_SCHEDULES)})")
+        if prediction not in PREDICTIONS:
+            raise PSAError(f"{where}: prediction_type {prediction!r} is not supported (only {', '.join(PREDICTIONS)})")
+        for key in ("trained_betas", "thresholding"):
             if config.get(key):
                 raise PSAError(f"{where}: {key} is not supported")
-        return cls(jnp.asarray(np.cumprod(1.0 - betas, dtype=np.float32)), prediction)
+        if steps < 2:
+            raise PSAError(f"{where}: num_train_timesteps must be at least 2, not {steps}")
+        if not 0 < start <= end < 1:
+            raise PSAError(f"{where}: 0 < beta_start <= beta_end < 1 is needed, got {start} and {end}")
+        betas = cosine_betas(steps) if kind == "squaredcos_cap_v2" else linear_betas(kind, start, end, steps)
+        # Products of float32 factors kept in float64, as torch does.
+        alphas = np.cumprod(np.float32(1) - betas, dtype=np.float64).astype(np.float32)
+        if values["rescale_betas_zero_snr"]:
+            alphas = zero_terminal_snr(alphas)
+        return cls(jnp.asarray(alphas), prediction)
 
     @property
     def steps(self) -> int:
@@ -63,8 +117,10 @@ class NoiseSchedule:
     def target(
         self, latents: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], timesteps: Int[Array, " b"]
     ) -> Float[Array, "b h w c"]:
-        """What the UNet should output: ε, or v = √ᾱ·ε − √(1 − ᾱ)·x_0."""
+        """What the UNet should output: ε, or v = √ᾱ·ε − √(1 − ᾱ)·x_0, or x_0."""
         if self.prediction == "epsilon":
             return noise
+        if self.prediction == "sample":
+            return latents
         signal, sigma = self._factors(timesteps, latents.ndim)
         return signal * noise - sigma * latents

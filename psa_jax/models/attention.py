@@ -1,5 +1,8 @@
 """Attention and transformer blocks of the diffusers UNet, with the text side computed apart from the image side.
 
+The blocks of one stack are one module whose parameters have a leading axis, and run in a loop that is traced and
+compiled once: SDXL has stacks of ten.
+
 A cross-attention sees its text (and user) only through a `CrossContext`. Contexts depend on the prompt and the user but
 not on the timestep or the pixel, so a generation computes them once, and in training the policy and the reference share
 the text keys and values.
@@ -129,7 +132,10 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2D(nnx.Module):
-    """GroupNorm, projection in, `depth` transformer blocks over the pixels, projection out, residual."""
+    """GroupNorm, projection in, `depth` transformer blocks over the pixels, projection out, residual.
+
+    Every parameter of `transformer_blocks` has a leading axis of length `depth`.
+    """
 
     def __init__(
         self, dim: int, heads: int, context_dim: int, depth: int, *, groups: int, linear: bool, rngs: nnx.Rngs
@@ -137,16 +143,32 @@ class Transformer2D(nnx.Module):
         def projection():
             return nnx.Linear(dim, dim, rngs=rngs) if linear else nnx.Conv(dim, dim, (1, 1), rngs=rngs)
 
+        def block(key):  # the caller's class of Rngs: it may have its own way to make keys
+            return BasicTransformerBlock(dim, heads, context_dim, rngs=type(rngs)(key))
+
+        self.depth = depth
         self.norm = group_norm(dim, groups, rngs, eps=1e-6)
         self.proj_in = projection()
-        self.transformer_blocks = nnx.List(
-            [BasicTransformerBlock(dim, heads, context_dim, rngs=rngs) for _ in range(depth)]
-        )
+        self.transformer_blocks = jax.vmap(block)(jax.random.split(rngs.params(), depth))
         self.proj_out = projection()
+
+    def context(self, text: Float[Array, "b s c"]) -> tuple[CrossContext, ...]:
+        """Text keys and values of each block."""
+        stacked = jax.vmap(lambda attention: attention.context(text))(self.transformer_blocks.attn2)
+        return tuple(
+            jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, i, keepdims=False), stacked)  # noqa: B023
+            for i in range(self.depth)
+        )
 
     def __call__(self, x: Float[Array, "b h w d"], contexts: tuple[CrossContext, ...]) -> Float[Array, "b h w d"]:
         b, h, w, d = x.shape
         hidden = self.proj_in(self.norm(x)).reshape(b, h * w, d)
-        for block, context in zip(self.transformer_blocks, contexts, strict=True):
-            hidden = block(hidden, context)
+        if self.depth == 1:  # a loop of one step would hide the block from the compiler
+            (context,) = contexts
+            hidden = jax.tree.map(lambda leaf: leaf.squeeze(0), self.transformer_blocks)(hidden, context)
+        else:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts)
+            hidden, _ = jax.lax.scan(
+                lambda hidden, step: (step[0](hidden, step[1]), None), hidden, (self.transformer_blocks, stacked)
+            )
         return x + self.proj_out(hidden.reshape(b, h, w, d))

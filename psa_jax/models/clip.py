@@ -1,4 +1,4 @@
-"""CLIP text encoder (transformers' CLIPTextModel) in Flax NNX."""
+"""CLIP text encoders (transformers' CLIPTextModel, CLIPTextModelWithProjection) in Flax NNX."""
 
 from typing import NamedTuple
 
@@ -60,8 +60,9 @@ class EncoderLayer(nnx.Module):
 
 class TextOutput(NamedTuple):
     hidden: tuple[Float[Array, "b s d"], ...]  # after the embeddings and after each layer, before the final norm
-    last: Float[Array, "b s d"]  # final norm of the last layer: what SD1.x conditions on
+    last: Float[Array, "b s d"]  # final norm of the last layer: what SD1.x and SD2.x condition on
     pooled: Float[Array, "b d"]  # `last` at the end-of-text token
+    projected: Float[Array, "b p"] | None  # `pooled` through the projection, where the model has one
 
 
 class Embeddings(nnx.Module):
@@ -86,6 +87,11 @@ class CLIPText(nnx.Module):
         self.embeddings = Embeddings(config, rngs=rngs)
         self.encoder = Layers(config, rngs=rngs)
         self.final_layer_norm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
+        self.text_projection = (
+            None
+            if config.projection_dim is None
+            else nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+        )
 
     def __call__(self, input_ids: Int[Array, "b s"]) -> TextOutput:
         hidden = [self.embeddings(input_ids)]
@@ -96,4 +102,5 @@ class CLIPText(nnx.Module):
         ends = input_ids if self.config.eos_token_id == 2 else (input_ids == self.config.eos_token_id)
         position = jnp.argmax(ends.astype(jnp.int32), axis=-1)
         pooled = jnp.take_along_axis(last, position[:, None, None], axis=1)[:, 0]
-        return TextOutput(tuple(hidden), last, pooled)
+        projected = None if self.text_projection is None else self.text_projection(pooled)
+        return TextOutput(tuple(hidden), last, pooled, projected)

@@ -67,7 +67,12 @@ class _FromJson:
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(_FromJson):
-    """UNet2DConditionModel as used by SD1.x. `attention_head_dim` is, by a diffusers quirk, the number of heads."""
+    """UNet2DConditionModel of SD1.x, SD2.x and SDXL.
+
+    `attention_head_dim` is, by a diffusers quirk, the number of heads. `addition_embed_type` "text_time" is SDXL's:
+    a pooled text and `time_ids`, each of these embedded in `addition_time_embed_dim` numbers, join the timestep;
+    `projection_class_embeddings_input_dim` is their width together.
+    """
 
     sample_size: int = 64
     in_channels: int = 4
@@ -80,6 +85,9 @@ class UNetConfig(_FromJson):
     attention_head_dim: int | tuple[int, ...] = 8
     transformer_layers_per_block: int | tuple[int, ...] = 1
     use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
 
@@ -99,8 +107,6 @@ class UNetConfig(_FromJson):
         "num_attention_heads": (None,),
         "dual_cross_attention": (False,),
         "class_embed_type": (None,),
-        "addition_embed_type": (None,),
-        "addition_time_embed_dim": (None,),
         "num_class_embeds": (None,),
         "resnet_time_scale_shift": ("default",),
         "resnet_skip_time_act": (False,),
@@ -112,7 +118,6 @@ class UNetConfig(_FromJson):
         "time_cond_proj_dim": (None,),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
-        "projection_class_embeddings_input_dim": (None,),
         "attention_type": ("default",),
         "class_embeddings_concat": (False,),
         "mid_block_only_cross_attention": (None, False),
@@ -140,6 +145,17 @@ class UNetConfig(_FromJson):
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % self.norm_num_groups or width % heads:
                 raise ValueError(f"width {width} is not divisible by {self.norm_num_groups} groups and {heads} heads")
+        if self.addition_embed_type not in (None, "text_time"):
+            raise ValueError(
+                f"addition_embed_type {self.addition_embed_type!r} is not supported (only null and 'text_time')"
+            )
+        for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            value = getattr(self, name)
+            if (value is None) != (self.addition_embed_type is None):
+                raise ValueError(
+                    f"{name} = {value} does not go with addition_embed_type {self.addition_embed_type!r} "
+                    "(text_time needs a number, null needs null)"
+                )
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -192,7 +208,7 @@ class VAEConfig(_FromJson):
         "mid_block_add_attention": (True,),
     }
     _absent = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
-    # Block types are checked below through their count; `force_upcast` concerns float16, which the VAE never uses here.
+    # Block types are checked below through their count; `force_upcast` asks for float32, in which the VAE always runs.
     _ignored = frozenset({"down_block_types", "up_block_types", "force_upcast"})
 
     @classmethod
@@ -217,9 +233,12 @@ class VAEConfig(_FromJson):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+_PLAIN, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+
+
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(_FromJson):
-    """CLIPTextModel of transformers."""
+    """CLIPTextModel of transformers, and CLIPTextModelWithProjection where `projection_dim` is a number."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -232,6 +251,7 @@ class CLIPTextConfig(_FromJson):
     bos_token_id: int | None = 49406
     eos_token_id: int = 49407
     pad_token_id: int | None = 49407
+    projection_dim: int | None = None
 
     _fixed = {
         "model_type": ("clip_text_model",),
@@ -246,10 +266,8 @@ class CLIPTextConfig(_FromJson):
     # Initialisation, what is returned, classification and text generation: transformers writes these for every model.
     _ignored = frozenset(
         [
-            "architectures",
             "initializer_factor",
             "initializer_range",
-            "projection_dim",
             "torch_dtype",
             "dtype",
             "transformers_version",
@@ -300,6 +318,21 @@ class CLIPTextConfig(_FromJson):
             "begin_suppress_tokens",
         ]
     )
+
+    @classmethod
+    def from_json(cls: type[Config], config: Mapping[str, Any], where: str = "config.json") -> Config:
+        # Every file has a `projection_dim`, but only the class named by `architectures` has the projection.
+        architectures = config.get("architectures") or [_PLAIN]
+        if architectures not in ([_PLAIN], [_PROJECTED]):
+            raise PSAError(f"{where}: architectures = {architectures!r} is not supported (only {_PLAIN}, {_PROJECTED})")
+        projection = config.get("projection_dim", 512) if architectures == [_PROJECTED] else None
+        values = {key: value for key, value in config.items() if key != "architectures"}
+        return super().from_json(values | {"projection_dim": projection}, where)
+
+    @property
+    def architecture(self) -> str:
+        """The class of transformers with these parameters."""
+        return _PLAIN if self.projection_dim is None else _PROJECTED
 
     def __post_init__(self):
         if self.hidden_act not in ("quick_gelu", "gelu"):

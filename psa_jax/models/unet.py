@@ -1,19 +1,33 @@
 """The Stable Diffusion UNet (diffusers' UNet2DConditionModel) in Flax NNX, NHWC.
 
-Attribute names follow diffusers' parameter names, so that weights are mapped by rule (`psa_jax.interop.diffusers`).
+Attribute names follow diffusers' parameter names, so that weights are mapped by rule (`psa_jax.interop.weights`).
 """
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from psa_jax.errors import PSAError
 from psa_jax.models.attention import CrossContext, Transformer2D, group_norm
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv3x3
+
+
+class AddedConditions(NamedTuple):
+    """What SDXL is told besides the prompt.
+
+    Attributes:
+      pooled: projected text of the second encoder.
+      time_ids: original height and width, crop top and left, target height and width, in pixels.
+    """
+
+    pooled: Float[Array, "b p"]
+    time_ids: Float[Array, "b i"]
 
 
 def timestep_embedding(timesteps: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
@@ -94,6 +108,8 @@ class UNet(nnx.Module):
         last = len(widths) - 1
         self.conv_in = conv3x3(config.in_channels, widths[0], rngs)
         self.time_embedding = TimestepMLP(widths[0], 4 * widths[0], rngs=rngs)
+        added = config.projection_class_embeddings_input_dim
+        self.add_embedding = None if added is None else TimestepMLP(added, 4 * widths[0], rngs=rngs)
 
         down, skips, width_in = [], [widths[0]], widths[0]
         for level, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
@@ -120,30 +136,57 @@ class UNet(nnx.Module):
     def context(self, text: Float[Array, "b s c"]) -> tuple[CrossContext, ...]:
         """Text keys and values of every cross-attention, in adapter order (`config.cross_attentions`)."""
         blocks = [*self.down_blocks, *self.up_blocks, self.mid_block]
-        stacks = [stack for block in blocks for stack in block.attentions]
-        return tuple(layer.attn2.context(text) for stack in stacks for layer in stack.transformer_blocks)
+        return tuple(layer for block in blocks for stack in block.attentions for layer in stack.context(text))
 
     def _in_call_order(self, contexts: tuple[CrossContext, ...]) -> Iterator[tuple[CrossContext, ...]]:
         """Contexts of one transformer stack after the other: down, mid, up, while adapter order has mid last."""
-        down = sum(len(stack.transformer_blocks) for block in self.down_blocks for stack in block.attentions)
+        down = sum(stack.depth for block in self.down_blocks for stack in block.attentions)
         mid = self.config.depths[-1]
         rest = contexts[:down] + contexts[-mid:] + contexts[down:-mid]
         for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
             for stack in block.attentions:
-                depth = len(stack.transformer_blocks)
-                yield rest[:depth]
-                rest = rest[depth:]
+                yield rest[: stack.depth]
+                rest = rest[stack.depth :]
+
+    def _time(
+        self, timesteps: Float[Array, " b"], added: AddedConditions | None, dtype: jnp.dtype
+    ) -> Float[Array, "b t"]:
+        """What the resnets are told: the timestep and, for SDXL, the added conditions."""
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(dtype))
+        if (added is None) != (self.add_embedding is None):
+            what = "needs added conditions: give" if added is None else "takes no added conditions: leave out"
+            raise PSAError(f"UNet: addition_embed_type {self.config.addition_embed_type!r} {what} `added`")
+        if added is None:
+            return time
+        ids = timestep_embedding(added.time_ids.reshape(-1), self.config.addition_time_embed_dim)
+        ids = ids.reshape(len(added.time_ids), -1).astype(dtype)
+        conditions = jnp.concatenate([added.pooled.astype(dtype), ids], axis=-1)
+        if conditions.shape[-1] != (width := self.config.projection_class_embeddings_input_dim):
+            raise PSAError(
+                f"UNet: pooled text and time_ids are {conditions.shape[-1]} numbers together, "
+                f"projection_class_embeddings_input_dim is {width}; the text encoder is of another model"
+            )
+        return time + self.add_embedding(conditions)
 
     def __call__(
-        self, latents: Float[Array, "b h w c"], timesteps: Float[Array, " b"], contexts: tuple[CrossContext, ...]
+        self,
+        latents: Float[Array, "b h w c"],
+        timesteps: Float[Array, " b"],
+        contexts: tuple[CrossContext, ...],
+        added: AddedConditions | None = None,
     ) -> Float[Array, "b h w o"]:
-        """Args:
-        latents: noisy latents x_t of any size (odd sizes round up on the way down).
-        timesteps: training timesteps in [0, 1000).
-        contexts: from `context`, perhaps with an adapter applied.
+        """Predicts from noisy latents.
+
+        Args:
+          latents: x_t of any size (odd sizes round up on the way down).
+          timesteps: training timesteps in [0, 1000).
+          contexts: from `context`, perhaps with an adapter applied.
+          added: for SDXL, and only there.
+
+        Raises:
+          PSAError: `added` is missing, too much or of the wrong width.
         """
-        embedding = timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(latents.dtype)
-        time = self.time_embedding(embedding)
+        time = self._time(timesteps, added, latents.dtype)
         stack_contexts = self._in_call_order(contexts)
 
         hidden = self.conv_in(latents)

@@ -1,6 +1,6 @@
 """The flags of every command, in one file that imports nothing heavy: `psa-jax COMMAND --help` must answer at once."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
@@ -40,21 +40,51 @@ def demo(parser: ArgumentParser) -> None:
 
 def generate(parser: ArgumentParser) -> None:
     """Flags of `psa-jax generate`."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="diffusers folder, or tiny: the embedded model")
-    parser.add_argument("--adapter", type=Path, metavar="FILE", help="native adapter; without it the base model draws")
-    parser.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
-    parser.add_argument("--user", metavar="ID", help="a user id in --table")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="embedding table")
-    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    parser.add_argument("--negative", default="", metavar="PROMPT", help="negative prompt")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture of each prompt (default: 0)")
-    parser.add_argument("--images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default: 20)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5)")
-    parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (default: 1)")
-    parser.add_argument("--unconditional", default="off", help="adapter on the unconditional side: off, zeros or same")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the picture (default: the model's)")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", required=True, metavar="DIR", help="diffusers folder, .safetensors checkpoint, or tiny: the embedded"
+    )
+    model.add_argument("--variant", help="weight files of a folder to read, such as fp16")
+    model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    model.add_argument("--vae", type=Path, metavar="DIR", help="another VAE: folder or .safetensors")
+    model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA of the UNet in diffusers' format")
+    model.add_argument("--lora-scale", type=float, default=1.0, help="its strength (default: 1)")
+    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer files, for a .safetensors checkpoint")
+    user = parser.add_argument_group("user")
+    user.add_argument("--adapter", type=Path, metavar="FILE", help="native adapter; without it the base model draws")
+    user.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
+    user.add_argument("--user", metavar="ID", help="a user id in --table")
+    user.add_argument("--table", type=Path, metavar="FILE", help="embedding table")
+    user.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (default: 1)")
+    user.add_argument("--unconditional", default="off", help="adapter on the unconditional side: off, zeros or same")
+    prompt = parser.add_argument_group("prompts")
+    prompt.add_argument("--prompt", action="append", help="may be given several times")
+    prompt.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or .csv with columns prompt, negative, seed"
+    )
+    prompt.add_argument("--negative", metavar="PROMPT", help="negative prompt")
+    prompt.add_argument("--seed", type=int, default=0, help="seed of the first picture of each prompt (default: 0)")
+    prompt.add_argument("--images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
+    how = parser.add_argument_group("sampling")
+    how.add_argument(
+        "--sampler", help="ddim, euler, euler-ancestral, dpmsolver++ or pndm (default: the folder's scheduler)"
+    )
+    how.add_argument("--steps", type=int, default=20, help="sampler steps (default: 20)")
+    how.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5)")
+    how.add_argument("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
+    how.add_argument("--eta", type=float, default=0.0, help="DDIM's share of fresh noise (default: 0)")
+    how.add_argument("--karras", action="store_true", help="Karras' noise levels (euler, dpmsolver++)")
+    how.add_argument("--size", type=size, metavar="HxW", help="such as 768 or 512x768 (default: the model's)")
+    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures a call (default: 8)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the PNG files")
+
+
+def size(text: str) -> tuple[int, int]:
+    """Height and width from `768` or `512x768`."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise ArgumentTypeError(f"{text!r} is no size; give such as 768 or 512x768 (height x width)")
+    return int(sides[0]), int(sides[-1])
 
 
 def export(parser: ArgumentParser) -> None:

@@ -1,27 +1,47 @@
 """`psa-jax generate`: pictures for a user, from a model folder, an adapter file and a profile or a user id."""
 
+import hashlib
 import json
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
 import psa_jax
 from psa_jax.diffusion.generate import Generator
+from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_stable_diffusion, weights_hash
 from psa_jax.interop.native import load_adapter, read_metadata
 from psa_jax.profiles.encoders import get_encoder
+from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.tools.prompts import read_prompts
 
 
 def run(args: Namespace) -> int:
-    """Draws one picture a prompt and seed; prints a last line in JSON with their paths."""
-    model = load_stable_diffusion(args.model)
+    """Draws one picture a prompt and seed, batch by batch; prints a last line in JSON with their paths.
+
+    A run that was stopped goes on where it was: pictures that are there and whole are not drawn again. Other settings
+    in the same folder are refused.
+    """
+    prompts = read_prompts(args)
+    model = load_stable_diffusion(
+        args.model,
+        dtype=jnp.dtype(args.dtype),
+        variant=args.variant,
+        vae=args.vae,
+        lora=args.lora,
+        lora_scale=args.lora_scale,
+        tokenizer=args.tokenizer,
+    )
     adapter, user = None, None
     if args.adapter is None and (args.profile or args.user):
         raise PSAError("--profile and --user need --adapter; without it the base model draws for nobody in particular")
@@ -31,28 +51,98 @@ def run(args: Namespace) -> int:
             raise PSAError(f"{args.adapter}: the adapter was trained for another base model than {model.folder}")
         adapter = load_adapter(args.adapter, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
         user = _user(args, about)
+    wanted = [
+        _Picture(
+            f"{index:05d}_{seed}.png", prompt.text, args.negative if prompt.negative is None else prompt.negative, seed
+        )
+        for index, prompt in enumerate(prompts)
+        for first in [args.seed if prompt.seed is None else prompt.seed]
+        for seed in range(first, first + args.images)
+    ]
+    if not wanted:
+        raise PSAError(f"--images {args.images}: give a number from 1 up")
+    batch = min(args.batch_size, len(wanted))
     generator = Generator(
         model,
         adapter,
         steps=args.steps,
         guidance=args.guidance,
+        rescale=args.guidance_rescale,
+        sampler=args.sampler,
+        eta=args.eta,
+        karras=True if args.karras else None,
         unconditional=args.unconditional,
-        size=None if args.size is None else (args.size, args.size),
-        batch_size=min(8, len(args.prompt) * args.images),
+        size=args.size,
+        batch_size=batch,
     )
-    prompts = [prompt for prompt in args.prompt for _ in range(args.images)]
-    seeds = [args.seed + i for _ in args.prompt for i in range(args.images)]
-    users = None if user is None else np.tile(user, (len(prompts), 1))
-    pictures = generator(prompts, seeds, users, negative=args.negative, scale=args.scale)
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index, (picture, prompt, seed) in enumerate(zip(pictures, prompts, seeds, strict=True)):
-        path = args.out / f"{index // args.images:05d}_{seed}.png"
-        _write_png(path, picture, {"prompt": prompt, "seed": seed, "steps": args.steps, "guidance": args.guidance})
-        paths.append(str(path))
-    print(json.dumps({"pictures": paths}))
+    settings = {
+        "sampler": args.sampler or sampler_name(model.scheduler_config),
+        **{name: getattr(args, name) for name in ("steps", "guidance", "guidance_rescale", "eta", "karras")},
+        "size": generator.size,
+        "version": psa_jax.__version__,
+    }
+    _claim(args, settings, user)
+    missing = [picture for picture in wanted if not _is_whole(args.out / picture.name, picture)]
+    for start in tqdm(range(0, len(missing), batch), desc="batches", disable=None):
+        part = missing[start : start + batch]
+        drawn = generator(
+            [picture.prompt for picture in part],
+            [picture.seed for picture in part],
+            None if user is None else np.tile(user, (len(part), 1)),
+            negative=[picture.negative for picture in part],
+            scale=args.scale,
+        )
+        for pixels, picture in zip(drawn, part, strict=True):
+            _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
+    print(json.dumps({"pictures": [str(args.out / picture.name) for picture in wanted], "drawn": len(missing)}))
     return 0
+
+
+class _Picture(NamedTuple):
+    """One picture to draw."""
+
+    name: str
+    prompt: str
+    negative: str | None
+    seed: int
+
+
+def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:
+    """Notes the settings of a folder, or compares them: pictures of two settings, or users, never mix in silence."""
+    files = {name: None if path is None else str(path) for name, path in vars(args).items() if name in _FILES}
+    # The embedding's digest tells who was drawn for to anybody who can guess the profile: this file is the owner's.
+    digest = None if user is None else hashlib.sha256(np.float32(user).tobytes()).hexdigest()
+    text = {name: getattr(args, name) for name in ("dtype", "variant", "lora_scale", "scale", "unconditional")}
+    now = json.loads(json.dumps({**files, **text, **settings, "user": digest}))
+    path = args.out / ".settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        different = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+        if different:
+            raise PSAError(f"{args.out}: holds pictures of other settings ({', '.join(different)}); give another --out")
+        return
+    if args.out.is_dir() and any(args.out.glob("*.png")):
+        raise PSAError(f"{args.out}: holds pictures that this command did not draw; give another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_private(path, json.dumps(now, indent=1).encode())
+
+
+_FILES = ("model", "adapter", "vae", "lora", "tokenizer")
+
+
+def _is_whole(path: Path, picture: _Picture) -> bool:
+    """Whether the picture is there and can be decoded; one of another prompt under its name is an error."""
+    if not path.exists():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            about = json.loads(image.text.get("psa_jax", "{}"))
+    except (OSError, SyntaxError):  # cut short or damaged: Pillow raises either
+        return False
+    if any(about.get(name) != value for name, value in picture._asdict().items()):
+        raise PSAError(f"{path}: is a picture of another prompt or seed; give another --out")
+    return True
 
 
 def _user(args: Namespace, about: dict) -> Float[np.ndarray, "1 d"]:
@@ -86,7 +176,7 @@ def _user(args: Namespace, about: dict) -> Float[np.ndarray, "1 d"]:
 def _write_png(path: Path, picture: np.ndarray, about: dict) -> None:
     """A PNG that says how it was made (never for whom), whole or not at all."""
     text = PngImagePlugin.PngInfo()
-    text.add_text("psa_jax", json.dumps({**about, "version": psa_jax.__version__}))
+    text.add_text("psa_jax", json.dumps(about))
     unfinished = path.with_name(f".{path.name}.partial")
     Image.fromarray(picture).save(unfinished, format="PNG", pnginfo=text)
     os.replace(unfinished, path)

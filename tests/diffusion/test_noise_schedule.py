@@ -11,10 +11,17 @@ from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-CONFIGS = [SD, {}, {"num_train_timesteps": 50, "beta_end": 0.3}]
+CONFIGS = {
+    "sd": SD,
+    "defaults": {},
+    "short": {"num_train_timesteps": 50, "beta_end": 0.3},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "zero_snr": SD | {"rescale_betas_zero_snr": True},
+    "cosine_zero_snr": {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True},
+}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["sd", "defaults", "short"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("scheduler_type", [DDPMScheduler, DDIMScheduler])
 def test_schedule(scheduler_type, config):
     theirs = scheduler_type(**config, prediction_type="v_prediction")
@@ -31,11 +38,28 @@ def test_schedule(scheduler_type, config):
     np.testing.assert_allclose(ours.target(*arguments), nhwc(velocity), rtol=0, atol=1e-6)
 
 
-def test_target_of_a_noise_predictor_is_the_noise():
-    schedule = NoiseSchedule.from_config(SD)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_relative_precision_near_the_end(config):
+    # Where little signal is left, samplers divide by it. Rescaling subtracts near neighbours in float32.
+    theirs = DDIMScheduler(**config).alphas_cumprod.numpy()
+    rtol = 5e-5 if config.get("rescale_betas_zero_snr") else 5e-6
+    np.testing.assert_allclose(NoiseSchedule.from_config(config).alphas_cumprod, theirs, rtol=rtol, atol=1e-12)
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_and_starts_as_before():
+    plain = NoiseSchedule.from_config(SD).alphas_cumprod
+    rescaled = NoiseSchedule.from_config(SD | {"rescale_betas_zero_snr": True}).alphas_cumprod
+    assert rescaled[-1] == 0
+    np.testing.assert_allclose(rescaled[0], plain[0], rtol=1e-6)
+    assert (np.diff(rescaled) < 0).all()
+
+
+def test_targets_of_predictors_of_the_noise_and_of_the_picture():
     latents, noise = nhwc(tensor(2, 4, 3, 5)), nhwc(tensor(2, 4, 3, 5, seed=1))
     steps = jnp.asarray([3, 999], dtype=jnp.int32)
-    np.testing.assert_array_equal(schedule.target(latents, noise, steps), noise)
+    np.testing.assert_array_equal(NoiseSchedule.from_config(SD).target(latents, noise, steps), noise)
+    picture = NoiseSchedule.from_config(SD | {"prediction_type": "sample"})
+    np.testing.assert_array_equal(picture.target(latents, noise, steps), latents)
 
 
 def test_signal_to_noise_falls_and_matches_its_definition():
@@ -47,11 +71,14 @@ def test_signal_to_noise_falls_and_matches_its_definition():
 @pytest.mark.parametrize(
     "change",
     [
-        {"beta_schedule": "squaredcos_cap_v2"},
-        {"prediction_type": "sample"},
+        {"beta_schedule": "sigmoid"},
+        {"prediction_type": "flow_prediction"},
         {"trained_betas": [0.1, 0.2]},
-        {"rescale_betas_zero_snr": True},
         {"thresholding": True},
+        {"num_train_timesteps": 1},
+        {"num_train_timesteps": "1000"},
+        {"beta_start": 0.0},
+        {"beta_end": True},
     ],
     ids=lambda change: next(iter(change)),
 )

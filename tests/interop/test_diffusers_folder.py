@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
-from torch_models import TOLERANCE, UNETS, VAES, difference, nhwc, run, save_torch_pipeline, small_tokenizer, tensor
+from torch_models import TOLERANCE, UNETS, VAES, difference, nhwc, run, small_tokenizer, tensor
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import (
@@ -41,22 +41,14 @@ LOADERS = {"unet": load_unet, "vae": load_vae, "text_encoder": load_text_encoder
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory) -> tuple[Path, StableDiffusionPipeline]:
-    """A random pipeline saved by diffusers; read only."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipeline = save_torch_pipeline(folder)
-    return folder / "model", pipeline
-
-
-@pytest.fixture(scope="session")
-def loaded(source) -> StableDiffusion:
-    return load_stable_diffusion(source[0])
+def loaded(sd1) -> StableDiffusion:
+    return load_stable_diffusion(sd1[0])
 
 
 @pytest.fixture
-def broken(source, tmp_path) -> Path:
+def broken(sd1, tmp_path) -> Path:
     """A copy to damage."""
-    return shutil.copytree(source[0], tmp_path / "model")
+    return shutil.copytree(sd1[0], tmp_path / "model")
 
 
 def open_in_diffusers(folder: Path) -> StableDiffusionPipeline:
@@ -79,8 +71,8 @@ def denoise(model: StableDiffusion, latents, ids) -> jax.Array:
 PROMPTS = ["a cat, a dog", "Café: 3 cats!"]
 
 
-def test_pipeline_from_prompts_to_prediction(source, loaded):
-    pipeline = source[1]
+def test_pipeline_from_prompts_to_prediction(sd1, loaded):
+    pipeline = sd1[1]
     ids = pipeline.tokenizer(
         PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
@@ -89,8 +81,8 @@ def test_pipeline_from_prompts_to_prediction(source, loaded):
     assert difference(denoise(loaded, latents, ids), denoise_in_torch(pipeline, latents, ids)) <= TOLERANCE
 
 
-def test_round_trip_keeps_every_byte_and_opens_in_diffusers(source, loaded, tmp_path):
-    folder, pipeline = source
+def test_round_trip_keeps_every_byte_and_opens_in_diffusers(sd1, loaded, tmp_path):
+    folder, pipeline = sd1
     out = tmp_path / "out"
     save_stable_diffusion(loaded, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -12,7 +12,8 @@ from torch_models import CLIPS, UNETS, VAES, torch_clip, torch_unet, torch_vae
 from transformers import CLIPTextConfig as TorchConfig
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.diffusers import abstract_model, config_json, parameter_count
+from psa_jax.interop.diffusers import config_json
+from psa_jax.interop.weights import abstract_model, parameter_count
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
@@ -110,6 +111,76 @@ SD21_UNET = {
     "up_block_types": UP,
     "use_linear_projection": True,
 }
+SD21_768_UNET = SD21_UNET | {"sample_size": 96, "upcast_attention": True}
+SD_TURBO_UNET = SD15_UNET_FINE_TUNED | {
+    "_diffusers_version": "0.24.0.dev0",
+    "addition_time_embed_dim": None,
+    "attention_head_dim": [5, 10, 20, 20],
+    "attention_type": "default",
+    "cross_attention_dim": 1024,
+    "dropout": 0.0,
+    "encoder_hid_dim_type": None,
+    "num_attention_heads": None,
+    "reverse_transformer_layers_per_block": None,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": True,
+}
+SDXL_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.19.0.dev0",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 2048,
+    "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+SDXL_TURBO_UNET = SDXL_UNET | {
+    "_diffusers_version": "0.24.0.dev0",
+    "attention_type": "default",
+    "dropout": 0.0,
+    "reverse_transformer_layers_per_block": None,
+    "sample_size": 64,
+}
 SD14_VAE = {
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.5.0.dev0",
@@ -123,6 +194,15 @@ SD14_VAE = {
     "out_channels": 3,
     "sample_size": 512,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+SDXL_VAE = SD14_VAE | {
+    "_diffusers_version": "0.20.0.dev0",
+    "_name_or_path": "../sdxl-vae/",
+    "force_upcast": True,
+    "latents_mean": None,
+    "latents_std": None,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
 }
 SD15_TEXT = {
     "_name_or_path": "openai/clip-vit-large-patch14",
@@ -156,6 +236,17 @@ SD21_TEXT = SD15_TEXT | {
     "projection_dim": 512,
     "torch_dtype": "float16",
 }
+SDXL_TEXT_2 = SD15_TEXT | {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+    "torch_dtype": "float16",
+    "transformers_version": "4.32.0.dev0",
+}
 
 
 def test_released_configs_are_the_default_sizes():
@@ -168,25 +259,44 @@ def test_released_configs_are_the_default_sizes():
     assert (text.hidden_size, text.num_attention_heads, text.eos_token_id) == (768, 12, 2)
 
 
-def test_sd2_configs_are_read():
-    unet = UNetConfig.from_json(SD21_UNET)
+@pytest.mark.parametrize("config", [SD21_UNET, SD21_768_UNET, SD_TURBO_UNET])
+def test_sd2_configs_are_read(config):
+    unet = UNetConfig.from_json(config)
     assert unet.use_linear_projection
     assert unet.heads == (5, 10, 20, 20)
+    assert unet.cross_attention_dim == CLIPTextConfig.from_json(SD21_TEXT).hidden_size == 1024
     assert {width // heads for width, heads in unet.cross_attentions} == {64}
-    assert CLIPTextConfig.from_json(SD21_TEXT).hidden_act == "gelu"
+    assert unet.addition_embed_type is None
 
 
-# Published sizes of Stable Diffusion 1.x.
+@pytest.mark.parametrize("config", [SDXL_UNET, SDXL_TURBO_UNET])
+def test_sdxl_configs_are_read(config):
+    unet = UNetConfig.from_json(config)
+    text, text_2 = CLIPTextConfig.from_json(SD15_TEXT), CLIPTextConfig.from_json(SDXL_TEXT_2)
+    assert unet.depths == (1, 2, 10)
+    assert {width // heads for width, heads in unet.cross_attentions} == {64}
+    assert unet.cross_attention_dim == text.hidden_size + text_2.hidden_size
+    assert text.projection_dim is None
+    pooled_and_ids = text_2.projection_dim + 6 * unet.addition_time_embed_dim
+    assert pooled_and_ids == unet.projection_class_embeddings_input_dim
+    assert VAEConfig.from_json(SDXL_VAE) == VAEConfig(sample_size=1024, scaling_factor=0.13025)
+
+
+# Published sizes.
 @pytest.mark.parametrize(
     ("model_type", "config", "count"),
     [
         (UNet, UNetConfig.from_json(SD15_UNET), 859_520_964),
         (VAE, VAEConfig.from_json(SD14_VAE), 83_653_863),
         (CLIPText, CLIPTextConfig.from_json(SD15_TEXT), 123_060_480),
+        (UNet, UNetConfig.from_json(SD21_UNET), 865_910_724),
+        (CLIPText, CLIPTextConfig.from_json(SD21_TEXT), 340_387_840),
+        (UNet, UNetConfig.from_json(SDXL_UNET), 2_567_463_684),
+        (CLIPText, CLIPTextConfig.from_json(SDXL_TEXT_2), 694_659_840),
     ],
-    ids=["unet", "vae", "text"],
+    ids=["sd15_unet", "vae", "sd15_text", "sd21_unet", "sd21_text", "sdxl_unet", "sdxl_text_2"],
 )
-def test_parameter_counts_of_sd15(model_type, config, count):
+def test_parameter_counts(model_type, config, count):
     model = abstract_model(model_type, config)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
     assert parameter_count(model) == count
@@ -210,10 +320,14 @@ def test_what_diffusers_and_transformers_write_is_read(tmp_path):
         (UNetConfig(**UNETS["uneven"]), "UNet2DConditionModel"),
         (UNetConfig(**UNETS["linear_deep"]), "UNet2DConditionModel"),
         (VAEConfig(**VAES["shallow"]), "AutoencoderKL"),
+        (UNetConfig(**UNETS["sdxl_shape"]), "UNet2DConditionModel"),
         (CLIPTextConfig(**CLIPS["gelu"]), "CLIPTextModel"),
+        (CLIPTextConfig(**CLIPS["openclip"]), "CLIPTextModelWithProjection"),
     ],
 )
 def test_config_json_round_trip(config, class_name):
+    if isinstance(config, CLIPTextConfig):
+        assert config.architecture == class_name
     written = json.loads(json.dumps(config_json(class_name, config)))
     assert type(config).from_json(written) == config
 
@@ -223,7 +337,7 @@ def test_absent_keys_mean_what_the_original_libraries_take():
         return {name: parameter.default for name, parameter in inspect.signature(constructor).parameters.items()}
 
     for config, theirs in (
-        (CLIPTextConfig.from_json({}), vars(TorchConfig())),
+        (CLIPTextConfig.from_json({"architectures": ["CLIPTextModelWithProjection"]}), vars(TorchConfig())),
         (UNetConfig.from_json({}), defaults(UNet2DConditionModel.__init__)),
         (VAEConfig.from_json({"block_out_channels": [64]}), defaults(AutoencoderKL.__init__)),
     ):
@@ -238,6 +352,12 @@ def test_absent_keys_mean_what_the_original_libraries_take():
     [
         (UNetConfig, SD15_UNET, {"class_embed_type": "timestep"}),
         (UNetConfig, SD15_UNET, {"addition_embed_type": "text_time"}),
+        (UNetConfig, SD15_UNET, {"addition_embed_type": "image"}),
+        (UNetConfig, SD15_UNET, {"projection_class_embeddings_input_dim": 2816}),
+        (UNetConfig, SDXL_UNET, {"addition_time_embed_dim": None}),
+        (UNetConfig, SDXL_UNET, {"reverse_transformer_layers_per_block": [[10, 10], [2, 2], 1]}),
+        (UNetConfig, SDXL_UNET, {"time_cond_proj_dim": 256}),
+        (UNetConfig, SD21_UNET, {"dual_cross_attention": True}),
         (UNetConfig, SD15_UNET, {"num_attention_heads": 8}),
         (UNetConfig, SD15_UNET, {"freq_shift": 1}),
         (UNetConfig, SD15_UNET, {"only_cross_attention": [True, False, False, False]}),
@@ -252,6 +372,7 @@ def test_absent_keys_mean_what_the_original_libraries_take():
         (UNetConfig, SD15_UNET, {"norm_num_groups": 0}),
         (UNetConfig, SD15_UNET, {"use_linear_projection": "yes"}),
         (VAEConfig, SD14_VAE, {"shift_factor": 0.1}),
+        (VAEConfig, SDXL_VAE, {"latents_mean": [0.0, 0.0, 0.0, 0.0]}),
         (VAEConfig, SD14_VAE, {"use_quant_conv": False}),
         (VAEConfig, SD14_VAE, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}),
         (VAEConfig, SD14_VAE, {"up_block_types": ["UpDecoderBlock2D"] * 3}),
@@ -259,6 +380,8 @@ def test_absent_keys_mean_what_the_original_libraries_take():
         (VAEConfig, SD14_VAE, {"norm_num_groups": 7}),
         (VAEConfig, SD14_VAE, {"num_vq_embeddings": 256}),
         (CLIPTextConfig, SD15_TEXT, {"model_type": "clip_vision_model"}),
+        (CLIPTextConfig, SD15_TEXT, {"architectures": ["CLIPModel"]}),
+        (CLIPTextConfig, SDXL_TEXT_2, {"projection_dim": "wide"}),
         (CLIPTextConfig, SD15_TEXT, {"hidden_act": "relu"}),
         (CLIPTextConfig, SD15_TEXT, {"num_attention_heads": 7}),
         (CLIPTextConfig, SD15_TEXT, {"hidden_size": 768.5}),

@@ -1,5 +1,6 @@
 """The UNet and its modules against diffusers' torch modules with random parameters."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,18 +18,22 @@ from torch_models import (
     UNET_SIZES,
     UNETS,
     difference,
+    flax_added,
     nhwc,
     randomise,
     run,
     tensor,
     to_flax,
+    torch_added,
     torch_unet,
 )
 
+from psa_jax.errors import PSAError
+from psa_jax.interop.weights import abstract_model
 from psa_jax.models.attention import Attention, BasicTransformerBlock, FeedForward, Transformer2D
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample
-from psa_jax.models.unet import TimestepMLP, UNet, timestep_embedding
+from psa_jax.models.unet import AddedConditions, TimestepMLP, UNet, timestep_embedding
 
 
 @pytest.mark.parametrize(("cin", "cout", "time_dim"), [(12, 12, 20), (8, 12, 20), (12, 8, None)])
@@ -71,7 +76,7 @@ def test_transformer_block(tmp_path):
     assert difference(got, theirs(x, encoder_hidden_states=text)) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("linear", "depth"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(("linear", "depth"), [(False, 1), (True, 1), (False, 2), (True, 3)])
 def test_transformer_2d(linear, depth, tmp_path):
     theirs = randomise(
         Transformer2DModel(
@@ -87,12 +92,18 @@ def test_transformer_2d(linear, depth, tmp_path):
     )
     ours = to_flax(lambda r: Transformer2D(12, 2, 10, depth, groups=4, linear=linear, rngs=r), theirs, tmp_path)
     x, text = tensor(2, 12, 3, 5), tensor(2, 7, 10, seed=1)
-
-    def call(model, x, text):
-        return model(x, tuple(block.attn2.context(text) for block in model.transformer_blocks))
-
-    got = run(call, ours, nhwc(x), jnp.asarray(text.numpy()))
+    got = run(lambda m, x, t: m(x, m.context(t)), ours, nhwc(x), jnp.asarray(text.numpy()))
     assert difference(got, theirs(x, encoder_hidden_states=text, return_dict=False)[0]) <= TOLERANCE
+
+
+def test_deeper_stacks_are_no_more_to_compile():
+    def products(depth: int) -> int:
+        model = abstract_model(lambda _, rngs: Transformer2D(12, 2, 10, depth, groups=4, linear=True, rngs=rngs), None)
+        x, text = jax.ShapeDtypeStruct((2, 3, 5, 12), jnp.float32), jax.ShapeDtypeStruct((2, 7, 10), jnp.float32)
+        return jax.jit(lambda m, x, t: m(x, m.context(t))).lower(model, x, text).as_text().count("dot_general")
+
+    # Two projections around the stack; in a block ten of weights and twice two of attention.
+    assert products(1) == products(2) == products(10) == 16
 
 
 @pytest.mark.parametrize("size", [(6, 8), (5, 7)])
@@ -140,15 +151,39 @@ def test_unet(unets):
     latents = tensor(2, theirs.config.in_channels, *UNET_SIZES[name])
     text = tensor(2, 6, theirs.config.cross_attention_dim, seed=1)
     steps = torch.tensor([3, 871])
-    expected = theirs(latents, steps, encoder_hidden_states=text).sample
+    added = torch_added(theirs)
+    expected = theirs(latents, steps, encoder_hidden_states=text, added_cond_kwargs=added).sample
     got = run(
-        lambda m, x, t, c: m(x, t, m.context(c)),
+        lambda m, x, t, c, a: m(x, t, m.context(c), a),
         ours,
         nhwc(latents),
         jnp.asarray(steps.numpy(), dtype=jnp.float32),
         jnp.asarray(text.numpy()),
+        flax_added(added),
     )
     assert difference(got, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "added", "says"),
+    [
+        ("sdxl_shape", None, "needs added conditions"),
+        ("sdxl_shape", (24, 5), "54 numbers together"),
+        ("mid_only", (24, 6), "takes no added conditions"),
+    ],
+)
+def test_added_conditions_that_do_not_fit_are_refused(name, added, says):
+    config = UNetConfig(**UNETS[name])
+    inputs = (
+        jnp.zeros((2, 8, 8, config.in_channels)),
+        jnp.zeros(2),
+        jnp.zeros((2, 6, config.cross_attention_dim)),
+        added and AddedConditions(jnp.zeros((2, added[0])), jnp.zeros((2, added[1]))),
+    )
+    with pytest.raises(PSAError) as caught:
+        jax.eval_shape(lambda m, x, t, c, a: m(x, t, m.context(c), a), abstract_model(UNet, config), *inputs)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_contexts_come_in_the_order_of_attn_processors(unets):

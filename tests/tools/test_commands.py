@@ -71,6 +71,43 @@ def test_generate_for_a_user_of_a_table(files, tmp_path):
     assert np.abs(one - five).max() > 0
 
 
+def test_prompts_of_a_file_and_a_stopped_run_that_goes_on(files, tmp_path, capsys):
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text('prompt,negative,seed\n"a cat, at last",,7\ncat,at,\n')
+    out = tmp_path / "out"
+    words = [f"--prompts={prompts}", "--images=2", "--seed=3"]
+    assert generate(files, out, *words) == 0
+    names = ["00000_3.png", "00000_4.png", "00001_7.png", "00001_8.png", "00002_3.png", "00002_4.png"]
+    assert sorted(path.name for path in out.glob("*.png")) == names
+    before = {name: (out / name).read_bytes() for name in names}
+    about = json.loads(Image.open(out / "00002_3.png").text["psa_jax"])
+    assert (about["prompt"], about["negative"], about["sampler"]) == ("cat", "at", "ddim")
+
+    (out / names[1]).unlink()
+    (out / names[4]).write_bytes(before[names[4]][:100])  # cut short
+    capsys.readouterr()
+    assert generate(files, out, *words) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["drawn"] == 2
+    assert {name: (out / name).read_bytes() for name in names} == before
+
+    assert generate(files, out, *words, "--guidance=3") == 1
+    assert "holds pictures of other settings (guidance)" in capsys.readouterr().err
+    prompts.write_text("prompt\nanother\n")
+    assert generate(files, out, f"--prompts={prompts}", "--images=2", "--seed=3") == 1
+    assert "is a picture of another prompt or seed" in capsys.readouterr().err
+    assert {name: (out / name).read_bytes() for name in names} == before
+
+
+def test_a_folder_holds_the_pictures_of_one_user(files, tmp_path, capsys):
+    adapter = f"--adapter={files[1] / 'adapter.safetensors'}"
+    assert generate(files, tmp_path / "out", adapter, f"--profile={PROFILE}") == 0
+    assert generate(files, tmp_path / "out", adapter, '--profile={"age": 40, "gender": "male"}') == 1
+    assert "other settings (user)" in capsys.readouterr().err
+    (settings,) = tmp_path.glob("out/.settings.json")
+    assert settings.stat().st_mode & 0o777 == 0o600
+    assert not {"female", "Islam"} & set(settings.read_text().replace('"', " ").split())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -83,10 +120,17 @@ def test_generate_for_a_user_of_a_table(files, tmp_path):
         (["--model=missing"], "no such model folder"),
         (["--size=63"], "picture size"),
         (["--steps=0"], "sampling steps"),
+        (["--images=0"], "--images 0"),
+        (["--sampler=magic"], "choose one of ddim"),
+        (["--eta=0.5", "--sampler=euler"], "eta is DDIM's"),
+        (["--prompts=EMPTY"], "columns"),
+        (["--prompts=missing.csv"], "missing.csv"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, words, message):
     places = {"ADAPTER": str(files[1] / "adapter.safetensors"), "TABLE": str(files[1] / "table.safetensors")}
+    places["EMPTY"] = str(tmp_path / "empty.csv")
+    (tmp_path / "empty.csv").write_text("text\na cat\n")
     for short, path in places.items():
         words = [word.replace(short, path) for word in words]
     assert generate(files, tmp_path / "out", *words) == 1

@@ -1,0 +1,159 @@
+"""The parts of a pipeline before any weight is read: configurations, opened tensor files, tokenizers."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from psa_jax.errors import PSAError
+from psa_jax.interop.weights import Tensors, read_json
+from psa_jax.models.clip import CLIPText
+from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
+from psa_jax.models.unet import UNet
+from psa_jax.models.vae import VAE
+
+Config = UNetConfig | VAEConfig | CLIPTextConfig
+
+# Attention names of VAEs saved before diffusers 0.15.
+_OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def vae_name(name: str) -> str:
+    """Today's name of a VAE tensor."""
+    parts = name.split(".")
+    if "attentions" in parts and parts[-2] in _OLD_VAE:
+        parts[-2] = _OLD_VAE[parts[-2]]
+    return ".".join(parts)
+
+
+def text_name(name: str) -> str:
+    """Name here of a text encoder's tensor."""
+    return name.removeprefix("text_model.")
+
+
+def text_file_name(name: str) -> str:
+    """The inverse of `text_name`: transformers' layout, in which only the projection is outside the text model."""
+    return name if name.startswith("text_projection.") else f"text_model.{name}"
+
+
+class ModelKind(NamedTuple):
+    """How one model of a pipeline is kept in a folder.
+
+    Attributes:
+      class_name: its class in diffusers or transformers.
+      stem: name of its weight files up to the variant.
+      name, file_name: tensor name in the file -> name here, and back.
+    """
+
+    library: str
+    class_name: str
+    config: type[Config]
+    model: Callable[..., nnx.Module]
+    stem: str
+    name: Callable[[str], str] = str
+    file_name: Callable[[str], str] = str
+
+
+_STEM = "diffusion_pytorch_model"
+_TEXT = (CLIPTextConfig, CLIPText, "model", text_name, text_file_name)
+MODELS = {
+    "unet": ModelKind("diffusers", "UNet2DConditionModel", UNetConfig, UNet, _STEM),
+    "vae": ModelKind("diffusers", "AutoencoderKL", VAEConfig, VAE, _STEM, vae_name),
+    "text_encoder": ModelKind("transformers", "CLIPTextModel", *_TEXT),
+    "text_encoder_2": ModelKind("transformers", "CLIPTextModelWithProjection", *_TEXT),
+}
+SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+# Pipeline class -> the tokenizer of each text encoder it has.
+PIPELINES = {
+    SD: {"text_encoder": "tokenizer"},
+    SDXL: {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A pipeline whose weights are open but not read.
+
+    Attributes:
+      where: the folder or file, for errors.
+      configs, tensors: by names of `MODELS`; tensors are under diffusers' names.
+      tokenizers: "tokenizer" and perhaps "tokenizer_2".
+      force_zeros: SDXL takes zeros for the text states of an empty negative prompt.
+    """
+
+    where: Path
+    pipeline: str
+    configs: dict[str, Config]
+    tensors: dict[str, Tensors]
+    tokenizers: dict[str, Any]
+    scheduler: dict[str, Any]
+    force_zeros: bool
+
+
+def read_config(kind: str, path: Path) -> Config:
+    """The configuration of a model (a name of `MODELS`) from its `config.json`."""
+    return MODELS[kind].config.from_json(read_json(path), str(path))
+
+
+def load_tokenizer(folder: Path, name: str = "tokenizer"):
+    """The CLIP tokenizer of a diffusers folder (no network is used)."""
+    return read_tokenizer(folder / name)
+
+
+def read_tokenizer(path: Path, **settings: Any):
+    """The CLIP tokenizer whose files are in a folder; `settings` replace what its tokenizer_config.json says."""
+    from transformers import CLIPTokenizer  # imported late: slow to import
+
+    if not (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
+        raise PSAError(f"{path}: tokenizer files not found (vocab.json and merges.txt)")
+    if not (path / "tokenizer.json").is_file() and not (path / "merges.txt").is_file():
+        raise PSAError(f"{path / 'merges.txt'}: file not found; a tokenizer needs it beside vocab.json")
+    try:
+        return CLIPTokenizer.from_pretrained(path, local_files_only=True, **settings)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = " ".join(str(error).split())
+        raise PSAError(f"{path}: not a CLIP tokenizer ({reason}); download it again") from error
+
+
+def check_parts_fit(parts: Parts) -> None:
+    """Parts of different pipelines would fail far from here, or not at all: token ids too high are clamped on a TPU.
+
+    Raises:
+      PSAError: two parts do not fit together; the line names both.
+    """
+    unet, vae = parts.configs["unet"], parts.configs["vae"]
+    encoders = {name: parts.configs[name] for name in PIPELINES[parts.pipeline]}
+    widths = " + ".join(f"{name} hidden_size" for name in encoders)
+    pairs = [
+        ("unet cross_attention_dim", unet.cross_attention_dim, widths, sum(e.hidden_size for e in encoders.values())),
+        ("unet out_channels", unet.out_channels, "vae latent_channels", vae.latent_channels),
+        ("unet in_channels", unet.in_channels, "vae latent_channels", vae.latent_channels),
+        ("unet addition_embed_type", unet.addition_embed_type, *_added(parts)),
+    ]
+    if parts.pipeline == SDXL:
+        first, second = encoders.values()
+        length = "max_position_embeddings"
+        pairs += [
+            (f"text_encoder {length}", getattr(first, length), f"text_encoder_2 {length}", getattr(second, length)),
+            (
+                "unet projection_class_embeddings_input_dim",
+                unet.projection_class_embeddings_input_dim,
+                "text_encoder_2 projection_dim + 6 · unet addition_time_embed_dim",
+                (second.projection_dim or 0) + 6 * (unet.addition_time_embed_dim or 0),
+            ),
+        ]
+    for what, left, other, right in pairs:
+        if left != right:
+            raise PSAError(f"{parts.where}: {what} is {left}, {other} is {right}; the parts are of different models")
+    for encoder, name in PIPELINES[parts.pipeline].items():
+        tokenizer, vocab_size = parts.tokenizers[name], encoders[encoder].vocab_size
+        if len(tokenizer) > vocab_size:
+            raise PSAError(f"{parts.where}: {name} has {len(tokenizer)} tokens, {encoder} vocab_size is {vocab_size}")
+        if tokenizer.pad_token_id is None:
+            raise PSAError(f"{parts.where}: {name} has no pad token; name one in its tokenizer_config.json")
+
+
+def _added(parts: Parts) -> tuple[str, str | None]:
+    return f"that of {parts.pipeline}", "text_time" if parts.pipeline == SDXL else None

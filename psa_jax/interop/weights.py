@@ -1,0 +1,324 @@
+"""Tensor files: names, layouts, stacks, strict reading one tensor at a time, writing.
+
+Every tensor of a file is used exactly once and has exactly the expected shape; otherwise the load fails and says which.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from psa_jax.errors import PSAError
+
+# Attributes here that are list entries in the torch modules.
+_RENAMED = {"to_out_0": "to_out.0", "net_0": "net.0", "net_2": "net.2"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_STACK = "transformer_blocks"
+_BUFFERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")  # in old CLIP files: 0, 1, 2, …
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+ParameterPath = tuple[str | int, ...]
+Index = tuple[slice, ...]
+Shardings = Callable[[ParameterPath, tuple[int, ...]], jax.sharding.Sharding]
+
+
+def torch_name(path: ParameterPath) -> str:
+    """Name of a parameter in torch, from its path in the NNX state."""
+    *modules, leaf = (str(p) for p in path)
+    return ".".join([*(_RENAMED.get(m, m) for m in modules), _LEAVES[leaf]])
+
+
+def torch_names(path: ParameterPath, shape: tuple[int, ...]) -> list[str]:
+    """Names in torch of the tensors in a parameter: one, or one a block where its first axis stacks blocks."""
+    if not is_stacked(path):
+        return [torch_name(path)]
+    at = path.index(_STACK) + 1
+    return [torch_name((*path[:at], block, *path[at:])) for block in range(shape[0])]
+
+
+def is_stacked(path: ParameterPath) -> bool:
+    """Whether the first axis of a parameter runs over the transformer blocks of a stack."""
+    return _STACK in path and not str(path[path.index(_STACK) + 1]).isdigit()
+
+
+def from_torch(weight: np.ndarray, path: ParameterPath) -> np.ndarray:
+    """Linear [out, in] → [in, out]; convolution [out, in, h, w] → [h, w, in, out]; the rest as is. A view."""
+    if path[-1] != "kernel":
+        return weight
+    return weight.T if weight.ndim == 2 else weight.transpose(2, 3, 1, 0)
+
+
+def to_torch(weight: np.ndarray, path: ParameterPath) -> np.ndarray:
+    """The inverse of `from_torch`."""
+    if path[-1] != "kernel":
+        return weight
+    return np.ascontiguousarray(weight.T if weight.ndim == 2 else weight.transpose(3, 2, 0, 1))
+
+
+def torch_order(axes: tuple[Any, ...], path: ParameterPath) -> tuple[Any, ...]:
+    """What belongs to the axes of a parameter (its shape, an index) in the order of torch's axes."""
+    if path[-1] != "kernel":
+        return axes
+    *window, width_in, width_out = axes
+    return (width_out, width_in, *window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that is read when it is asked for.
+
+    Attributes:
+      shape: its shape in torch.
+      read: index -> that part of it, in the dtype of the file.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[Index], np.ndarray]
+
+    def all(self) -> np.ndarray:
+        """The whole tensor."""
+        return self.read((slice(None),) * len(self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """The tensors of one model by their names; `where` is the file that an error names."""
+
+    where: Path
+    by_name: Mapping[str, Tensor]
+
+    def renamed(self, rename: Callable[[str], str]) -> "Tensors":
+        """The same tensors under other names.
+
+        Raises:
+          PSAError: two would get the same name.
+        """
+        first: dict[str, str] = {}
+        for name in self.by_name:
+            if (other := first.setdefault(rename(name), name)) != name:
+                raise PSAError(f"{self.where}: {other} and {name} are the same parameter; delete one of them")
+        return Tensors(self.where, {new: self.by_name[old] for new, old in first.items()})
+
+
+def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
+    """The weights of a part: `{stem}.safetensors`, or the index of its shards, of one variant.
+
+    Raises:
+      PSAError: there is none, or more than one; the line says what is there and the way out.
+    """
+    single = f"{stem}.safetensors"
+    candidates = [single, f"{single}.index.json"]
+    if variant is not None:  # the last name is diffusers' older one
+        candidates = [f"{stem}.{variant}.safetensors", f"{single}.index.{variant}.json"]
+        candidates.append(f"{single}.{variant}.index.json")
+    found = [folder / name for name in candidates if (folder / name).is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PSAError(f"{found[0]}: {found[1].name} is there too; delete one of them")
+    wanted = folder / candidates[0]
+    others = sorted(path.name for path in folder.glob(f"{stem}.*safetensors*"))
+    if others:
+        raise PSAError(f"{wanted}: weights not found; the folder has {', '.join(others)}: give the variant it has")
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
+    if pickles:
+        raise PSAError(f"{wanted}: weights not found; {_refuse_pickle(pickles[0])}")
+    raise PSAError(f"{wanted}: weights not found; download the folder again, with its safetensors files")
+
+
+def _refuse_pickle(name: str) -> str:
+    return (
+        f"{name} is a pickle, which can run code, and is not read: convert .bin and .ckpt files to safetensors first "
+        "(load them in diffusers and call save_pretrained)"
+    )
+
+
+def open_tensors(path: Path) -> Tensors:
+    """Opens a safetensors file, or the index (`*.json`) of a sharded one; no tensor is read yet.
+
+    Raises:
+      PSAError: not a whole safetensors file, or shards that are not as the index says.
+    """
+    if path.suffix in _PICKLES:
+        raise PSAError(f"{path}: {_refuse_pickle(path.name)}")
+    if not path.is_file():
+        raise PSAError(f"{path}: weights not found; psa_jax reads safetensors files")
+    return Tensors(path, _open_index(path) if path.suffix == ".json" else _open_file(path))
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header and that the file is whole
+            pass
+    except SafetensorError as error:
+        raise PSAError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: _tensor(path, name, 8 + length, entry) for name, entry in header.items()}
+
+
+def _tensor(path: Path, name: str, start: int, entry: Mapping[str, Any]) -> Tensor:
+    shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
+
+    def read(index: Index) -> np.ndarray:
+        if entry["dtype"] not in _DTYPES:
+            raise PSAError(f"{path}: {name} is of dtype {entry['dtype']} (supported: {', '.join(_DTYPES)})")
+        dtype = np.dtype(_DTYPES[entry["dtype"]])
+        if not math.prod(shape):
+            return np.empty(shape, dtype)[index]
+        # Mapped anew for each read: of a file that stays mapped, every page would go on counting as memory.
+        whole = np.memmap(path, np.uint8, "r", offset, math.prod(shape) * dtype.itemsize).view(np.ndarray)
+        return np.asarray(whole.view(dtype).reshape(shape)[index])
+
+    return Tensor(shape, read)
+
+
+def _open_index(path: Path) -> dict[str, Tensor]:
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise PSAError(f"{path}: no weight_map from tensor names to files; download it again")
+    shards = dict.fromkeys(sorted(set(files.values())))
+    for shard in shards:
+        if os.path.basename(shard) != shard or not shard.endswith(".safetensors"):
+            raise PSAError(f"{path}: {shard!r} is not the name of a safetensors file beside it")
+    for shard in shards:
+        if not (path.parent / shard).is_file():
+            raise PSAError(f"{path.parent / shard}: not found, but {path.name} lists it; download it again")
+        shards[shard] = _open_file(path.parent / shard)
+        listed = {name for name, file in files.items() if file == shard}
+        for what, names in (
+            ("missing tensors", listed - shards[shard].keys()),
+            ("tensors that the index places elsewhere or nowhere", shards[shard].keys() - listed),
+        ):
+            if names:
+                raise PSAError(f"{path.parent / shard}: {what}: {shown(names)}; download it and {path.name} again")
+    return {name: shards[file][name] for name, file in files.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or one clear line."""
+    if not path.is_file():
+        raise PSAError(f"{path}: file not found; is this a diffusers folder?")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PSAError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise PSAError(f"{path}: expected a JSON object")
+    return value
+
+
+def shown(names: set[str]) -> str:
+    """The first three names, and how many more."""
+    first = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
+
+
+def load_weights(
+    model: nnx.Module,
+    source: Path | Tensors,
+    rename: Callable[[str], str] = str,
+    *,
+    dtype: Any = jnp.float32,
+    sharding: Shardings | None = None,
+) -> nnx.Module:
+    """Fills an abstract model (`abstract_model`), one tensor at a time.
+
+    Args:
+      source: a safetensors file, the index of a sharded one, or opened tensors.
+      rename: maps a tensor name in the file to the name expected here.
+      dtype: of every parameter, whatever the file holds.
+      sharding: (path, shape) of a parameter -> where it lives; a process then reads only the parts it holds.
+
+    Raises:
+      PSAError: missing, extra or misshapen tensors, or an unreadable file.
+    """
+    tensors = (open_tensors(source) if isinstance(source, Path) else source).renamed(rename)
+    where, by_name = tensors.where, {name: t for name, t in tensors.by_name.items() if name not in _BUFFERS}
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    expected = {name for path, variable in flat for name in torch_names(path, variable.shape)}
+    for what, names in (("missing", expected - by_name.keys()), ("unexpected", by_name.keys() - expected)):
+        if names:
+            raise PSAError(f"{where}: {what} tensors: {shown(names)}; the file does not belong to its config.json")
+    for path, variable in flat:
+        shape = torch_order(variable.shape[1:] if is_stacked(path) else variable.shape, path)
+        for name in torch_names(path, variable.shape):
+            if by_name[name].shape != shape:
+                raise PSAError(f"{where}: {name} has shape {by_name[name].shape}, config.json asks for {shape}")
+    return nnx.merge(graph, nnx.from_flat_state(_filled(flat, by_name, np.dtype(dtype), sharding)))
+
+
+def _filled(flat, tensors: Mapping[str, Tensor], dtype: np.dtype, sharding) -> Iterator[tuple[ParameterPath, Any]]:
+    for path, variable in flat:
+
+        def read(index: Index, path=path, shape=variable.shape) -> np.ndarray:
+            return _read(tensors, path, shape, index, dtype)
+
+        if sharding is None:
+            array = jax.device_put(read((slice(None),) * variable.ndim))  # jnp.asarray would compile for each shape
+        else:
+            array = jax.make_array_from_callback(variable.shape, sharding(path, variable.shape), read)
+        yield path, variable.replace(array)
+
+
+def _read(
+    tensors: Mapping[str, Tensor], path: ParameterPath, shape: tuple[int, ...], index: Index, dtype: np.dtype
+) -> np.ndarray:
+    """A part of a parameter, in the layout of this project: turned, stacked and cast in one pass over the bytes."""
+    names = torch_names(path, shape)
+    part = np.empty([len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)], dtype)
+    if is_stacked(path):
+        names, index, blocks = names[index[0]], index[1:], part
+    else:
+        blocks = [part]
+    for name, block in zip(names, blocks, strict=True):
+        block[...] = from_torch(tensors[name].read(torch_order(index, path)), path)
+    return part
+
+
+def save_weights(
+    model: nnx.Module, path: Path, rename: Callable[[str], str] = str, *, dtype: Any | None = None
+) -> None:
+    """Writes the parameters under their torch names, in `dtype` or as the model holds them."""
+    tensors = {}
+    for where, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        array = np.asarray(variable[...], dtype=dtype)
+        names = torch_names(where, array.shape)
+        for name, block in zip(names, array if is_stacked(where) else [array], strict=True):
+            tensors[rename(name)] = to_torch(block, where)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+class _OneKey(nnx.Rngs):
+    """Gives one key again and again. Counting keys while tracing takes time quadratic in the number of parameters."""
+
+    def __init__(self, params: Any = None):
+        super().__init__()
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def abstract_model(model_type: Callable[..., nnx.Module], config: Any) -> nnx.Module:
+    """A model with shapes in place of arrays, for `load_weights` and `parameter_count`."""
+    return nnx.eval_shape(lambda: model_type(config, rngs=_OneKey()))
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,59 @@
+"""Prompts to draw: from the command line, a text file or a CSV."""
+
+import csv
+import io
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+from psa_jax.errors import PSAError
+
+
+class Prompt(NamedTuple):
+    """One prompt; `seed` and `negative` are None where the command's own apply."""
+
+    text: str
+    negative: str | None = None
+    seed: int | None = None
+
+
+def read_prompts(args: Namespace) -> list[Prompt]:
+    """`--prompt` in their order, then the rows of `--prompts FILE`.
+
+    Raises:
+      PSAError: no prompt at all, an unreadable file, an empty prompt, an unknown column or a seed that is no number.
+    """
+    prompts = [Prompt(text) for text in args.prompt or []]
+    if args.prompts is not None:
+        prompts += _read(args.prompts)
+    if not prompts:
+        raise PSAError("no prompts: give --prompt or --prompts FILE")
+    return prompts
+
+
+def _read(path: Path) -> list[Prompt]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PSAError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    if path.suffix != ".csv":
+        return [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        columns = reader.fieldnames or []
+        if "prompt" not in columns or not set(columns) <= {"prompt", "negative", "seed"}:
+            raise PSAError(f"{path}: columns {', '.join(columns)}: expected prompt and, if wanted, negative and seed")
+        return [_row(row, f"{path}, line {reader.line_num}") for row in reader]
+    except csv.Error as error:
+        raise PSAError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+
+
+def _row(row: dict[str, str], where: str) -> Prompt:
+    if None in row or None in row.values():
+        raise PSAError(f"{where}: more or fewer cells than the header has; quote prompts that hold commas")
+    if not row["prompt"].strip():
+        raise PSAError(f"{where}: empty prompt; remove the line")
+    seed = row.get("seed") or None
+    if seed is not None and not seed.isdecimal():
+        raise PSAError(f"{where}: seed {seed!r} is not a whole number from 0 up")
+    return Prompt(row["prompt"].strip(), row.get("negative") or None, None if seed is None else int(seed))

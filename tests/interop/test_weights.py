@@ -1,0 +1,232 @@
+"""Tensor files: sharded, of a variant, of any dtype, straight to their place; one line where they are not whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.torch import load_file, save_file
+
+from psa_jax.errors import PSAError
+from psa_jax.interop.diffusers import load_unet, load_vae
+from psa_jax.interop.weights import find_weights, open_tensors, save_weights, torch_names
+from psa_jax.models.unet import UNet
+
+STEM = "diffusion_pytorch_model"
+UNET_FILE = f"unet/{STEM}.safetensors"
+
+
+def assert_equal(ours: nnx.Module, theirs: nnx.Module) -> None:
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(ours), nnx.state(theirs))
+
+
+@pytest.fixture(scope="module")
+def unet(sdxl) -> UNet:
+    """Read from one float32 file; has stacks of two blocks."""
+    return load_unet(sdxl[0])
+
+
+def test_stacked_blocks_hold_the_tensors_of_each_block(sdxl, unet):
+    theirs = sdxl[1].unet.state_dict()
+    stack = unet.down_blocks[1].attentions[0].transformer_blocks
+    for block in range(2):
+        name = f"down_blocks.1.attentions.0.transformer_blocks.{block}"
+        np.testing.assert_array_equal(stack.ff.net_0.proj.kernel[block], theirs[f"{name}.ff.net.0.proj.weight"].T)
+        np.testing.assert_array_equal(stack.attn2.to_out_0.bias[block], theirs[f"{name}.attn2.to_out.0.bias"])
+    path = ("mid_block", "attentions", 0, "transformer_blocks", "norm1", "scale")
+    assert torch_names(path, (2, 16)) == [f"mid_block.attentions.0.transformer_blocks.{i}.norm1.weight" for i in (0, 1)]
+
+
+def test_shards_and_variants_as_diffusers_writes_them(sdxl, unet, tmp_path):
+    theirs = sdxl[1].unet
+    theirs.save_pretrained(tmp_path / "unet", max_shard_size="40KB")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 2
+    assert_equal(load_unet(tmp_path), unet)
+
+    theirs.save_pretrained(tmp_path / "unet", max_shard_size="40KB", variant="fp16")
+    assert (tmp_path / "unet" / f"{STEM}.safetensors.index.fp16.json").is_file()
+    assert_equal(load_unet(tmp_path, variant="fp16"), unet)
+
+    single = tmp_path / "single"
+    theirs.save_pretrained(single / "unet", variant="fp16")
+    assert find_weights(single / "unet", STEM, "fp16").name == f"{STEM}.fp16.safetensors"
+    assert_equal(load_unet(single, variant="fp16"), unet)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dtype_on_load_is_torchs_cast_and_saving_keeps_every_byte(stored, dtype, sd1, tmp_path):
+    folder, pipeline = sd1
+    tensors = {name: tensor.to(stored) for name, tensor in pipeline.vae.state_dict().items()}
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text((folder / "vae" / "config.json").read_text())
+    save_file(tensors, tmp_path / "vae" / f"{STEM}.safetensors", {"format": "pt"})
+
+    vae = load_vae(tmp_path, dtype=jnp.dtype(str(dtype).removeprefix("torch.")))
+    save_weights(vae, tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again[name].dtype == dtype
+        assert torch.equal(again[name].view(torch.uint8), tensor.to(dtype).contiguous().view(torch.uint8)), name
+
+
+def test_each_device_gets_and_reads_only_its_part(sdxl, unet, monkeypatch):
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    rows = []
+
+    def sharding(path, shape):
+        last = shape[-1] % 2 == 0
+        return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), "model" if last else None))
+
+    import psa_jax.interop.weights as weights
+
+    def recording(tensors, path, shape, index, dtype):
+        part = read(tensors, path, shape, index, dtype)
+        rows.append((shape, part.shape))
+        return part
+
+    read = weights._read
+    monkeypatch.setattr(weights, "_read", recording)
+    folder = sdxl[0]
+    config = unet.config
+    sharded = weights.load_weights(
+        weights.abstract_model(UNet, config), folder / UNET_FILE, sharding=sharding, dtype=jnp.float32
+    )
+    assert_equal(sharded, unet)
+    halves = [(whole, part) for whole, part in rows if whole[-1] % 2 == 0]
+    assert len(halves) > 100
+    assert all(part == (*whole[:-1], whole[-1] // 2) for whole, part in halves)
+    kernel = sharded.down_blocks[1].attentions[0].transformer_blocks.attn1.to_q.kernel[...]
+    assert [s.data.shape for s in kernel.addressable_shards] == [(2, 16, 8)] * 2
+
+
+def index_of(folder: Path) -> Path:
+    return folder / "unet" / f"{STEM}.safetensors.index.json"
+
+
+def edit_index(change):
+    def damage(folder: Path) -> None:
+        index = json.loads(index_of(folder).read_text())
+        change(index["weight_map"])
+        index_of(folder).write_text(json.dumps(index))
+
+    return damage
+
+
+def shard(folder: Path, number: int) -> Path:
+    return sorted((folder / "unet").glob("*.safetensors"))[number]
+
+
+def move_one(files):
+    name, other = next(iter(files)), sorted(set(files.values()))[-1]
+    assert files[name] != other
+    files[name] = other
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: shard(f, 1).unlink(), ["-00002-of-", "not found", "index.json lists it"]),
+        (lambda f: shard(f, 1).write_bytes(shard(f, 1).read_bytes()[:-5]), ["-00002-of-", "not a whole safetensors"]),
+        (edit_index(move_one), ["places elsewhere or nowhere: add_embedding."]),
+        (edit_index(lambda files: files.pop("conv_in.bias")), ["places elsewhere or nowhere: conv_in.bias"]),
+        (edit_index(lambda files: files.update({"no.such": max(files.values())})), ["missing tensors: no.such"]),
+        (edit_index(lambda files: files.update({"conv_in.bias": "../x.safetensors"})), ["'../x.safetensors' is not"]),
+        (edit_index(lambda files: files.update({"conv_in.bias": "x.bin"})), ["'x.bin' is not the name of"]),
+        (edit_index(dict.clear), ["no weight_map"]),
+        (lambda f: (f / UNET_FILE).write_bytes(shard(f, 0).read_bytes()), ["delete one of them"]),
+    ],
+    ids=["absent", "truncated", "elsewhere", "unlisted", "listed", "outside", "pickle", "empty", "both"],
+)
+def test_shards_that_are_not_as_the_index_says(damage, words, sdxl, tmp_path):
+    sdxl[1].unet.save_pretrained(tmp_path / "unet", max_shard_size="40KB")
+    damage(tmp_path)
+    with pytest.raises(PSAError) as caught:
+        load_unet(tmp_path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(word in text for word in [str(tmp_path), *words]), text
+
+
+def test_what_is_there_instead_is_said(tmp_path):
+    wanted = f"{tmp_path / STEM}.safetensors: weights not found; "
+    with pytest.raises(PSAError, match="download the folder again") as caught:
+        find_weights(tmp_path, STEM)
+    assert str(caught.value).startswith(wanted)
+    (tmp_path / f"{STEM}.bin").touch()
+    with pytest.raises(PSAError, match=f"{STEM}.bin is a pickle, which can run code, .* save_pretrained"):
+        find_weights(tmp_path, STEM)
+    (tmp_path / f"{STEM}.fp16.safetensors").touch()
+    with pytest.raises(PSAError, match=f"has {STEM}.fp16.safetensors: give the variant"):
+        find_weights(tmp_path, STEM)
+    with pytest.raises(PSAError, match=f"{STEM}.ema.safetensors: weights not found; .*fp16"):
+        find_weights(tmp_path, STEM, "ema")
+
+
+def test_numbers_that_are_no_floats_are_refused(sd1, tmp_path):
+    folder, pipeline = sd1
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text((folder / "vae" / "config.json").read_text())
+    tensors = pipeline.vae.state_dict()
+    tensors["quant_conv.bias"] = tensors["quant_conv.bias"].to(torch.int8)
+    save_file(tensors, tmp_path / "vae" / f"{STEM}.safetensors")
+    with pytest.raises(PSAError, match="quant_conv.bias is of dtype I8"):
+        load_vae(tmp_path)
+
+
+def test_a_tensor_is_read_in_parts(tmp_path):
+    wanted = torch.arange(24.0).reshape(2, 3, 4).bfloat16()
+    save_file({"odd": torch.zeros(3, dtype=torch.float16), "a": wanted}, tmp_path / "a.safetensors")
+    part = open_tensors(tmp_path / "a.safetensors").by_name["a"].read((slice(1, 2), slice(None), slice(1, 4, 2)))
+    np.testing.assert_array_equal(part.astype(np.float32), wanted[1:2, :, 1:4:2].float().numpy())
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from flax import nnx
+from psa_jax.interop.weights import abstract_model, load_weights, parameter_count, read_json
+from psa_jax.models.config import VAEConfig
+from psa_jax.models.vae import VAE
+path, dtype = Path(sys.argv[1]), jnp.dtype(sys.argv[2])
+model = abstract_model(VAE, VAEConfig.from_json(read_json(path / "config.json")))
+jax.block_until_ready(jnp.zeros(1) + 1)
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+loaded = load_weights(model, path / "diffusion_pytorch_model.safetensors", dtype=dtype)
+jax.block_until_ready(nnx.state(loaded))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print((peak - before) / (parameter_count(loaded) * dtype.itemsize))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_while_loading_is_at_most_a_fifth_above_the_weights(dtype, tmp_path):
+    """About 1.4 GB of float32 in the file."""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    widths = (512, 512, 1024, 1024, 1024)
+    with torch.device("meta"):
+        theirs = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 5,
+            up_block_types=("UpDecoderBlock2D",) * 5,
+            block_out_channels=widths,
+            layers_per_block=2,
+        )
+    theirs.to_empty(device="cpu").save_pretrained(tmp_path, max_shard_size="100GB")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), dtype], capture_output=True, text=True, check=True
+    )
+    ratio = float(done.stdout)
+    print(f"peak memory while loading as {dtype}: {ratio:.3f} times the weights")
+    assert 0.9 <= ratio <= 1.2
