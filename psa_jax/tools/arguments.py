@@ -50,6 +50,9 @@ def generate(parser: ArgumentParser) -> None:
     model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA of the UNet in diffusers' format")
     model.add_argument("--lora-scale", type=float, default=1.0, help="its strength (default: 1)")
     model.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer files, for a .safetensors checkpoint")
+    model.add_argument(
+        "--model-config", type=Path, metavar="DIR", help="diffusers folder with its JSON files, for such a checkpoint"
+    )
     user = parser.add_argument_group("user")
     user.add_argument("--adapter", type=Path, metavar="FILE", help="native adapter; without it the base model draws")
     user.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
