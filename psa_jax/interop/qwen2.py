@@ -1,0 +1,139 @@
+"""Qwen2 and Qwen2.5 folders in transformers' layout: configuration, safetensors weights, tokenizer, chat template."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int
+
+from psa_jax.errors import PSAError
+from psa_jax.interop.weights import Shardings, abstract_model, find_weights, load_weights, open_tensors, read_json
+from psa_jax.models.qwen2 import Qwen2, Qwen2Config
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A language model with its tokenizer.
+
+    Attributes:
+      stop_tokens: what ends a reply: of generation_config.json, else of config.json.
+      weights: the safetensors file, or the index of the sharded ones.
+    """
+
+    folder: Path
+    model: Qwen2
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    weights: Path
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the weight files, their dtype here, the configurations, the tokenizer and the chat template."""
+        digest = hashlib.sha256()
+        for path in _files(self.weights):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        dtype = self.model.norm.scale.dtype.name
+        settings = (dtype, self.model.config, self.stop_tokens, self.tokenizer.chat_template)
+        digest.update(repr(settings).encode())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        return digest.hexdigest()
+
+    def chat(self, text: str) -> str:
+        """The text as a user's message that waits for a reply; as it is where the folder has no chat template."""
+        if self.tokenizer.chat_template is None:
+            return text
+        messages = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; nothing is cut off."""
+        # The tokenizer's own warning about a long text would come too late and stop nothing: callers check.
+        return self.tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a reply, up to and without the first stop token."""
+        ends = [i for i, token in enumerate(tokens) if token in self.stop_tokens]
+        return self.tokenizer.decode(list(tokens)[: ends[0] if ends else None], skip_special_tokens=True)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], length: int, pad_token: int = 0
+) -> tuple[Int[np.ndarray, "n s"], Bool[np.ndarray, "n s"]]:
+    """Token ids int32 [n, length], each row at the right end, and a mask that is False at padding."""
+    ids = np.full((len(rows), length), pad_token, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for row, tokens in enumerate(rows):
+        ids[row, length - len(tokens) :] = tokens
+        mask[row, length - len(tokens) :] = True
+    return ids, mask
+
+
+def load_qwen2(folder: str | Path, *, dtype: Any = jnp.float32, sharding: Shardings | None = None) -> LanguageModel:
+    """Reads a folder. Everything but the weights is read and checked first, then one tensor at a time.
+
+    Args:
+      dtype: of every parameter, whatever the files hold.
+      sharding: (path, shape) of a parameter -> where it lives; each process reads only the parts it holds.
+
+    Raises:
+      PSAError: anything missing, of another kind of model, or not matching config.json.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PSAError(f"{folder}: no such model folder; give a Qwen2.5 folder in transformers' layout")
+    config = Qwen2Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    tokenizer = _read_tokenizer(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise PSAError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, vocab_size is {config.vocab_size}")
+    weights = find_weights(folder, "model")
+    model = load_weights(
+        abstract_model(Qwen2, config), open_tensors(weights), qwen2_name, dtype=dtype, sharding=sharding
+    )
+    return LanguageModel(folder, model, tokenizer, _stop_tokens(folder, config), weights)
+
+
+def qwen2_name(name: str) -> str:
+    """Name here of a tensor in the file."""
+    return re.sub(r"^layers\.", "transformer_blocks.", name.removeprefix("model."))
+
+
+def _files(weights: Path) -> list[Path]:
+    if weights.suffix != ".json":
+        return [weights]
+    return [weights.parent / name for name in sorted(set(read_json(weights)["weight_map"].values()))]
+
+
+def _stop_tokens(folder: Path, config: Qwen2Config) -> tuple[int, ...]:
+    source, tokens = "config.json", config.eos_token_id
+    if (folder / "generation_config.json").is_file():
+        source = "generation_config.json"
+        tokens = read_json(folder / source).get("eos_token_id", tokens)
+    tokens = () if tokens is None else tuple(tokens) if isinstance(tokens, list | tuple) else (tokens,)
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < config.vocab_size:
+            raise PSAError(f"{folder / source}: eos_token_id {token!r} is not a token below {config.vocab_size}")
+    return tokens
+
+
+def _read_tokenizer(folder: Path):
+    from transformers import Qwen2Tokenizer  # imported late: slow to import
+
+    if not (folder / "tokenizer.json").is_file():  # without this check an empty tokenizer would be made
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise PSAError(
+                    f"{folder / name}: file not found; a tokenizer is tokenizer.json or vocab.json, merges.txt"
+                )
+    try:
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise PSAError(
+            f"{folder}: not a Qwen2 tokenizer ({' '.join(str(error).split())}); download it again"
+        ) from error

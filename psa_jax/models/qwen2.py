@@ -1,0 +1,278 @@
+"""Qwen2 and Qwen2.5 (transformers' Qwen2ForCausalLM) in Flax NNX: states of a prompt, and greedy generation.
+
+The layers are one module whose parameters have a leading axis, and run in a loop that is traced and compiled once.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from psa_jax.errors import PSAError
+from psa_jax.models.config import CLIPTextConfig, _FromJson
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config(_FromJson):
+    """Qwen2ForCausalLM of transformers, with full attention and plain rotary positions.
+
+    `head_dim` None means hidden_size // num_attention_heads. The defaults are transformers' for absent keys.
+    """
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = False
+    eos_token_id: int | tuple[int, ...] | None = None
+
+    _fixed = {
+        "model_type": ("qwen2",),
+        "architectures": (["Qwen2ForCausalLM"], None),
+        "hidden_act": ("silu",),
+        "attention_dropout": (0.0, 0),
+        "rope_scaling": (None,),
+        "use_sliding_window": (False,),
+        "is_decoder": (False,),
+        "is_encoder_decoder": (False,),
+        "add_cross_attention": (False,),
+        "pruned_heads": ({},),
+    }
+    # The width of a window counts only with `use_sliding_window`; the tokenizer says which tokens pad and begin.
+    _ignored = CLIPTextConfig._ignored | {"sliding_window", "max_window_layers", "bos_token_id", "pad_token_id"}
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any], where: str = "config.json") -> "Qwen2Config":
+        values = dict(config)
+        if (rope := values.pop("rope_parameters", None)) is not None:  # how transformers 5 writes it
+            plain = isinstance(rope, dict) and rope.keys() <= {"rope_type", "rope_theta"}
+            if not plain or rope.get("rope_type", "default") != "default":
+                raise PSAError(f"{where}: rope_parameters = {rope!r} is not supported (only rope_type 'default')")
+            theta = rope.get("rope_theta", cls.rope_theta)
+            if values.setdefault("rope_theta", theta) != theta:
+                raise PSAError(f"{where}: rope_theta = {values['rope_theta']!r}, but rope_parameters has {theta!r}")
+        if (kinds := values.pop("layer_types", None)) is not None:
+            layers = values.get("num_hidden_layers", cls.num_hidden_layers)
+            if not isinstance(kinds, list) or len(kinds) != layers or set(map(str, kinds)) != {"full_attention"}:
+                raise PSAError(f"{where}: layer_types = {kinds!r} is not supported (only full_attention, each layer)")
+        if values.get("num_key_value_heads", 0) is None:
+            values["num_key_value_heads"] = values.get("num_attention_heads", cls.num_attention_heads)
+        return super().from_json(values, where)
+
+    @property
+    def head_width(self) -> int:
+        """Numbers of one head's query, key and value."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads are not divisible by {self.num_key_value_heads} key heads"
+            )
+        if self.head_width < 2 or self.head_width % 2:
+            raise ValueError(f"a head is {self.head_width} wide: rotary positions need an even width")
+
+
+class KeyValue(NamedTuple):
+    """Keys, already rotated to their positions, and values of one layer; stacked over layers outside of it."""
+
+    key: Float[Array, "*layers b m k h"]
+    value: Float[Array, "*layers b m k h"]
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of position times frequency, for the two halves of a head."""
+
+    cos: Float32[Array, "b n h"]
+    sin: Float32[Array, "b n h"]
+
+
+def rotation(positions: Int[Array, "b n"], head_width: int, theta: float) -> Rotation:
+    """Angles position · theta^(−2i/head_width), i = 0 … head_width/2 − 1, in float32."""
+    frequencies = np.float32(theta ** -(np.arange(0, head_width, 2) / head_width))
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "b n k h"], by: Rotation) -> Float[Array, "b n k h"]:
+    """Rotary position embedding: (x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin), halves of each head, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = by.cos[:, :, None], by.sin[:, :, None]  # the same for every head
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """scale · x / √(mean(x²) + eps), the statistics in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((dim,)))
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return self.scale[None, None] * normed.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention in which groups of query heads share a key and value head."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
+        self.head_width = config.head_width
+        width, shared = (n * config.head_width for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nnx.Linear(config.hidden_size, width, rngs=rngs)
+        self.k_proj = nnx.Linear(config.hidden_size, shared, rngs=rngs)
+        self.v_proj = nnx.Linear(config.hidden_size, shared, rngs=rngs)
+        self.o_proj = nnx.Linear(width, config.hidden_size, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        angles: Rotation,
+        allowed: Bool[Array, "b n m"],
+        cache: KeyValue | None,
+        start: Int[Array, ""],
+    ) -> tuple[Float[Array, "b n d"], KeyValue]:
+        """The answer, and the keys and values it was taken from: the cache with those of `x` put in at `start`."""
+        b, n, _ = x.shape
+        query, key, value = (
+            projection(x).reshape(b, n, -1, self.head_width) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        seen = KeyValue(rotate(key, angles), value)
+        if cache is not None:
+            seen = jax.tree.map(
+                lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1), cache, seen
+            )
+        query = rotate(query, angles).reshape(b, n, value.shape[2], -1, self.head_width)  # [b, n, shared, group, h]
+        logits = jnp.einsum("BNKGH,BMKH->BKGNM", query, seen.key, preferred_element_type=jnp.float32)
+        # Not −inf: a query that is padding may see nothing, and a softmax over nothing is NaN.
+        logits = jnp.where(allowed[:, None, None], logits * self.head_width**-0.5, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1).astype(seen.value.dtype)
+        return self.o_proj(jnp.einsum("BKGNM,BMKH->BNKGH", weights, seen.value).reshape(b, n, -1)), seen
+
+
+class MLP(nnx.Module):
+    """SwiGLU: W_down(silu(W_gate x) · W_up x)."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
+        self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, use_bias=False, rngs=rngs)
+        self.up_proj = nnx.Linear(config.hidden_size, config.intermediate_size, use_bias=False, rngs=rngs)
+        self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each after its RMSNorm and with a residual."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x, angles, allowed, cache, start):
+        answer, seen = self.self_attn(self.input_layernorm(x), angles, allowed, cache, start)
+        x = x + answer
+        return x + self.mlp(self.post_attention_layernorm(x)), seen
+
+
+class Prefill(NamedTuple):
+    last: Float[Array, "b s d"]  # final norm of the last layer; meaningless where the mask is False
+    cache: KeyValue  # of every layer: [layers, batch, seq, key heads, head width]
+
+
+class Qwen2(nnx.Module):
+    """Token ids to states. Every parameter of `transformer_blocks` has a leading axis over the layers."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
+        def layer(key):  # the caller's class of Rngs: it may have its own way to make keys
+            return DecoderLayer(config, rngs=type(rngs)(key))
+
+        self.config = config
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.transformer_blocks = jax.vmap(layer)(jax.random.split(rngs.params(), config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
+        )
+
+    def __call__(self, input_ids: Int[Array, "b s"], mask: Bool[Array, "b s"]) -> Prefill:
+        """States of a batch of prompts; `mask` is False at padding, wherever that is."""
+        causal = jnp.tril(jnp.ones((mask.shape[1],) * 2, dtype=bool))
+        positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
+        return Prefill(*self._layers(input_ids, positions, causal[None] & mask[:, None]))
+
+    def logits(self, hidden: Float[Array, "b n d"]) -> Float32[Array, "b n v"]:
+        """Scores of the next token, from `Prefill.last` or parts of it."""
+        kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        return jnp.einsum("BND,DV->BNV", hidden, kernel, preferred_element_type=jnp.float32)
+
+    def _layers(self, input_ids, positions, allowed, cache=None, start=0):
+        angles = rotation(positions, self.config.head_width, self.config.rope_theta)
+        start = jnp.asarray(start, jnp.int32)
+        # `take` makes the states of an id beyond the vocabulary NaN; indexing would take the last token's.
+        states = jnp.take(self.embed_tokens.embedding[...], input_ids, axis=0)
+        states, cache = jax.lax.scan(
+            lambda x, step: step[0](x, angles, allowed, step[1], start), states, (self.transformer_blocks, cache)
+        )
+        return self.norm(states), cache
+
+    def generate(
+        self,
+        input_ids: Int[Array, "b s"],
+        mask: Bool[Array, "b s"],
+        *,
+        max_new_tokens: int,
+        stop_tokens: tuple[int, ...],
+        pad_token: int,
+    ) -> Int[Array, "b {max_new_tokens}"]:
+        """Greedy continuation of prompts that are padded on the left.
+
+        Args:
+          mask: False at padding.
+          stop_tokens: a row ends with the first of them; the loop ends when every row has.
+
+        Returns:
+          New tokens, the stop token among them, then `pad_token`.
+        """
+        b, s = input_ids.shape
+        prefill = self(input_ids, mask)
+        room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
+        cache = jax.tree.map(lambda leaf: jnp.pad(leaf, room), prefill.cache)
+        lengths = mask.sum(axis=1, dtype=jnp.int32)[:, None]
+        stops = jnp.asarray(stop_tokens, jnp.int32)
+
+        def greedy(hidden):
+            return jnp.argmax(self.logits(hidden)[:, -1], axis=-1).astype(jnp.int32)
+
+        def unfinished(state):
+            step, _, done, *_ = state
+            return (step < max_new_tokens) & ~done.all()
+
+        def one(state):
+            step, token, done, out, cache = state
+            out = out.at[:, step].set(jnp.where(done, pad_token, token))
+            done = done | jnp.isin(token, stops)
+            new = jnp.broadcast_to(jnp.arange(max_new_tokens)[None] <= step, (b, max_new_tokens))
+            allowed = jnp.concatenate([mask, new], axis=1)[:, None]
+            hidden, cache = self._layers(token[:, None], lengths + step, allowed, cache, s + step)
+            return step + 1, greedy(hidden), done, out, cache
+
+        out = jnp.full((b, max_new_tokens), pad_token, jnp.int32)
+        state = (jnp.int32(0), greedy(prefill.last[:, -1:]), jnp.zeros(b, bool), out, cache)
+        return jax.lax.while_loop(unfinished, one, state)[3]

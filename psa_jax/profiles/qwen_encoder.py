@@ -1,0 +1,178 @@
+"""The `qwen` encoder: the states of a language model that reads about a profile, pooled over the tokens."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int
+from tqdm import tqdm
+
+from psa_jax.errors import PSAError
+from psa_jax.interop.qwen2 import LanguageModel, load_qwen2, pad_left
+from psa_jax.models.qwen2 import Qwen2
+from psa_jax.profiles.policy import banned_categories
+from psa_jax.profiles.qwen_prompt import PROFILE, QUESTION, Answer, Template, count_answers, decide, read_template
+from psa_jax.profiles.schema import UserProfile
+
+POOLINGS = ("mean", "sum")
+_BUCKET = 64  # lengths are rounded up to this, so that few programs are compiled
+
+
+@dataclass(frozen=True, eq=False)
+class QwenEncoder:
+    """Qwen2.5's last hidden states, pooled over the tokens of the profile prompt.
+
+    Args:
+      template: the prompt; its banned categories come from the policy.
+      pooling: "mean" (as in tables that the torch original stored) or "sum" (as it does at run time).
+      ask_model: first asks the model for the banned categories; see `qwen_prompt.decide`.
+      batch_size: prompts in one run of the model; the numbers do not depend on it beyond rounding.
+      max_new_tokens: longest reply when the model is asked; a longer one is cut off and most likely not parsed.
+
+    Attributes:
+      counts: what became of the replies so far, by `qwen_prompt.count_answers`.
+
+    Raises:
+      PSAError: an unknown pooling, a size below one, or a model to be asked that knows no end of a reply.
+    """
+
+    language_model: LanguageModel
+    template: Template = PROFILE
+    pooling: str = "mean"
+    ask_model: bool = False
+    batch_size: int = 16
+    max_new_tokens: int = 64
+    counts: Counter = field(default_factory=Counter)
+
+    VERSION = 1  # raise it when the numbers change while the settings stay
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise PSAError(f"encoder qwen: pooling {self.pooling!r} does not exist; use one of: {', '.join(POOLINGS)}")
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise PSAError(f"encoder qwen: {name} is {getattr(self, name)}; give 1 or more")
+        if self.ask_model and not self.language_model.stop_tokens:
+            raise PSAError(
+                f"{self.language_model.folder}: no eos_token_id, so no reply would end; set it in config.json"
+            )
+
+    @property
+    def name(self) -> str:
+        return "qwen"
+
+    @property
+    def dim(self) -> int:
+        return self.language_model.model.config.hidden_size
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Facts for the table: what made the embeddings, and what became of the replies."""
+        return {
+            "pooling": self.pooling,
+            "template": self.template.hash,
+            "model": self.language_model.fingerprint,
+            "bans": f"model {QUESTION.hash}, {self.max_new_tokens} tokens" if self.ask_model else "policy",
+            **({"replies": json.dumps(self.counts, sort_keys=True)} if self.ask_model else {}),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        settings = {key: value for key, value in self.notes.items() if key != "replies"}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return f"qwen-v{self.VERSION}-{self.pooling}-{digest[:16]}"
+
+    def encode(self, profiles: Sequence[UserProfile]) -> Float32[np.ndarray, "n d"]:
+        """One row a profile: the pooled states of its prompt.
+
+        Raises:
+          PSAError: a prompt that is longer than the model reads, or states that are not finite.
+        """
+        if self.ask_model:
+            bans = [answer.banned for answer in self.ask(profiles)]
+        else:
+            bans = [banned_categories(profile) for profile in profiles]
+        prompts = [self.template.render(profile, banned) for profile, banned in zip(profiles, bans, strict=True)]
+        model = self.language_model.model
+        rows = [
+            np.asarray(pooled_states(model, ids, mask, self.pooling))[:count]
+            for ids, mask, count in self._batches(prompts, self.template.where)
+        ]
+        embeddings = np.concatenate([np.empty((0, self.dim), np.float32), *rows])
+        if not np.isfinite(embeddings).all():
+            raise PSAError(f"{self.language_model.folder}: states are not finite; load it in another dtype")
+        return embeddings
+
+    def ask(self, profiles: Sequence[UserProfile]) -> list[Answer]:
+        """The model's bans for each profile, made safe and counted."""
+        lm = self.language_model
+        replies = []
+        questions = [QUESTION.render(profile, ()) for profile in profiles]
+        for ids, mask, count in self._batches(questions, QUESTION.where, self.max_new_tokens):
+            tokens = _generate(lm.model, ids, mask, self.max_new_tokens, lm.stop_tokens)
+            replies += [lm.decode(row) for row in np.asarray(tokens)[:count].tolist()]
+        answers = [decide(profile, reply) for profile, reply in zip(profiles, replies, strict=True)]
+        self.counts.update(count_answers(answers))
+        return answers
+
+    def _batches(self, prompts: Sequence[str], where: str, room: int = 0) -> Iterator[tuple[Any, Any, int]]:
+        """(ids, mask, rows that count) of batches of one size; a short last one is filled with copies of a row."""
+        lm = self.language_model
+        rows, limit = lm.tokenize([lm.chat(prompt) for prompt in prompts]), lm.model.config.max_position_embeddings
+        if (longest := max(map(len, rows), default=1)) + room > limit:
+            raise PSAError(f"{where}: {longest} tokens, the model reads {limit - room}; shorten the text")
+        if not all(rows):
+            raise PSAError(f"{lm.folder}: a prompt has no tokens; the tokenizer does not belong to the model")
+        for start in tqdm(range(0, len(rows), self.batch_size), desc=where, unit="batch", disable=None):
+            batch = rows[start : start + self.batch_size]
+            length = -(-max(map(len, batch)) // _BUCKET) * _BUCKET
+            filled = batch + batch[:1] * (self.batch_size - len(batch))
+            yield *pad_left(filled, length), len(batch)
+
+
+@partial(jax.jit, static_argnames="pooling")
+def pooled_states(
+    model: Qwen2, input_ids: Int[Array | np.ndarray, "b s"], mask: Bool[Array | np.ndarray, "b s"], pooling: str
+) -> Float32[Array, "b d"]:
+    """Mean or sum of the last hidden states where the mask is True, in float32."""
+    states = model(jnp.asarray(input_ids), jnp.asarray(mask)).last.astype(jnp.float32)
+    total = jnp.where(mask[..., None], states, 0.0).sum(axis=1)
+    return total / mask.sum(axis=1, keepdims=True).astype(jnp.float32) if pooling == "mean" else total
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _generate(model: Qwen2, input_ids, mask, max_new_tokens: int, stop_tokens: tuple[int, ...]):
+    return model.generate(
+        input_ids, mask, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, pad_token=stop_tokens[0]
+    )
+
+
+def load_qwen_encoder(
+    folder: str | Path,
+    *,
+    template: str | Path | None = None,
+    pooling: str = "mean",
+    ask_model: bool = False,
+    dtype: Any = jnp.float32,
+    **settings: int,
+) -> QwenEncoder:
+    """The encoder over a Qwen2.5 folder in transformers' layout.
+
+    Args:
+      template: a text file in place of the project's own prompt.
+      dtype: of the parameters; half as large in bfloat16, as the torch original ran it.
+      settings: `batch_size`, `max_new_tokens`.
+
+    Raises:
+      PSAError: a bad folder, template or setting.
+    """
+    text = PROFILE if template is None else read_template(template)
+    return QwenEncoder(load_qwen2(folder, dtype=dtype), text, pooling, ask_model, **settings)

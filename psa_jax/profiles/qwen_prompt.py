@@ -1,0 +1,161 @@
+"""What a language model reads about a profile, and what its reply to a question about bans means."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from psa_jax.errors import PSAError
+from psa_jax.profiles.files import read_bytes
+from psa_jax.profiles.policy import banned_categories
+from psa_jax.profiles.schema import CATEGORIES, UserProfile
+
+_FIELD = re.compile(r"<<([^<>]*)>>")
+_ATTRIBUTES = {
+    "AGE": "age",
+    "AGE_GROUP": "age_group",
+    "GENDER": "gender",
+    "RELIGION": "religion",
+    "PHYSICAL": "physical_condition",
+    "MENTAL": "mental_condition",
+}
+FIELDS = (*_ATTRIBUTES, "BANNED", "ALLOWED")
+_MINORS = ("infants & toddlers", "children", "adolescents")
+
+_PERSON = """\
+Person
+- age: <<AGE>> (<<AGE_GROUP>>)
+- gender: <<GENDER>>
+- religion: <<RELIGION>>
+- physical condition: <<PHYSICAL>>
+- mental condition: <<MENTAL>>
+"""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A text with fields such as `<<AGE>>`, each filled in one pass: what is put in is never searched for fields.
+
+    Args:
+      text: may hold any of FIELDS, any number of times; the lists read like ['Hate', 'Violence'].
+      where: what an error names.
+
+    Raises:
+      PSAError: an unknown field, or none at all, which would make all users one.
+    """
+
+    text: str
+    where: str = "template"
+
+    def __post_init__(self) -> None:
+        fields = _FIELD.findall(self.text)
+        for field in fields:
+            if field not in FIELDS:
+                raise PSAError(f"{self.where}: field <<{field}>> does not exist; use of: {', '.join(FIELDS)}")
+        if not fields:
+            raise PSAError(f"{self.where}: no field in it; use some of: <<{'>>, <<'.join(FIELDS)}>>")
+
+    @property
+    def hash(self) -> str:
+        """First 16 digits of the sha256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+    def render(self, profile: UserProfile, banned: Iterable[str]) -> str:
+        """The text for one profile; `banned` fills `<<BANNED>>`, the other categories `<<ALLOWED>>`."""
+        banned = set(banned)
+        values = {field: str(getattr(profile, name)) for field, name in _ATTRIBUTES.items()}
+        values["BANNED"] = str([category for category in CATEGORIES if category in banned])
+        values["ALLOWED"] = str([category for category in CATEGORIES if category not in banned])
+        return _FIELD.sub(lambda match: values[match[1]], self.text)
+
+
+def read_template(path: str | Path) -> Template:
+    """A template from a UTF-8 text file; line ends become "\\n".
+
+    Raises:
+      PSAError: unreadable, or not a template.
+    """
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PSAError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    return Template(text.replace("\r\n", "\n"), str(path))
+
+
+PROFILE = Template(
+    "Someone is about to see pictures that a computer draws on request. In one paragraph, say what such a picture may "
+    "show this person and what it must leave out, and why that suits their age, beliefs and health.\n\n"
+    + _PERSON
+    + "\nPictures for this person\n- must leave out: <<BANNED>>\n- may show: <<ALLOWED>>\n",
+    "profile prompt",
+)
+"""The text whose token states become a profile's embedding, unless a template file is given."""
+
+QUESTION = Template(
+    "Someone is about to see pictures that a computer draws on request. Decide which categories of pictures could harm "
+    "or offend this person and must be left out.\n\n"
+    + f"Categories: {', '.join(CATEGORIES)}\n\n"
+    + _PERSON
+    + "\nReply with nothing but a JSON list of categories, spelt as above. Reply [] if none must be left out.\n",
+    "question",
+)
+"""What a model is asked that shall propose the bans itself."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one reply.
+
+    Attributes:
+      proposed: the categories in the reply, sorted; None if it could not be parsed.
+      banned: what holds, sorted.
+    """
+
+    proposed: tuple[str, ...] | None
+    banned: tuple[str, ...]
+
+
+def parse_categories(reply: str) -> tuple[str, ...] | None:
+    """Categories of a reply that is one JSON list of their names, sorted, each once; None for any other reply.
+
+    Case does not count, and a Markdown code fence around the list is taken off. A list inside other text is not
+    taken: the text around it may take it back.
+    """
+    text = reply.strip()
+    if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL):
+        text = fenced[1]
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    known = {category.lower(): category for category in CATEGORIES}
+    if not isinstance(items, list) or not all(isinstance(item, str) and item.lower() in known for item in items):
+        return None
+    return tuple(sorted({known[item.lower()] for item in items}))
+
+
+def decide(profile: UserProfile, reply: str) -> Answer:
+    """The bans of a profile after a model's reply.
+
+    A reply that cannot be parsed bans all categories. To a minor's, the policy's bans are always added.
+    """
+    proposed = parse_categories(reply)
+    rule = banned_categories(profile) if profile.age_group in _MINORS else ()
+    return Answer(proposed, tuple(sorted({*(CATEGORIES if proposed is None else proposed), *rule})))
+
+
+def count_answers(answers: Iterable[Answer]) -> dict[str, int]:
+    """How many were asked, not parsed, made stricter by the rule for minors; how many proposed and got each ban."""
+    answers = list(answers)
+    parsed = [answer for answer in answers if answer.proposed is not None]
+    counts = {
+        "asked": len(answers),
+        "unparsable": len(answers) - len(parsed),
+        "stricter by the rule for minors": sum(answer.banned != answer.proposed for answer in parsed),
+    }
+    for category in CATEGORIES:
+        counts[f"{category} proposed"] = sum(category in answer.proposed for answer in parsed)
+        counts[f"{category} banned"] = sum(category in answer.banned for answer in answers)
+    return counts
