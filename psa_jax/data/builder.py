@@ -1,15 +1,19 @@
-"""The TFDS builder `sage`: a SAGE folder to ArrayRecord shards with cached VAE moments, and the way back.
+"""The TFDS builder `sage`: a SAGE folder to ArrayRecord shards with cached VAE moments.
 
 A folder of shards:
 
-    fingerprint.json             what the moments depend on, the settings, the rows of each split, the size of each file
+    README.md                    the dataset card
+    fingerprint.json             what the moments depend on, settings, rows of each split, size and hash of each file
     rows-<split>.json            user, category, prompt kind and ban of every row, for balancing without reading moments
     sage/<family>_<resolution>/1.0.0/   the TFDS data set, rows in the order of metadata.jsonl
 
 No profile attributes are in it, but what a user bans tells about them: the folder is made for its owner alone (0700).
+While it is made, `<name>.parts` beside it holds what is encoded already.
 """
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import re
@@ -23,47 +27,26 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Int, Int32
 from tensorflow_datasets.core import writer as tfds_writer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from psa_jax.data.latents import Preprocess, encode_images
-from psa_jax.data.sage import SPLITS, SageRecord, image_path, open_image, read_split
+from psa_jax.data.card import dataset_card
+from psa_jax.data.chunks import Encoded, fill_chunks, plan_chunks
+from psa_jax.data.encoding import PictureEncoder, Pictures, TextCache, distinct_prompts, file_hash
+from psa_jax.data.latents import Preprocess
+from psa_jax.data.sage import METADATA, SPLITS, SageRecord, read_split
+from psa_jax.data.shards import FORMAT, INFO_FILE, VERSION, columns_file, read_info
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
 
-FORMAT = "psa_jax.shards/1"
-VERSION = "1.0.0"
 KINDS = ("safe", "unsafe")
 """Prompt kinds; their position is the number in the shards (1 = unsafe prompt)."""
 
-_INFO_FILE = "fingerprint.json"
-_INFO_FIELDS = {
-    "format",
-    "fingerprint",
-    "family",
-    "resolution",
-    "latent_shape",
-    "preprocess",
-    "tokens",
-    "splits",
-    "files",
-}
+_CHUNK_BATCHES = 16  # calls of the VAE that a kill can cost
 
 Tokenizer = Callable[[list[str]], Int[np.ndarray, "n t"]]
 """Captions to token ids, padded to one length."""
-
-
-def padded(tokenizer: Any) -> Tokenizer:
-    """A transformers tokenizer as a `Tokenizer`: padded and cut to its `model_max_length`."""
-
-    def tokenize(captions: list[str]) -> Int[np.ndarray, "n t"]:
-        length = tokenizer.model_max_length
-        return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="np")[
-            "input_ids"
-        ]
-
-    return tokenize
 
 
 @dataclass(eq=False, kw_only=True)
@@ -73,37 +56,71 @@ class SageConfig(tfds.core.BuilderConfig):
     Args:
       family: model family, such as "sd1" or "tiny".
       resolution: side of the pictures, in pixels.
-      latent_shape: (h, w, 2c) of the moments.
-      tokens: prompt length of each tokenizer.
     """
 
     family: str
     resolution: int
-    latent_shape: tuple[int, int, int]
-    tokens: tuple[int, ...]
+
+
+class _EveryConfig(Mapping):
+    """A configuration for every name such as sd1_512: TFDS looks names up here."""
+
+    def __getitem__(self, name: str) -> SageConfig:
+        match = re.fullmatch("([a-z0-9]+)_([0-9]+)", name)
+        if match is None:
+            raise KeyError(name)
+        return _config(match[1], int(match[2]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())  # none is listed: which there are, the folder says
+
+    def __len__(self) -> int:
+        return 0
+
+
+@functools.cache  # TFDS refuses two configurations of one name
+def _config(family: str, resolution: int) -> SageConfig:
+    return SageConfig(name=f"{family}_{resolution}", family=family, resolution=resolution)
 
 
 class Sage(tfds.core.GeneratorBasedBuilder):
-    """SAGE with cached VAE moments. `build_shards` makes it; `tfds.builder_from_directory` and `tfds.load` read it.
+    """SAGE with cached VAE moments. `build_shards` makes it; `tfds.load` and `tfds.builder_from_directory` read it.
 
     Args:
       examples: split -> its rows, in order, each a dict of the features below; only for making shards.
+      layout: with `examples`: latent_shape, tokens, flips and text as in fingerprint.json.
     """
 
     VERSION = tfds.core.Version(VERSION)
+    builder_configs = _EveryConfig()
     # TFDS looks beside this file for checksums of downloads, with a package that it does not require; there are none.
     code_path = None
 
-    def __init__(self, *, examples: Mapping[str, Iterable[dict[str, Any]]] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        examples: Mapping[str, Iterable[dict[str, Any]]] | None = None,
+        layout: Mapping[str, Any] | None = None,
+        data_dir: Path | str | None = None,
+        config: SageConfig | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if data_dir is None:
+            raise PSAError("sage: give data_dir, the folder that psa-jax build has made")
         self._examples = examples
-        super().__init__(**kwargs)
+        self._layout = layout or read_info(Path(data_dir))
+        config = config or _config(self._layout["family"], self._layout["resolution"])
+        super().__init__(data_dir=data_dir, config=config, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        config = self.builder_config
-        if not isinstance(config, SageConfig):
-            raise PSAError("sage: no shards of this configuration in the data folder; make them with build_shards")
-        # Left to itself, TFDS without TensorFlow writes float16 number by number: ten times slower, the same size.
-        moments = tfds.features.Tensor(shape=config.latent_shape, dtype=np.float16, encoding="bytes")
+        def half(shape: Sequence[int]) -> tfds.features.Tensor:
+            # Left to itself, TFDS without TensorFlow writes float16 number by number: ten times slower, the same size.
+            return tfds.features.Tensor(shape=tuple(shape), dtype=np.float16, encoding="bytes")
+
+        def integers(length: int) -> tfds.features.Tensor:
+            return tfds.features.Tensor(shape=(length,), dtype=np.int32)
+
+        tokens = self._layout["tokens"]
         features = {
             "file_name": tfds.features.Text(),
             "caption": tfds.features.Text(),
@@ -111,14 +128,11 @@ class Sage(tfds.core.GeneratorBasedBuilder):
             "kind": tfds.features.ClassLabel(names=KINDS),
             "banned": tfds.features.Scalar(np.bool_),
             "user_id": tfds.features.Text(),
-            "moments_chosen": moments,
-            "moments_rejected": moments,
-            "original_size": tfds.features.Tensor(shape=(2,), dtype=np.int32),
-            "crop": tfds.features.Tensor(shape=(2,), dtype=np.int32),
-            **{
-                name: tfds.features.Tensor(shape=(length,), dtype=np.int32)
-                for name, length in zip(_token_names(len(config.tokens)), config.tokens, strict=True)
-            },
+            **{name: half(self._layout["latent_shape"]) for name in _moment_names(self._layout["flips"])},
+            **{name: half(shape) for name, shape in self._layout["text"].items()},
+            "original_size": integers(2),
+            "crop": integers(2),
+            **{name: integers(length) for name, length in zip(_token_names(len(tokens)), tokens, strict=True)},
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -126,6 +140,13 @@ class Sage(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,  # row i of the shards is row i of metadata.jsonl
         )
+
+    def as_dataset(self, split: Any = None, *, decoders: Any = None, **options: Any) -> Any:
+        """What `as_data_source` gives: rows by number. TFDS has no `tf.data` reader for ArrayRecord."""
+        for name in ("batch_size", "shuffle_files", "as_supervised"):
+            if options.get(name):
+                raise PSAError(f"sage: {name} is for tf.data, which does not read these shards; leave it out")
+        return self.as_data_source(split, decoders=decoders)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, dict]]]:
         del dl_manager  # SAGE is given as a folder
@@ -154,47 +175,6 @@ def _sorted_example(record: bytes) -> bytes:
     return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
 
 
-@dataclass(frozen=True, eq=False)
-class RowColumns:
-    """What balancing needs to know of every row.
-
-    Args:
-      user_ids: seven digits each.
-      categories: position in CATEGORIES.
-      unsafe: whether the prompt is the unsafe one.
-      banned: whether the user bans the category.
-    """
-
-    user_ids: Sequence[str]
-    categories: Int32[np.ndarray, " n"]
-    unsafe: Bool[np.ndarray, " n"]
-    banned: Bool[np.ndarray, " n"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Shards:
-    """One split of a shard folder, by random access: `shards[i]` is row i of metadata.jsonl as a dict of arrays.
-
-    Args:
-      source: the TFDS data source behind it.
-      columns: facts about all rows, in memory.
-      info: the contents of fingerprint.json.
-    """
-
-    source: Any
-    columns: RowColumns
-    info: Mapping[str, Any]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.source[row]
-
-    def __repr__(self) -> str:
-        return f"Shards({self.info['family']}_{self.info['resolution']}, {len(self)} rows)"
-
-
 def build_shards(
     sage_dir: Path,
     out: Path,
@@ -207,16 +187,22 @@ def build_shards(
     family: str,
     splits: Sequence[str] | None = None,
     preprocess: Preprocess | None = None,
+    flips: bool = False,
+    text: TextCache | None = None,
     batch_size: int = 16,
     max_pixels: int | None = None,
+    threads: int | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Path:
     """Makes shards of a SAGE folder; every distinct picture is encoded once. The same input gives the same bytes.
 
-    The folder appears complete or not at all.
+    The folder appears complete or not at all. What is encoded is kept in `<out>.parts` until then: killed at any
+    moment and called again, it goes on. Hosts that share that folder (or put theirs together) encode a `part` each;
+    a last call without one encodes what is still missing and makes the shards.
 
     Args:
       sage_dir: folder in SAGE's layout.
-      out: folder to make; absent or empty.
+      out: folder to make; absent, empty, or made by this very call before.
       encode: pictures [b, r, r, 3] in [-1, 1] → moments [b, h, w, 2c]; always called with `batch_size` pictures.
       vae_fingerprint: `latents.fingerprint` of the VAE behind `encode` and of the preprocessing.
       latent_shape: (h, w, 2c).
@@ -225,180 +211,139 @@ def build_shards(
       family: model family, such as "tiny".
       splits: which; None takes those that the folder has.
       preprocess: None means `Preprocess(resolution)`.
+      flips: encode the mirrored pictures, too.
+      text: store text embeddings, too.
       batch_size: pictures a call of `encode`.
       max_pixels: size limit of a picture; None means that of `open_image`.
+      threads: that decode pictures; None takes one a core.
+      part: (i, n) encodes the i-th of n parts and makes no shards.
 
     Returns:
-      `out`.
+      `out`, or with `part` the folder of the work files.
 
     Raises:
-      PSAError: `out` is not empty, or anything in the SAGE folder does not hold.
+      PSAError: `out` holds something else, or anything in the SAGE folder does not hold.
     """
     sage_dir, out = Path(sage_dir), Path(out)
-    preprocess = preprocess or Preprocess(resolution)
+    preprocess, threads = preprocess or Preprocess(resolution), threads or os.cpu_count() or 1
     if preprocess.resolution != resolution:
         raise PSAError(f"preprocessing is for {preprocess.resolution} px, the shards for {resolution} px; use one")
     if not re.fullmatch("[a-z0-9]+", family):
         raise PSAError(f"family is {family!r}; it names a folder: use lower-case letters and digits")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if part is not None and not 0 <= part[0] < part[1]:
+        raise PSAError(f"part {part[0]} of {part[1]} does not exist; count from 0")
+    if batch_size < 1:
+        raise PSAError(f"batch size for encoding is {batch_size}; give a number from 1 up")
+    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if occupied and not (out / INFO_FILE).is_file():
         raise PSAError(f"{out}: not an empty folder; give a new one or remove it first")
-    tokenizers = (tokenizer,) if callable(tokenizer) else tuple(tokenizer)
     if splits is None:
         splits = [split for split in SPLITS if (sage_dir / split).is_dir()]
     if not splits:
         raise PSAError(f"{sage_dir}: none of the folders {', '.join(SPLITS)} is there; give a folder in SAGE's layout")
-    # All metadata is read before the first picture is encoded: errors come in seconds, not hours.
+
+    # --- everything but pixels is read before the first picture is encoded: errors come in seconds, not hours
+    tokenizers = (tokenizer,) if callable(tokenizer) else tuple(tokenizer)
     records = {split: read_split(sage_dir, split) for split in splits}
     tokens = {split: [_tokenize(each, rows) for each in tokenizers] for split, rows in records.items()}
     lengths = tuple(ids.shape[1] for ids in tokens[splits[0]])
-    open_options = {} if max_pixels is None else {"max_pixels": max_pixels}
+    # A pair is listed under two prompts: each picture occurs twice.
+    names = {split: list(dict.fromkeys(_pictures_of(rows))) for split, rows in records.items()}
+    pictures = Pictures.of(sage_dir, names, threads)
+    settings = {"vae": vae_fingerprint, "preprocess": asdict(preprocess), "flips": flips, "batch_size": batch_size}
+    hashes = {f"VAE and preprocessing ({resolution} px)": vae_fingerprint}
+    hashes |= {f"{split}/{METADATA}": file_hash(sage_dir / split / METADATA) for split in splits}
+    hashes["pictures, in order of first use"] = _hash(pictures.digests)
+    hashes["token ids"] = _hash([[ids.tolist() for ids in each] for each in tokens.values()])
+    if text is not None:
+        hashes["text encoders"] = text.fingerprint
+    inputs = _hash([FORMAT, settings, hashes, family, list(latent_shape)])
+    work = out.with_name(f"{out.name}.parts")
+    if occupied:
+        if read_info(out)["inputs"] != inputs:
+            raise PSAError(f"{out}: not an empty folder, but shards made otherwise; give a new one or remove it first")
+        shutil.rmtree(work, ignore_errors=True)  # what a kill after the last step has left
+        return out
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    # --- encoding, into work files
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)
+    options = {} if max_pixels is None else {"max_pixels": max_pixels}
+    encoder = PictureEncoder(encode, tuple(latent_shape), preprocess, batch_size, flips, threads, options)
+    size = batch_size * _CHUNK_BATCHES
+    chunks = plan_chunks(work, settings, pictures.digests, size)
+    fill_chunks(chunks, lambda todo: encoder([pictures.paths[n] for n in todo]), "picture", part or (0, 1))
+    prompts, prompt_of, text_chunks = [], {}, []
+    if text is not None:
+        prompts, prompt_of = distinct_prompts(tokens)
+        settings = {"text": text.fingerprint, "batch_size": batch_size}
+        text_chunks = plan_chunks(work, settings, [_hash(ids.tolist()) for ids in prompts], size)
+        fill_chunks(text_chunks, lambda todo: text([prompts[n] for n in todo], batch_size), "prompt", part or (0, 1))
+    if part is not None:
+        return work
+
+    # --- shards
+    moments, states = Encoded(chunks), Encoded(text_chunks) if text_chunks else None
+
+    def rows_of(split: str) -> Iterator[dict[str, Any]]:
+        for index, record in enumerate(records[split]):
+            ids = dict(zip(_token_names(len(lengths)), (each[index] for each in tokens[split]), strict=True))
+            cached = {} if states is None else states[prompt_of[split][index]]
+            pair = [moments[pictures.number[split, name]] for name in (record.chosen, record.rejected)]
+            yield _example(sage_dir / split, record, *pair) | ids | cached
+
+    shapes = {} if states is None else {name: list(array.shape) for name, array in states[0].items()}
+    info = {
+        "format": FORMAT,
+        "fingerprint": vae_fingerprint,
+        "inputs": inputs,
+        "family": family,
+        "resolution": resolution,
+        "latent_shape": list(latent_shape),
+        "preprocess": asdict(preprocess),
+        "flips": flips,
+        "tokens": list(lengths),
+        "text": shapes,
+        "splits": {split: len(rows) for split, rows in records.items()},
+        "pictures": len(pictures.paths),
+    }
+    made = Path(tempfile.mkdtemp(prefix="shards.", dir=work))
     try:
-
-        def rows_of(split: str) -> Iterator[dict[str, Any]]:
-            load = _Loader(sage_dir, split, preprocess, open_options)
-            # On disk, not in memory: at full size the moments of a split take gigabytes.
-            moments, position = _encode_split(records[split], load, encode, batch_size, latent_shape, work / "moments")
-            for index, record in enumerate(records[split]):
-                ids = dict(zip(_token_names(len(lengths)), (each[index] for each in tokens[split]), strict=True))
-                yield _example(record, load, moments, position) | ids
-            del moments
-            (work / "moments").unlink()
-
-        config = SageConfig(
-            name=f"{family}_{resolution}",
-            family=family,
-            resolution=resolution,
-            latent_shape=tuple(latent_shape),
-            tokens=lengths,
-        )
         examples = {split: rows_of(split) for split in splits}
-        builder = Sage(examples=examples, config=config, data_dir=work, file_format="array_record")
+        builder = Sage(examples=examples, layout=info, data_dir=made, file_format="array_record")
         # TFDS prints to stdout, which belongs to the caller's results.
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare(file_format="array_record")
-        shutil.rmtree(work / "downloads", ignore_errors=True)
+        shutil.rmtree(made / "downloads", ignore_errors=True)
         for split, rows in records.items():
-            (work / _columns_file(split)).write_text(json.dumps(_columns_json(rows)) + "\n")
-        info = {
-            "format": FORMAT,
-            "fingerprint": vae_fingerprint,
-            "family": family,
-            "resolution": resolution,
-            "latent_shape": list(latent_shape),
-            "preprocess": asdict(preprocess),
-            "tokens": list(lengths),
-            "splits": {split: len(rows) for split, rows in records.items()},
-            "files": {name: (work / name).stat().st_size for name in _files(work)},
-        }
-        (work / _INFO_FILE).write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
-        os.rename(work, out)
+            (made / columns_file(split)).write_text(json.dumps(_columns_json(rows)) + "\n")
+        counts = {split: _counts(rows, len(names[split])) for split, rows in records.items()}
+        (made / "README.md").write_text(dataset_card(info, counts, hashes), encoding="utf-8")
+        info["files"] = {name: _file_facts(made / name) for name in _files(made)}
+        (made / INFO_FILE).write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
     except BaseException:
-        shutil.rmtree(work)
+        shutil.rmtree(made)
         raise
+    os.rename(made, out)
+    shutil.rmtree(work)
     return out
 
 
-def open_shards(out: Path, split: str, expect_fingerprint: str | None = None) -> Shards:
-    """One split of what `build_shards` made.
+def _pictures_of(records: Sequence[SageRecord]) -> Iterator[str]:
+    for record in records:
+        yield record.safe_image
+        yield record.unsafe_image
 
-    Args:
-      out: the folder.
-      split: its name.
-      expect_fingerprint: `latents.fingerprint` of the VAE and the preprocessing in use; None skips the check.
 
-    Raises:
-      PSAError: no shards there, no such split, another fingerprint, or files that do not fit together.
-    """
-    out = Path(out)
-    info = read_info(out)
-    if expect_fingerprint is not None and info["fingerprint"] != expect_fingerprint:
+def _example(
+    folder: Path, record: SageRecord, chosen: Mapping[str, np.ndarray], rejected: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    if not np.array_equal(chosen["geometry"], rejected["geometry"]):
         raise PSAError(
-            f"{out}: shards have the fingerprint {info['fingerprint']}, the model in use {expect_fingerprint} "
-            "(other VAE weights, resolution or preprocessing); build the shards again with this model"
-        )
-    if split not in info["splits"]:
-        raise PSAError(f"{out}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
-    for name, size in info["files"].items():  # TFDS would notice a cut file only when it reads the missing rows
-        if not (out / name).is_file() or (out / name).stat().st_size != size:
-            raise PSAError(f"{out / name}: missing or not of {size} bytes; copy it again or build the shards again")
-    columns = _read_columns(out / _columns_file(split), info["splits"][split])
-    folder = out / "sage" / f"{info['family']}_{info['resolution']}" / VERSION
-    try:
-        source = tfds.builder_from_directory(folder).as_data_source(split=split)
-        rows = len(source)
-    except (OSError, RuntimeError, ValueError, tfds.core.registered.DatasetNotFoundError) as error:
-        raise PSAError(f"{folder}: shards cannot be opened ({_first_line(error)}); build them again") from error
-    if rows != info["splits"][split]:
-        raise PSAError(f"{folder}: {rows} rows in {split}, expected {info['splits'][split]}; build the shards again")
-    return Shards(source, columns, info)
-
-
-def read_info(out: Path) -> dict[str, Any]:
-    """Contents of fingerprint.json of a shard folder.
-
-    Raises:
-      PSAError: missing, damaged or of another format.
-    """
-    path = Path(out) / _INFO_FILE
-    info = _read_json(path)
-    if not isinstance(info, dict) or info.keys() != _INFO_FIELDS or info["format"] != FORMAT:
-        raise PSAError(f"{path}: not the description of psa_jax shards ({FORMAT}); build the shards again")
-    if not re.fullmatch(r"[a-z0-9]+_[0-9]+", f"{info['family']}_{info['resolution']}"):  # it becomes a path
-        raise PSAError(f"{path}: family or resolution is no plain name; build the shards again")
-    return info
-
-
-@dataclass(frozen=True)
-class _Loader:
-    """Opens and prepares pictures of one split."""
-
-    root: Path
-    split: str
-    preprocess: Preprocess
-    options: Mapping[str, int]
-
-    def __call__(self, name: str) -> Any:
-        return self.preprocess(open_image(image_path(self.root, self.split, name), **self.options))
-
-
-def _encode_split(
-    records: Sequence[SageRecord],
-    load: _Loader,
-    encode: Callable[..., Any],
-    batch_size: int,
-    latent_shape: tuple[int, int, int],
-    path: Path,
-) -> tuple[Any, dict[str, Any]]:
-    """Moments of every distinct picture, in a file, with the row and the geometry of each by its name."""
-    # A pair is listed under two prompts: each picture occurs twice.
-    names = list(dict.fromkeys(name for record in records for name in (record.safe_image, record.unsafe_image)))
-    geometry = {}
-
-    def pixels() -> Iterator[np.ndarray]:
-        for name in names:
-            image, *geometry[name] = load(name)
-            yield image
-
-    moments = np.memmap(path, dtype=np.float16, mode="w+", shape=(len(names), *latent_shape))
-    for index, row in enumerate(encode_images(encode, pixels(), batch_size)):
-        if row.shape != tuple(latent_shape):
-            raise PSAError(f"encoder gave moments of shape {row.shape}, expected {tuple(latent_shape)}; check the VAE")
-        moments[index] = row
-    return moments, {name: (index, *geometry[name]) for index, name in enumerate(names)}
-
-
-def _example(record: SageRecord, load: _Loader, moments: Any, position: Mapping[str, Any]) -> dict[str, Any]:
-    chosen, *geometry = position[record.chosen]
-    rejected, *rejected_geometry = position[record.rejected]
-    if geometry != rejected_geometry:
-        raise PSAError(
-            f"{load.root / load.split}: {record.chosen} and {record.rejected} differ in size, so they cannot get the "
+            f"{folder}: {record.chosen} and {record.rejected} differ in size, so they cannot get the "
             "same crop; give both one size or remove their rows"
         )
-    original_size, crop = geometry
+    moments = [each["moments"][view] for view in range(len(chosen["moments"])) for each in (chosen, rejected)]
+    original_size, crop = chosen["geometry"]
     return {
         "file_name": record.file_name,
         "caption": record.caption,
@@ -406,11 +351,15 @@ def _example(record: SageRecord, load: _Loader, moments: Any, position: Mapping[
         "kind": KINDS[record.kind == "u"],
         "banned": record.banned,
         "user_id": record.user_id,
-        "moments_chosen": moments[chosen],
-        "moments_rejected": moments[rejected],
-        "original_size": np.asarray(original_size, np.int32),
-        "crop": np.asarray(crop, np.int32),
+        **dict(zip(_moment_names(len(moments) > 2), moments, strict=True)),
+        "original_size": original_size,
+        "crop": crop,
     }
+
+
+def _moment_names(flips: bool) -> tuple[str, ...]:
+    plain = ("moments_chosen", "moments_rejected")
+    return plain + tuple(f"{name}_flipped" for name in plain) if flips else plain
 
 
 def _token_names(count: int) -> tuple[str, ...]:
@@ -428,8 +377,18 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _columns_file(split: str) -> str:
-    return f"rows-{split}.json"
+def _file_facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _counts(records: Sequence[SageRecord], pictures: int) -> dict[str, int]:
+    unsafe = sum(record.kind == "u" for record in records)
+    users = len({record.user_id for record in records})
+    return {"rows": len(records), "unsafe prompts": unsafe, "users": users, "pictures": pictures}
 
 
 def _columns_json(records: Sequence[SageRecord]) -> dict[str, list]:
@@ -439,34 +398,3 @@ def _columns_json(records: Sequence[SageRecord]) -> dict[str, list]:
         "unsafe": [int(record.kind == "u") for record in records],
         "banned": [int(record.banned) for record in records],
     }
-
-
-def _read_columns(path: Path, rows: int) -> RowColumns:
-    columns = _read_json(path)
-    names = ("user_id", "category", "unsafe", "banned")
-    if (
-        not isinstance(columns, dict)
-        or tuple(columns) != names
-        or not all(isinstance(columns[name], list) and len(columns[name]) == rows for name in names)
-        or not all(isinstance(user_id, str) for user_id in columns["user_id"])
-        or not all(value in range(len(CATEGORIES)) for value in columns["category"])
-        or not all(value in (0, 1) for name in ("unsafe", "banned") for value in columns[name])
-    ):
-        raise PSAError(f"{path}: does not describe the {rows} rows of this split; build the shards again")
-    return RowColumns(
-        columns["user_id"],
-        np.asarray(columns["category"], np.int32),
-        np.asarray(columns["unsafe"], np.bool_),
-        np.asarray(columns["banned"], np.bool_),
-    )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise PSAError(f"{path}: cannot be read ({_first_line(error)}); give a folder of complete shards") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

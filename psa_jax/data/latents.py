@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Array, Float16, Float32, UInt8
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float16, Float32, PyTree, UInt8
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -77,10 +80,7 @@ def encode_images(
     images: Iterable[np.ndarray],
     batch_size: int,
 ) -> Iterator[Float16[np.ndarray, "h2 w2 c2"]]:
-    """Moments (mean and log-variance, concatenated on the last axis) of each picture, in order.
-
-    Every call of `encode` gets exactly `batch_size` pictures, so that jit compiles once: the last batch is filled up
-    with copies of its last picture, and their moments are dropped.
+    """Moments (mean and log-variance, concatenated on the last axis) of each picture, in order; see `in_batches`.
 
     Args:
       encode: pictures [b, h, w, 3] in [-1, 1] → moments [b, h/f, w/f, 2c].
@@ -90,24 +90,90 @@ def encode_images(
     Raises:
       PSAError: moments of another batch size, or not finite in float16.
     """
-    if batch_size < 1:
-        raise PSAError(f"batch size for encoding is {batch_size}; give a number from 1 up")
-    remaining = iter(images)
-    done = 0
-    while batch := list(islice(remaining, batch_size)):
-        filled = batch + [batch[-1]] * (batch_size - len(batch))
-        moments = np.asarray(encode(np.stack(filled)))
+
+    def checked(pixels):
+        moments = encode(pixels)
         if moments.ndim != 4 or len(moments) != batch_size or moments.shape[-1] % 2:
             raise PSAError(f"encoder gave shape {moments.shape} for {batch_size} pictures; expected [b, h, w, 2c]")
-        with np.errstate(over="ignore"):  # an overflow is infinite, and refused below
-            stored = moments.astype(np.float16)
-        for index, row in enumerate(stored[: len(batch)]):
-            if not np.isfinite(row).all():
-                raise PSAError(
-                    f"moments of picture {done + index} are not finite in float16; encode in float32, check the VAE"
-                )
-            yield row
-        done += len(batch)
+        return moments
+
+    for number, moments in enumerate(in_batches(checked, images, batch_size)):
+        yield half(moments, f"moments of picture {number}")
+
+
+def half(array: np.ndarray, what: str) -> Float16[np.ndarray, "..."]:
+    """An array in float16.
+
+    Raises:
+      PSAError: a number that is not finite there; the message begins with `what`.
+    """
+    with np.errstate(over="ignore"):  # an overflow is infinite, and refused below
+        stored = array.astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise PSAError(f"{what} are not finite in float16; encode in float32, check the model")
+    return stored
+
+
+def in_batches(
+    function: Callable[[np.ndarray], PyTree], items: Iterable[np.ndarray], batch_size: int
+) -> Iterator[PyTree]:
+    """`function` on stacked items; its results item by item, in order.
+
+    Every call gets exactly `batch_size` items, so that jit compiles once: the last batch is filled up with copies of
+    its last item, and their results are dropped. A call is started before the results of the one before it are
+    fetched: an accelerator does not wait for the host.
+
+    Args:
+      function: [b, …] → a tree of arrays [b, …].
+      items: of one shape; drawn on demand.
+    """
+    if batch_size < 1:
+        raise PSAError(f"batch size for encoding is {batch_size}; give a number from 1 up")
+    remaining, started = iter(items), None
+    while batch := list(islice(remaining, batch_size)):
+        filled = batch + [batch[-1]] * (batch_size - len(batch))
+        before, started = started, (function(np.stack(filled)), len(batch))
+        if before is not None:
+            yield from _rows(*before)
+    if started is not None:
+        yield from _rows(*started)
+
+
+def _rows(results: PyTree, count: int) -> Iterator[PyTree]:
+    arrays = jax.tree.map(np.asarray, results)
+    for row in range(count):
+        yield jax.tree.map(lambda array, row=row: array[row], arrays)
+
+
+def on_devices(
+    function: Callable[..., PyTree], models: Any, batch_size: int, devices: list[jax.Device] | None = None
+) -> Callable[[np.ndarray], PyTree]:
+    """`function(models, batch)` compiled, its batch split over devices, in full float32.
+
+    Left to itself, a TPU multiplies float32 as bfloat16: the moments are made once and used for ever.
+
+    Args:
+      models: NNX modules.
+      devices: None takes those of this process.
+
+    Raises:
+      PSAError: `batch_size` cannot be divided among the devices.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    if batch_size % len(devices):
+        raise PSAError(f"batch size {batch_size} cannot be divided among {len(devices)} devices; use a multiple")
+    # Auto axes, as in training: convolutions refuse Explicit ones.
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    graph, weights = nnx.split(models)
+    weights = jax.device_put(weights, whole)
+
+    @jax.jit
+    def run(weights, batch):
+        with jax.default_matmul_precision("float32"):
+            return function(nnx.merge(graph, weights), batch)
+
+    return lambda batch: run(weights, jax.device_put(batch, rows))
 
 
 def fingerprint(vae: Path | Mapping[str, np.ndarray], preprocess: Preprocess) -> str:

@@ -1,28 +1,36 @@
 """Grain: shards to training batches, with a position that goes into the checkpoint.
 
-    source → seed → shuffle → repeat → [process::processes] → map → batch → to_iter_dataset
+    source → seed → shuffle → repeat → flip → [position + process :: processes] → map → batch → workers → device
 
-The position is the number of batches drawn: `iterator.get_state()` is a small dict that JSON holds, and with
-`grain.checkpoint.CheckpointSave(iterator)` / `CheckpointRestore(iterator)` it is one item of an Orbax checkpoint.
+The position is the number of examples that all processes together have drawn: `iterator.get_state()` is a small dict
+that JSON holds, the same in every process, so a run goes on with other numbers of processes and batch sizes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
+import jax
 import numpy as np
+from absl import flags
+from grain.experimental import ThreadPrefetchIterDataset
 from jaxtyping import Bool, Float32, Int, Int32
 
-from psa_jax.data.builder import RowColumns
+from psa_jax.data.shards import RowColumns
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.profiles.table import EmbeddingTable
 
+Place = Callable[[dict[str, np.ndarray]], dict[str, Any]]
+"""A batch of this process to where the training step wants it."""
+
+_FLIPPED = "_flipped"
+
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Random access to rows, as `builder.Shards`."""
+    """Random access to rows, as `shards.Shards`."""
 
     columns: RowColumns
 
@@ -92,6 +100,7 @@ def make_pipeline(
     seed: int,
     balance: bool = True,
     safe_share: float = 0.3,
+    flips: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     num_epochs: int | None = None,
@@ -99,12 +108,16 @@ def make_pipeline(
     drop_remainder: bool = True,
     read_threads: int = 4,
     prefetch: int = 4,
+    workers: int = 0,
+    place: Place | None = None,
 ) -> grain.IterDataset:
     """Batches of one process. The slices of all processes make up the data: once an epoch, in one global order.
 
     A batch is a dict of arrays, b = batch_size / process_count:
       chosen, rejected: [b, h, w, 2c] float32 VAE moments (mean, log-variance).
       input_ids (input_ids_2, …): [b, t] int32.
+      text_states, text_pooled: [b, t, c] and [b, p] float16, where the shards have them.
+      original_size, crop: [b, 2] int32, in pixels, as SDXL is told (of the picture before mirroring).
       user: [b, D] float32 embedding.
       banned: [b] bool, whether the user bans the category.
       kind: [b] int32, 1 for an unsafe prompt.
@@ -115,18 +128,22 @@ def make_pipeline(
       source: rows, such as `open_shards(…)`.
       table: embeddings of all users in it.
       batch_size: over all processes.
-      seed: of shuffling and balancing.
+      seed: of shuffling, balancing and flipping.
       balance: order the rows by `balanced_order`; otherwise every row once an epoch.
       safe_share: for `balanced_order`.
+      flips: mirror both pictures of every other pair, drawn anew each epoch.
       process_index, process_count: which slice of the global order.
       num_epochs: None repeats without end.
       shuffle: draw a new order every epoch.
       drop_remainder: drop the incomplete batch at the very end (for evaluation keep it).
       read_threads: threads that read and assemble batches; 0 does it in the caller's.
       prefetch: batches made ahead.
+      workers: processes that read and assemble batches, each with those threads; 0 does it in this one.
+      place: moves a batch to its devices, in a thread of its own and two batches ahead; see `to_devices`.
 
     Raises:
-      PSAError: a batch that cannot be divided, a user who is not in the table, or data that cannot be balanced.
+      PSAError: a batch that cannot be divided, a user who is not in the table, data that cannot be balanced, or
+        flips of shards that have none.
     """
     if process_count < 1 or not 0 <= process_index < process_count:
         raise PSAError(f"process {process_index} of {process_count} does not exist; count from 0")
@@ -134,6 +151,8 @@ def make_pipeline(
         raise PSAError(f"batch size {batch_size} cannot be divided among {process_count} processes; use a multiple")
     if not 0 <= seed < 2**32:
         raise PSAError(f"seed is {seed}; give 0 to {2**32 - 1}")
+    if flips and f"moments_chosen{_FLIPPED}" not in source[0]:
+        raise PSAError("the shards hold no mirrored pictures; build them with --flips or train without")
     columns = source.columns
     order = (
         balanced_order(columns.categories, columns.unsafe, columns.banned, safe_share, seed)
@@ -145,11 +164,110 @@ def make_pipeline(
     dataset = grain.MapDataset.source(_Order(order)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat(num_epochs)[process_index::process_count]
-    dataset = dataset.map(_Load.of(source, table))
-    dataset = dataset.batch(batch_size // process_count, drop_remainder=drop_remainder)
-    options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=prefetch if read_threads else 0)
-    return dataset.to_iter_dataset(options)
+    # Drawn here, where the position in the global order is the key: the same whatever the slices are.
+    dataset = dataset.repeat(num_epochs).random_map(_Draw(flips))
+    examples = dataset.map(_Load.of(source, table))
+
+    def batches(position: int) -> grain.IterDataset:
+        # Every process must draw the same number of batches, or the others would wait for it for ever.
+        end = len(examples)
+        if num_epochs is not None and drop_remainder:
+            end = position + (end - position) // batch_size * batch_size
+        part = examples[position + process_index : end : process_count]
+        part = part.batch(batch_size // process_count, drop_remainder=drop_remainder)
+        options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=prefetch if read_threads else 0)
+        part = part.to_iter_dataset(options)
+        if workers:
+            if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which nothing here parses
+                flags.FLAGS.mark_as_parsed()
+            part = part.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        if place is not None:
+            part = ThreadPrefetchIterDataset(part.map(place), prefetch_buffer_size=2)
+        return part
+
+    return _Batches(batches, batch_size, len(examples))
+
+
+def to_devices(sharding: jax.sharding.Sharding, names: tuple[str, ...]) -> Place:
+    """Each process's rows as its part of arrays over all devices.
+
+    Args:
+      names: what of a batch the training step takes.
+    """
+
+    def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names}
+
+    return place
+
+
+class _Batches(grain.IterDataset):
+    """Batches from any position on.
+
+    Args:
+      batches: position in the global order → the batches of this process from there on.
+      batch_size: over all processes.
+      length: of the global order.
+    """
+
+    def __init__(self, batches: Callable[[int], grain.IterDataset], batch_size: int, length: int):
+        super().__init__()
+        self._batches, self._batch_size, self._length = batches, batch_size, length
+
+    def __iter__(self) -> "_BatchIterator":
+        return _BatchIterator(self._batches, self._batch_size, self._length)
+
+    def __str__(self) -> str:  # Grain shows it in errors
+        return f"batches of {self._batch_size}"
+
+
+class _BatchIterator(grain.DatasetIterator):
+    """Counts the examples that all processes have drawn; that count is its whole state."""
+
+    def __init__(self, batches: Callable[[int], grain.IterDataset], batch_size: int, length: int):
+        super().__init__()
+        self._batches, self._batch_size, self._length = batches, batch_size, length
+        self._position = 0
+        self._iterator: Iterator | None = None
+
+    def __next__(self) -> dict[str, Any]:
+        if self._iterator is None:
+            self._iterator = iter(self._batches(self._position))
+        batch = next(self._iterator)
+        self._position = min(self._position + self._batch_size, self._length)
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"examples": self._position}
+
+    def set_state(self, state: Any) -> None:
+        position = state.get("examples") if isinstance(state, dict) else None
+        if not isinstance(position, int) or not 0 <= position <= self._length:
+            raise PSAError(f"position in the data is {state!r}; it must count examples, 0 to {self._length}")
+        self.close()
+        self._position = position
+
+    def close(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+class _Example(NamedTuple):
+    """Which row comes, and whether mirrored."""
+
+    row: int
+    flipped: bool
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Row number to example."""
+
+    flips: bool
+
+    def __call__(self, row: int, rng: np.random.Generator) -> _Example:
+        return _Example(row, self.flips and bool(rng.integers(2)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -170,7 +288,7 @@ class _Order:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Load:
-    """Row number to one element of a batch."""
+    """Example to one element of a batch."""
 
     source: RowSource
     embeddings: Float32[np.ndarray, "users d"]
@@ -182,17 +300,19 @@ class _Load:
         users, user_of_row = np.unique(np.asarray(source.columns.user_ids), return_inverse=True)
         return cls(source, table.lookup([str(user) for user in users]), user_of_row.astype(np.int32))
 
-    def __call__(self, row: int) -> dict[str, np.ndarray]:
-        example = self.source[row]
+    def __call__(self, example: _Example) -> dict[str, np.ndarray]:
+        row, view = self.source[example.row], _FLIPPED if example.flipped else ""
         return {
-            "chosen": example["moments_chosen"].astype(np.float32),
-            "rejected": example["moments_rejected"].astype(np.float32),
-            **{name: value for name, value in example.items() if name.startswith("input_ids")},
-            "user": self.embeddings[self.user_of_row[row]],
-            "banned": np.asarray(example["banned"], np.bool_),
-            "kind": np.asarray(example["kind"], np.int32),
-            "category": np.asarray(example["category"], np.int32),
-            "row": np.asarray(row, np.int32),
+            "chosen": row[f"moments_chosen{view}"].astype(np.float32),
+            "rejected": row[f"moments_rejected{view}"].astype(np.float32),
+            **{name: value for name, value in row.items() if name.startswith(("input_ids", "text_"))},
+            "original_size": row["original_size"],
+            "crop": row["crop"],
+            "user": self.embeddings[self.user_of_row[example.row]],
+            "banned": np.asarray(row["banned"], np.bool_),
+            "kind": np.asarray(row["kind"], np.int32),
+            "category": np.asarray(row["category"], np.int32),
+            "row": np.asarray(example.row, np.int32),
         }
 
 

@@ -3,16 +3,13 @@
 from pathlib import Path
 
 import jax
-import numpy as np
-from flax import nnx
 
-from psa_jax.data.builder import build_shards, padded
-from psa_jax.data.latents import Preprocess, fingerprint
 from psa_jax.data.mini import draw_mini
 from psa_jax.data.sage import SPLITS, read_split
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.tools.build import build
 
 
 def prepare(
@@ -36,19 +33,13 @@ def prepare(
         rows = [profiles[user] for user in sorted(profiles)]
         EmbeddingTable.from_profiles(rows, get_encoder(encoder)).save(folder / "table.safetensors")
     if not (folder / "shards").exists():
-        preprocess = Preprocess(resolution)
-        factor = model.vae.config.downscale
-        graph, params = nnx.split(model.vae)
-        encode = jax.jit(lambda params, images: nnx.merge(graph, params).encode(images))
-        build_shards(
+        build(
+            model,
             folder / "sage",
             folder / "shards",
-            encode=lambda images: np.asarray(encode(params, images)),
-            vae_fingerprint=fingerprint(model.folder / "vae" / "diffusion_pytorch_model.safetensors", preprocess),
-            latent_shape=(resolution // factor, resolution // factor, 2 * model.vae.config.latent_channels),
-            tokenizer=padded(model.tokenizer),
             resolution=resolution,
             family=family,
             splits=splits,
             batch_size=batch_size,
+            devices=jax.local_devices()[:1],  # the pictures are few and small
         )

@@ -5,7 +5,6 @@ from typing import Any
 
 import grain
 import orbax.checkpoint as ocp
-from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from psa_jax.errors import PSAError
 from psa_jax.training.step import TrainState
@@ -28,7 +27,8 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state._asdict()),
-                data=CheckpointSave(iterator),
+                # Grain's own item is a file for each process and cannot be read by another number of them.
+                data=ocp.args.JsonSave(iterator.get_state()),
                 identity=ocp.args.JsonSave(self._identity),
             ),
         )
@@ -52,8 +52,9 @@ class Checkpoints:
             )
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(state._asdict()), data=CheckpointRestore(iterator)),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(state._asdict()), data=ocp.args.JsonRestore()),
         )
+        iterator.set_state(restored.data)
         return TrainState(**restored.state)
 
     def __enter__(self) -> "Checkpoints":

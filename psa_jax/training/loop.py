@@ -12,9 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import psa_jax
-from psa_jax.data.builder import open_shards, read_info
 from psa_jax.data.latents import Preprocess, fingerprint
-from psa_jax.data.pipeline import make_pipeline
+from psa_jax.data.pipeline import make_pipeline, to_devices
+from psa_jax.data.shards import open_shards, read_info
 from psa_jax.diffusion.generate import Generator, picture_grid
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
 from psa_jax.interop.native import save_adapter, with_arrays
@@ -55,6 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     objective = Objective(**config.objective)
     info = read_info(shards)
     vae = fingerprint(model.folder / "vae" / "diffusion_pytorch_model.safetensors", Preprocess(info["resolution"]))
+    mesh = make_mesh(config.mesh.data)
     pipeline = make_pipeline(
         open_shards(shards, "train", vae),
         table,
@@ -62,11 +63,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         seed=config.seed,
         balance=config.data.balance,
         safe_share=config.data.safe_share,
+        flips=info["flips"],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        place=to_devices(by_rows(mesh), BATCH),
     )
     iterator = iter(pipeline)
 
     # --- state
-    mesh = make_mesh(config.mesh.data)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = jax.device_put(init_state(adapter_config, optimizer, config.seed), replicated(mesh))
     step_fn, frozen = make_step(model, adapter_config, objective, optimizer, mesh)
@@ -95,8 +99,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         bar = tqdm(range(start, end), initial=start, total=config.steps, unit="step", mininterval=2.0)
         clock, clocked = time.perf_counter(), start
         for number in bar:
-            rows = next(iterator)
-            batch = jax.device_put({name: rows[name] for name in BATCH}, by_rows(mesh)) | {"empty_ids": empty_ids}
+            batch = next(iterator) | {"empty_ids": empty_ids}
             state, metrics = step_fn(state, frozen, batch, key)
             done = number + 1
             if done % config.log_every == 0 or number == start or done == end:

@@ -1,4 +1,5 @@
 import filecmp
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from psa_jax.data import builder, latents, sage
+from psa_jax.data.encoding import TextCache
+from psa_jax.data.shards import open_shards
 from psa_jax.errors import PSAError
 
 
@@ -101,7 +104,7 @@ def test_fingerprint_of_file_and_arrays(tmp_path: Path):
 def test_shards_hold_the_rows(sage_dir: Path, tmp_path: Path, encode, build_options):
     out = builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
     records = sage.read_split(sage_dir, "train")
-    shards = builder.open_shards(out, "train", expect_fingerprint="f00d")
+    shards = open_shards(out, "train", expect_fingerprint="f00d")
     assert len(shards) == len(records) == 56
     for index, record in enumerate(records):
         row = shards[index]
@@ -135,7 +138,7 @@ def test_each_picture_is_encoded_once(sage_dir: Path, tmp_path: Path, encode, bu
 def test_no_profile_attribute_is_in_the_shards(shard_dir: Path):
     import tensorflow_datasets as tfds
 
-    source = builder.open_shards(shard_dir, "train").source
+    source = open_shards(shard_dir, "train").source
     raw = tfds.builder_from_directory(shard_dir / "sage" / "tiny_8" / "1.0.0").as_data_source(
         "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
@@ -150,11 +153,70 @@ def test_no_profile_attribute_is_in_the_shards(shard_dir: Path):
 def test_tfds_reads_them(shard_dir: Path):
     import tensorflow_datasets as tfds
 
-    source = tfds.data_source("sage/tiny_8", data_dir=shard_dir, split="train")
-    assert len(source) == 112
-    np.testing.assert_array_equal(
-        source[5]["moments_chosen"], builder.open_shards(shard_dir, "train")[5]["moments_chosen"]
+    expected = open_shards(shard_dir, "train")[5]
+    for source in (
+        tfds.data_source("sage/tiny_8", data_dir=shard_dir, split="train"),
+        tfds.load("sage/tiny_8", data_dir=shard_dir, split="train"),
+        tfds.load("sage", data_dir=shard_dir)["train"],
+    ):
+        assert len(source) == 112
+        assert source[5].keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(source[5][name], value)
+    with pytest.raises(PSAError, match="batch_size"):
+        tfds.load("sage", data_dir=shard_dir, split="train", batch_size=2)
+    with pytest.raises(PSAError, match="data_dir"):
+        tfds.load("sage", split="train")
+
+
+def test_flips_are_of_the_whole_pair(sage_dir: Path, tmp_path: Path, encode, build_options):
+    plain = open_shards(builder.build_shards(sage_dir, tmp_path / "one", encode=encode, **build_options), "train")
+    both = builder.build_shards(sage_dir, tmp_path / "two", encode=encode, **build_options, flips=True)
+    row, mirrored = plain[3], open_shards(both, "train")[3]
+    for name in ("moments_chosen", "moments_rejected"):
+        np.testing.assert_array_equal(mirrored[name], row[name])
+        # The stand-in for the VAE averages blocks, so that it commutes with mirroring.
+        np.testing.assert_allclose(mirrored[f"{name}_flipped"], row[name][:, ::-1], atol=1e-3)
+
+
+def test_text_embeddings_of_every_prompt(sage_dir: Path, tmp_path: Path, encode, build_options):
+    calls = []
+
+    def states(ids: np.ndarray) -> dict[str, np.ndarray]:
+        calls.append(ids)
+        return {"states": np.repeat(ids[:, 0, :, None], 2, axis=2) / 2.0, "pooled": ids[:, 0, :3].astype(np.float32)}
+
+    out = builder.build_shards(
+        sage_dir, tmp_path / "out", encode=encode, **build_options, text=TextCache(states, "cafe")
     )
+    shards = open_shards(out, "train")
+    distinct = {row["input_ids"].tobytes() for row in (shards[index] for index in range(len(shards)))}
+    assert len(calls) == -(-len(distinct) // 5) and {ids.shape for ids in calls} == {(5, 1, 8)}
+    for index in (0, 1, 55):
+        row = shards[index]
+        np.testing.assert_array_equal(row["text_states"], np.repeat(row["input_ids"][:, None], 2, axis=1) / 2)
+        np.testing.assert_array_equal(row["text_pooled"], row["input_ids"][:3])
+
+
+def test_pictures_with_the_same_bytes_are_encoded_once(sage_dir: Path, tmp_path: Path, encode, build_options):
+    first, *_, last = sage.read_split(sage_dir, "train")
+    for name, other in ((last.chosen, first.chosen), (last.rejected, first.rejected)):
+        shutil.copyfile(sage_dir / "train" / other, sage_dir / "train" / name)
+    shards = open_shards(builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options), "train")
+    assert (shards.info["pictures"], len(set(encode.seen))) == (54, 54)
+    np.testing.assert_array_equal(shards[0]["moments_chosen"], shards[55]["moments_chosen"])
+
+
+def test_card_and_hashes(shard_dir: Path):
+    card = (shard_dir / "README.md").read_text()
+    info = open_shards(shard_dir, "train").info
+    assert "| train | 112 | 56 | 4 | 112 |" in card  # rows, unsafe prompts, users, pictures
+    assert "`f00d`" in card and "licence" in card and "sage/tiny_8" in card
+    assert info["pictures"] == 112
+    files = {path.relative_to(shard_dir).as_posix() for path in shard_dir.rglob("*") if path.is_file()}
+    assert info["files"].keys() == files - {"fingerprint.json"}
+    for name, facts in info["files"].items():
+        assert facts["sha256"] == hashlib.sha256((shard_dir / name).read_bytes()).hexdigest()
 
 
 SCRIPT = """
@@ -190,7 +252,7 @@ def test_two_tokenizers(sage_dir: Path, tmp_path: Path, encode, build_options):
         return np.asarray([[len(caption), 7] for caption in captions])
 
     options = build_options | {"tokenizer": (build_options["tokenizer"], second)}
-    row = builder.open_shards(builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **options), "train")[0]
+    row = open_shards(builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **options), "train")[0]
     assert row["input_ids"].shape == (8,)
     assert row["input_ids_2"].tolist() == [len(row["caption"].decode()), 7]
 
@@ -204,61 +266,69 @@ def test_refuses_a_folder_with_something_in_it(sage_dir: Path, tmp_path: Path, e
 
 
 @pytest.mark.parametrize("damage", ["truncated", "size", "encoder", "shape"])
-def test_a_failed_build_leaves_nothing(sage_dir: Path, tmp_path: Path, encode, build_options, damage: str):
+def test_a_failed_build_makes_no_shards(sage_dir: Path, tmp_path: Path, encode, build_options, damage: str):
     path = sage_dir / "train" / sage.read_split(sage_dir, "train")[-1].chosen
-    says = path.name
+    good, out = path.read_bytes(), tmp_path / "made" / "out"
+    says, bad, options = path.name, encode, build_options
     if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-200])
+        path.write_bytes(good[:-200])
     elif damage == "size":
         Image.new("RGB", (12, 20)).save(path)
         says = "same crop"
     elif damage == "encoder":
         says = "out of memory"
 
-        def encode(pixels):
+        def bad(pixels):
             raise RuntimeError("out of memory")
 
     else:
-        build_options = build_options | {"latent_shape": (2, 2, 6)}
+        options = build_options | {"latent_shape": (2, 2, 6)}
         says = "shape"
     with pytest.raises((PSAError, RuntimeError), match=says) as caught:
-        builder.build_shards(sage_dir, tmp_path / "made" / "out", encode=encode, **build_options)
+        builder.build_shards(sage_dir, out, encode=bad, **options)
     assert isinstance(caught.value, PSAError) == (damage != "encoder")
-    assert list((tmp_path / "made").iterdir()) == []
+    assert not out.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out.parts"]  # for going on
+    assert not [path for path in out.with_name("out.parts").iterdir() if path.suffix != ".safetensors"]
+
+    path.write_bytes(good)
+    builder.build_shards(sage_dir, out, encode=encode, **build_options)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert_same_bytes(out, builder.build_shards(sage_dir, tmp_path / "new", encode=encode, **build_options))
 
 
 def test_wrong_fingerprint_names_both(shard_dir: Path):
     with pytest.raises(PSAError, match="f00d.*beef"):
-        builder.open_shards(shard_dir, "train", expect_fingerprint="beef")
+        open_shards(shard_dir, "train", expect_fingerprint="beef")
 
 
 def test_damaged_shard_folders_are_refused(shard_dir: Path, tmp_path: Path):
     with pytest.raises(PSAError, match="no split 'val'"):
-        builder.open_shards(shard_dir, "val")
+        open_shards(shard_dir, "val")
     with pytest.raises(PSAError, match="fingerprint.json"):
-        builder.open_shards(tmp_path, "train")
+        open_shards(tmp_path, "train")
     copy = tmp_path / "copy"
     shutil.copytree(shard_dir, copy)
-    assert len(builder.open_shards(copy, "train")) == 112  # shards may be moved
+    assert len(open_shards(copy, "train")) == 112  # shards may be moved
     (record,) = copy.rglob("*.array_record-*")
     content = record.read_bytes()
     record.write_bytes(content[: len(content) // 2])
     with pytest.raises(PSAError, match=f"array_record.* not of {len(content)} bytes"):
-        builder.open_shards(copy, "train")
+        open_shards(copy, "train")
     record.unlink()
     with pytest.raises(PSAError, match="array_record.*: missing"):
-        builder.open_shards(copy, "train")
+        open_shards(copy, "train")
     record.write_bytes(content)
     columns = (copy / "rows-train.json").read_text()
     (copy / "rows-train.json").write_text(columns.replace('"0000007"', '"0000007x"'))
     with pytest.raises(PSAError, match="rows-train.json: .* bytes"):
-        builder.open_shards(copy, "train")
+        open_shards(copy, "train")
     (copy / "rows-train.json").write_text(columns)
-    assert len(builder.open_shards(copy, "train")) == 112
+    assert len(open_shards(copy, "train")) == 112
     info = json.loads((copy / "fingerprint.json").read_text())
     (copy / "fingerprint.json").write_text(json.dumps(info | {"splits": {"train": 111}}))
     with pytest.raises(PSAError, match="does not describe the 111 rows"):
-        builder.open_shards(copy, "train")
+        open_shards(copy, "train")
     (copy / "fingerprint.json").write_text(json.dumps(info | {"family": "../../etc"}))
     with pytest.raises(PSAError, match="no plain name"):
-        builder.open_shards(copy, "train")
+        open_shards(copy, "train")

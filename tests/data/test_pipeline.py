@@ -1,3 +1,4 @@
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,13 +10,15 @@ import pytest
 
 from psa_jax.data import builder, pipeline
 from psa_jax.data.latents import Preprocess
+from psa_jax.data.shards import Shards, open_shards
 from psa_jax.errors import PSAError
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.training.sharding import by_rows, make_mesh
 
 
 @pytest.fixture(scope="module")
-def shards(shard_dir: Path) -> builder.Shards:
-    return builder.open_shards(shard_dir, "train")
+def shards(shard_dir: Path) -> Shards:
+    return open_shards(shard_dir, "train")
 
 
 def test_balance_by_hand():
@@ -36,7 +39,7 @@ def test_balance_by_hand():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.8])
-def test_balance_on_rows_of_real_users(shards: builder.Shards, share: float):
+def test_balance_on_rows_of_real_users(shards: Shards, share: float):
     columns = shards.columns
     order = pipeline.balanced_order(columns.categories, columns.unsafe, columns.banned, share, seed=3)
     unsafe, banned, categories = columns.unsafe[order], columns.banned[order], columns.categories[order]
@@ -67,13 +70,15 @@ def test_what_cannot_be_balanced():
         pipeline.balanced_order(categories, kinds, np.array([True, False, True]), safe_share=1.0)
 
 
-def test_batches_hold_the_rows(shards: builder.Shards, table: EmbeddingTable, bans):
+def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
     batch = next(iter(pipeline.make_pipeline(shards, table, batch_size=6, seed=0)))
     shapes = {name: (value.shape, value.dtype.name) for name, value in batch.items()}
     assert shapes == {
         "chosen": ((6, 4, 4, 6), "float32"),
         "rejected": ((6, 4, 4, 6), "float32"),
         "input_ids": ((6, 8), "int32"),
+        "original_size": ((6, 2), "int32"),
+        "crop": ((6, 2), "int32"),
         "user": ((6, table.dim), "float32"),
         "banned": ((6,), "bool"),
         "kind": ((6,), "int32"),
@@ -87,6 +92,7 @@ def test_batches_hold_the_rows(shards: builder.Shards, table: EmbeddingTable, ba
         np.testing.assert_array_equal(batch["chosen"][index], expected["moments_chosen"].astype(np.float32))
         np.testing.assert_array_equal(batch["rejected"][index], expected["moments_rejected"].astype(np.float32))
         np.testing.assert_array_equal(batch["input_ids"][index], expected["input_ids"])
+        assert (batch["original_size"][index].tolist(), batch["crop"][index].tolist()) == ([8, 12], [0, 2])
         np.testing.assert_array_equal(batch["user"][index], table.embeddings[table.ids.index(user_id)])
         assert batch["banned"][index] == (category in bans[user_id])
         assert batch["kind"][index] == expected["file_name"].decode().endswith("_u.jpg")
@@ -97,7 +103,7 @@ def rows_of(dataset: grain.IterDataset) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_slices_are_the_data_once_an_epoch(shards: builder.Shards, table: EmbeddingTable, processes: int):
+def test_slices_are_the_data_once_an_epoch(shards: Shards, table: EmbeddingTable, processes: int):
     """112 rows in global batches of 8: the same global batches whatever the number of processes."""
     options = {"batch_size": 8, "seed": 5, "balance": False, "num_epochs": 2, "process_count": processes}
     slices = [rows_of(pipeline.make_pipeline(shards, table, process_index=p, **options)) for p in range(processes)]
@@ -110,14 +116,14 @@ def test_slices_are_the_data_once_an_epoch(shards: builder.Shards, table: Embedd
     assert steps == [sorted(step) for step in whole]
 
 
-def test_without_shuffling_rows_come_in_order(shards: builder.Shards, table: EmbeddingTable):
+def test_without_shuffling_rows_come_in_order(shards: Shards, table: EmbeddingTable):
     options = {"batch_size": 50, "seed": 0, "balance": False, "shuffle": False, "num_epochs": 1}
     assert [len(rows) for rows in rows_of(pipeline.make_pipeline(shards, table, **options))] == [50, 50]
     batches = rows_of(pipeline.make_pipeline(shards, table, drop_remainder=False, **options))
     assert batches == [list(range(50)), list(range(50, 100)), list(range(100, 112))]
 
 
-def test_seed_decides_the_order(shards: builder.Shards, table: EmbeddingTable):
+def test_seed_decides_the_order(shards: Shards, table: EmbeddingTable):
     def first(seed: int) -> list[int]:
         return next(iter(pipeline.make_pipeline(shards, table, batch_size=32, seed=seed)))["row"].tolist()
 
@@ -131,7 +137,7 @@ def assert_equal_batches(one: dict, other: dict) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 4])
-def test_state_gives_the_same_batches(shards: builder.Shards, table: EmbeddingTable, threads: int):
+def test_state_gives_the_same_batches(shards: Shards, table: EmbeddingTable, threads: int):
     dataset = pipeline.make_pipeline(shards, table, batch_size=16, seed=9, read_threads=threads)
     iterator = iter(dataset)
     for _ in range(20):  # beyond the first epoch
@@ -146,7 +152,7 @@ def test_state_gives_the_same_batches(shards: builder.Shards, table: EmbeddingTa
     assert_equal_batches(expected[0], next(iterator))
 
 
-def test_state_in_an_orbax_checkpoint(shards: builder.Shards, table: EmbeddingTable, tmp_path: Path):
+def test_state_in_an_orbax_checkpoint(shards: Shards, table: EmbeddingTable, tmp_path: Path):
     iterator = iter(pipeline.make_pipeline(shards, table, batch_size=16, seed=9))
     weights = {"w": np.arange(3, dtype=np.float32)}
     with ocp.CheckpointManager(tmp_path / "ckpt", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
@@ -172,7 +178,120 @@ def test_state_in_an_orbax_checkpoint(shards: builder.Shards, table: EmbeddingTa
         assert_equal_batches(batch, next(fresh))
 
 
-def test_unknown_user_is_an_error_before_the_first_step(shards: builder.Shards, table: EmbeddingTable):
+@pytest.mark.parametrize(("before", "after"), [((4, 8), (2, 8)), ((1, 8), (4, 4)), ((2, 16), (1, 4))])
+def test_an_epoch_goes_on_with_other_processes(shards: Shards, table: EmbeddingTable, before, after):
+    """(processes, batch size) change after 5 batches; a row comes once an epoch, in the order of an unbroken run."""
+    options = {"seed": 5, "balance": False, "num_epochs": 2}
+
+    def run(processes: int, batch_size: int, state: dict | None, steps: int | None) -> tuple[list[int], dict]:
+        iterators = []
+        for index in range(processes):
+            dataset = pipeline.make_pipeline(
+                shards, table, batch_size=batch_size, process_index=index, process_count=processes, **options
+            )
+            iterators.append(iter(dataset))
+            if state is not None:
+                iterators[-1].set_state(state)
+        rows = []
+        for step in itertools.count():
+            parts = [next(iterator, None) for iterator in iterators] if step != steps else [None] * processes
+            if any(part is None for part in parts):
+                assert all(part is None for part in parts)  # no process waits for another
+                break
+            rows += np.stack([part["row"] for part in parts], axis=1).reshape(-1).tolist()
+        (one,) = {json.dumps(iterator.get_state()) for iterator in iterators}  # any process's will do
+        return rows, json.loads(one)
+
+    first, state = run(*before, None, 5)
+    rest, state = run(*after, state, None)
+    assert sorted((first + rest)[:112]) == sorted((first + rest)[112:]) == list(range(112))
+    assert first + rest == run(1, 8, None, None)[0]
+    assert state == {"examples": 224}
+
+
+def test_no_process_draws_more_batches_than_another(shards: Shards, table: EmbeddingTable):
+    """112 rows from position 5 on: 107, of which 104 fill batches of 8; process 0 alone would have 54 rows."""
+    lengths = []
+    for index in range(2):
+        options = {"batch_size": 8, "seed": 0, "balance": False, "num_epochs": 1}
+        iterator = iter(pipeline.make_pipeline(shards, table, process_index=index, process_count=2, **options))
+        iterator.set_state({"examples": 5})
+        lengths.append(len(list(iterator)))
+    assert lengths == [13, 13]
+
+
+@pytest.mark.parametrize("state", [{}, {"next_index": 3}, {"examples": -1}, {"examples": 225}, {"examples": 1.5}, 3])
+def test_bad_positions_are_refused(shards: Shards, table: EmbeddingTable, state):
+    iterator = iter(pipeline.make_pipeline(shards, table, batch_size=8, seed=0, balance=False, num_epochs=2))
+    with pytest.raises(PSAError, match="position in the data"):
+        iterator.set_state(state)
+
+
+def test_batches_on_devices(shards: Shards, table: EmbeddingTable):
+    """Arrays over eight devices, and a position that counts what was drawn and not what was made ahead."""
+    sharding = by_rows(make_mesh(8))
+    options = {"batch_size": 16, "seed": 9}
+    plain = iter(pipeline.make_pipeline(shards, table, **options))
+    place = pipeline.to_devices(sharding, ("chosen", "user", "row"))
+    iterator = iter(pipeline.make_pipeline(shards, table, place=place, **options))
+    for _ in range(3):
+        batch, expected = next(iterator), next(plain)
+        assert batch.keys() == {"chosen", "user", "row"}
+        for name, array in batch.items():
+            assert array.sharding == sharding and array.addressable_shards[0].data.shape[0] == 2
+            np.testing.assert_array_equal(array, expected[name])
+    assert iterator.get_state() == plain.get_state() == {"examples": 48}
+    iterator.close()
+
+
+def test_worker_processes_give_the_same_batches(shards: Shards, table: EmbeddingTable):
+    options = {"batch_size": 16, "seed": 9, "balance": False, "num_epochs": 1}
+    expected = list(pipeline.make_pipeline(shards, table, **options))
+    iterator = iter(pipeline.make_pipeline(shards, table, workers=2, **options))
+    iterator.set_state({"examples": 48})
+    found = list(iterator)
+    iterator.close()
+    for one, other in zip(found, expected[3:], strict=True):
+        assert_equal_batches(one, other)
+
+
+@pytest.fixture(scope="module")
+def flipped(tmp_path_factory, build_options) -> Shards:
+    from conftest import TWO_USERS, CountingEncoder, write_sage
+
+    root = tmp_path_factory.mktemp("flipped")
+    write_sage(root / "sage", TWO_USERS)
+    builder.build_shards(root / "sage", root / "out", encode=CountingEncoder(), flips=True, **build_options)
+    return open_shards(root / "out", "train")
+
+
+def test_pairs_flip_together(flipped: Shards, table: EmbeddingTable):
+    """Both pictures or neither; about half; drawn anew each epoch; the same for every number of processes."""
+    options = {"batch_size": 8, "seed": 3, "balance": False, "num_epochs": 12, "flips": True}
+    mirrored = {}
+    for batch in pipeline.make_pipeline(flipped, table, **options):
+        for row, chosen, rejected in zip(batch["row"].tolist(), batch["chosen"], batch["rejected"], strict=True):
+            stored = flipped[row]
+            is_mirrored = not np.array_equal(chosen, stored["moments_chosen"])
+            suffix = "_flipped" if is_mirrored else ""
+            np.testing.assert_array_equal(chosen, stored[f"moments_chosen{suffix}"])
+            np.testing.assert_array_equal(rejected, stored[f"moments_rejected{suffix}"])
+            mirrored.setdefault(row, []).append(is_mirrored)
+    share = np.mean(list(mirrored.values()))
+    assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(12 * 56)
+    assert np.mean([0 < sum(draws) < 12 for draws in mirrored.values()]) > 0.9
+
+    whole = next(iter(pipeline.make_pipeline(flipped, table, **options)))
+    part = next(iter(pipeline.make_pipeline(flipped, table, process_index=1, process_count=2, **options)))
+    np.testing.assert_array_equal(part["chosen"], whole["chosen"][1::2])
+
+
+def test_flips_need_mirrored_pictures(shards: Shards, table: EmbeddingTable):
+    with pytest.raises(PSAError, match="--flips"):
+        pipeline.make_pipeline(shards, table, batch_size=8, seed=0, flips=True)
+
+
+def test_unknown_user_is_an_error_before_the_first_step(shards: Shards, table: EmbeddingTable):
     small = EmbeddingTable(table.ids[:5], table.embeddings[:5], table.encoder, table.fingerprint)
     with pytest.raises(PSAError, match="0000007.* not in the embedding table"):
         pipeline.make_pipeline(shards, small, batch_size=4, seed=0)
@@ -188,10 +307,10 @@ def test_unknown_user_is_an_error_before_the_first_step(shards: builder.Shards, 
         {"batch_size": 1000, "num_epochs": 1},
     ],
 )
-def test_bad_options_are_refused(shards: builder.Shards, table: EmbeddingTable, options: dict):
+def test_bad_options_are_refused(shards: Shards, table: EmbeddingTable, options: dict):
     with pytest.raises(PSAError):
         pipeline.make_pipeline(shards, table, **({"batch_size": 8, "seed": 0} | options))
 
 
-def test_preprocess_matches_the_shards(shards: builder.Shards):
+def test_preprocess_matches_the_shards(shards: Shards):
     assert Preprocess(**shards.info["preprocess"]) == Preprocess(8)

@@ -1,0 +1,65 @@
+"""README.md of a shard folder: what is in it, what it was made from, and under which terms."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_CARD = """\
+---
+pretty_name: SAGE as VAE moments ({config})
+license: other
+---
+# SAGE as VAE moments: {config}
+
+Preference pairs of SAGE, for training personal safety adapters: prompts, and the mean and log-variance of a Stable
+Diffusion VAE (float16) in place of the chosen and the rejected picture. Made by psa_jax; format `{format}`.
+
+    import tensorflow_datasets as tfds
+    import psa_jax.data
+    source = tfds.data_source("sage/{config}", data_dir=FOLDER, split="{split}")
+
+## Counts
+
+| split | rows | unsafe prompts | users | pictures |
+|---|---|---|---|---|
+{counts}
+
+Distinct pictures in all: {pictures}. Encoded at {resolution} px{flips}.{text}
+
+## Hashes
+
+| of | sha256 |
+|---|---|
+{hashes}
+
+`fingerprint.json` has the size and hash of every file here. Training refuses shards whose VAE fingerprint is not that
+of its own model.
+
+## Terms
+
+- The prompts and pictures are SAGE's, and the moments decode back into the pictures: SAGE's licence and terms of use
+  hold for this folder as for the original, and so do those of the VAE. psa_jax's own licence covers neither.
+- Many pictures and prompts are harmful by design. They are here to teach a model what somebody does not want to see.
+- User ids and what each user bans are personal data. No other attribute of a profile is in here; the folder is made
+  readable for its owner alone.
+"""
+
+
+def dataset_card(info: Mapping[str, Any], counts: Mapping[str, Mapping[str, int]], hashes: Mapping[str, str]) -> str:
+    """The card.
+
+    Args:
+      info: contents of fingerprint.json.
+      counts: split → rows, unsafe prompts, users, pictures.
+      hashes: what → sha256.
+    """
+    return _CARD.format(
+        config=f"{info['family']}_{info['resolution']}",
+        format=info["format"],
+        split=next(iter(counts)),
+        counts="\n".join(f"| {split} | {' | '.join(map(str, row.values()))} |" for split, row in counts.items()),
+        pictures=info["pictures"],
+        resolution=info["resolution"],
+        flips=", as they are and mirrored" if info["flips"] else "",
+        text=" With the text encoders' states of every prompt." if info["text"] else "",
+        hashes="\n".join(f"| {what} | `{value}` |" for what, value in hashes.items()),
+    )

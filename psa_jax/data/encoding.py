@@ -1,0 +1,142 @@
+"""The two long encodings of a build: every distinct picture through the VAE, every distinct prompt through the text
+encoders. What comes out is cached in work files (`chunks`), by what it was made from."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from psa_jax.data.chunks import map_ahead
+from psa_jax.data.latents import Preprocess, encode_images, half, in_batches
+from psa_jax.data.sage import image_path, open_image
+from psa_jax.errors import PSAError
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The distinct pictures of some splits: those with the same bytes count as one.
+
+    Args:
+      paths: of each, its first place.
+      digests: sha256 of each file.
+      number: (split, name) → which of them it is.
+    """
+
+    paths: Sequence[Path]
+    digests: Sequence[str]
+    number: Mapping[tuple[str, str], int]
+
+    @classmethod
+    def of(cls, root: Path, names: Mapping[str, Sequence[str]], threads: int) -> "Pictures":
+        """Reads (but does not decode) every picture of every split.
+
+        Raises:
+          PSAError: one is missing or lies outside `root`.
+        """
+        places = [(split, name) for split, of_split in names.items() for name in of_split]
+        paths = [image_path(root, split, name) for split, name in places]
+        digests = list(map_ahead(file_hash, paths, threads, 8 * threads))
+        first = dict(zip(digests[::-1], paths[::-1], strict=True))
+        distinct = {digest: number for number, digest in enumerate(dict.fromkeys(digests))}
+        number = {place: distinct[digest] for place, digest in zip(places, digests, strict=True)}
+        return cls([first[digest] for digest in distinct], list(distinct), number)
+
+
+@dataclass(frozen=True)
+class PictureEncoder:
+    """Pictures to moments, decoded in threads ahead of the VAE.
+
+    Args:
+      encode: [b, r, r, 3] in [-1, 1] → moments [b, h, w, 2c].
+      latent_shape: (h, w, 2c).
+      flips: encode every picture mirrored, too.
+      threads: that decode.
+      options: for `open_image`.
+    """
+
+    encode: Callable[..., Any]
+    latent_shape: tuple[int, int, int]
+    preprocess: Preprocess
+    batch_size: int
+    flips: bool
+    threads: int
+    options: Mapping[str, int]
+
+    def __call__(self, paths: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
+        """Of each picture `moments` [1 or 2, h, w, 2c] float16 and `geometry` [2, 2]: original size and crop."""
+        geometry: list[np.ndarray] = []
+
+        def load(path: Path):
+            return self.preprocess(open_image(path, **self.options))
+
+        def pixels() -> Iterator[np.ndarray]:
+            for prepared in map_ahead(load, paths, self.threads, 2 * self.batch_size):
+                geometry.append(np.asarray([prepared.original_size, prepared.crop], np.int32))
+                yield prepared.pixels
+                if self.flips:
+                    yield prepared.pixels[:, ::-1]
+
+        moments = encode_images(self.encode, pixels(), self.batch_size)
+        for number in range(len(paths)):
+            views = [next(moments) for _ in range(1 + self.flips)]
+            if views[0].shape != tuple(self.latent_shape):
+                raise PSAError(
+                    f"encoder gave moments of shape {views[0].shape}, expected {tuple(self.latent_shape)}; "
+                    "check the VAE"
+                )
+            yield {"moments": np.stack(views), "geometry": geometry[number]}
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Text embeddings to store in the shards.
+
+    Args:
+      encode: ids [b, k, t] of k tokenizers → `states` [b, t, c] and, with two encoders, `pooled` [b, p].
+      fingerprint: of the text encoders.
+    """
+
+    encode: Callable[[Int32[np.ndarray, "b k t"]], Mapping[str, Any]]
+    fingerprint: str
+
+    def __call__(self, ids: Sequence[np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Of each prompt `text_states` and perhaps `text_pooled`, in float16."""
+        for number, row in enumerate(in_batches(self.encode, ids, batch_size)):
+            yield {f"text_{name}": half(value, f"{name} of prompt {number}") for name, value in row.items()}
+
+
+def distinct_prompts(tokens: Mapping[str, Sequence[np.ndarray]]) -> tuple[list[np.ndarray], dict[str, list[int]]]:
+    """Token ids [k, t] of every distinct prompt, and which of them each row of each split has.
+
+    Args:
+      tokens: split → ids [n, t] of each tokenizer.
+
+    Raises:
+      PSAError: tokenizers of different lengths.
+    """
+    distinct: dict[bytes, int] = {}
+    ids, number = [], {}
+    for split, each in tokens.items():
+        if len({array.shape[1] for array in each}) != 1:
+            raise PSAError("text embeddings need tokenizers of one length; leave them out of the shards")
+        rows = np.stack(each, axis=1)  # [n, k, t]
+        number[split] = []
+        for row in rows:
+            known = len(distinct)
+            number[split].append(distinct.setdefault(row.tobytes(), known))
+            if len(distinct) > known:
+                ids.append(row)
+    return ids, number
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, as 64 hex digits."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PSAError(f"{path}: cannot be read ({error.strerror}); restore it or remove its rows") from error

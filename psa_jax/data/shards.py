@@ -1,0 +1,170 @@
+"""Folders of shards, read: by row number, with facts about all rows in memory. `builder` makes them."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Bool, Int32
+
+from psa_jax.errors import PSAError
+from psa_jax.profiles.schema import CATEGORIES
+
+FORMAT = "psa_jax.shards/2"
+VERSION = "1.0.0"
+INFO_FILE = "fingerprint.json"
+_INFO_FIELDS = {
+    "format",
+    "fingerprint",
+    "inputs",
+    "family",
+    "resolution",
+    "latent_shape",
+    "preprocess",
+    "flips",
+    "tokens",
+    "text",
+    "splits",
+    "pictures",
+    "files",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RowColumns:
+    """What balancing needs to know of every row.
+
+    Args:
+      user_ids: seven digits each.
+      categories: position in CATEGORIES.
+      unsafe: whether the prompt is the unsafe one.
+      banned: whether the user bans the category.
+    """
+
+    user_ids: Sequence[str]
+    categories: Int32[np.ndarray, " n"]
+    unsafe: Bool[np.ndarray, " n"]
+    banned: Bool[np.ndarray, " n"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Shards:
+    """One split of a shard folder, by random access: `shards[i]` is row i of metadata.jsonl as a dict of arrays.
+
+    Args:
+      folder: of all splits.
+      split: which.
+      source: the TFDS data source behind it.
+      columns: facts about all rows, in memory.
+      info: the contents of fingerprint.json.
+    """
+
+    folder: Path
+    split: str
+    source: Any
+    columns: RowColumns
+    info: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.source[row]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_shards, (self.folder, self.split)  # worker processes open the files themselves
+
+    def __repr__(self) -> str:
+        return f"Shards({self.info['family']}_{self.info['resolution']}, {len(self)} rows)"
+
+
+def open_shards(out: Path, split: str, expect_fingerprint: str | None = None) -> Shards:
+    """One split of what `build_shards` made.
+
+    Args:
+      out: the folder.
+      split: its name.
+      expect_fingerprint: `latents.fingerprint` of the VAE and the preprocessing in use; None skips the check.
+
+    Raises:
+      PSAError: no shards there, no such split, another fingerprint, or files that do not fit together.
+    """
+    out = Path(out)
+    info = read_info(out)
+    if expect_fingerprint is not None and info["fingerprint"] != expect_fingerprint:
+        raise PSAError(
+            f"{out}: shards have the fingerprint {info['fingerprint']}, the model in use {expect_fingerprint} "
+            "(other VAE weights, resolution or preprocessing); build the shards again with this model"
+        )
+    if split not in info["splits"]:
+        raise PSAError(f"{out}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
+    for name, facts in info["files"].items():  # TFDS would notice a cut file only when it reads the missing rows
+        if not (out / name).is_file() or (out / name).stat().st_size != facts["bytes"]:
+            raise PSAError(
+                f"{out / name}: missing or not of {facts['bytes']} bytes; copy it again or build the shards again"
+            )
+    columns = _read_columns(out / columns_file(split), info["splits"][split])
+    folder = out / "sage" / f"{info['family']}_{info['resolution']}" / VERSION
+    try:
+        source = tfds.builder_from_directory(folder).as_data_source(split=split)
+        rows = len(source)
+    except (OSError, RuntimeError, ValueError, tfds.core.registered.DatasetNotFoundError) as error:
+        raise PSAError(f"{folder}: shards cannot be opened ({_first_line(error)}); build them again") from error
+    if rows != info["splits"][split]:
+        raise PSAError(f"{folder}: {rows} rows in {split}, expected {info['splits'][split]}; build the shards again")
+    return Shards(out, split, source, columns, info)
+
+
+def read_info(out: Path) -> dict[str, Any]:
+    """Contents of fingerprint.json of a shard folder.
+
+    Raises:
+      PSAError: missing, damaged or of another format.
+    """
+    path = Path(out) / INFO_FILE
+    info = _read_json(path)
+    if not isinstance(info, dict) or info.keys() != _INFO_FIELDS or info["format"] != FORMAT:
+        raise PSAError(f"{path}: not the description of psa_jax shards ({FORMAT}); build the shards again")
+    if not re.fullmatch(r"[a-z0-9]+_[0-9]+", f"{info['family']}_{info['resolution']}"):  # it becomes a path
+        raise PSAError(f"{path}: family or resolution is no plain name; build the shards again")
+    return info
+
+
+def columns_file(split: str) -> str:
+    """Where the facts about the rows of a split are."""
+    return f"rows-{split}.json"
+
+
+def _read_columns(path: Path, rows: int) -> RowColumns:
+    columns = _read_json(path)
+    names = ("user_id", "category", "unsafe", "banned")
+    if (
+        not isinstance(columns, dict)
+        or tuple(columns) != names
+        or not all(isinstance(columns[name], list) and len(columns[name]) == rows for name in names)
+        or not all(isinstance(user_id, str) for user_id in columns["user_id"])
+        or not all(value in range(len(CATEGORIES)) for value in columns["category"])
+        or not all(value in (0, 1) for name in ("unsafe", "banned") for value in columns[name])
+    ):
+        raise PSAError(f"{path}: does not describe the {rows} rows of this split; build the shards again")
+    return RowColumns(
+        columns["user_id"],
+        np.asarray(columns["category"], np.int32),
+        np.asarray(columns["unsafe"], np.bool_),
+        np.asarray(columns["banned"], np.bool_),
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise PSAError(f"{path}: cannot be read ({_first_line(error)}); give a folder of complete shards") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

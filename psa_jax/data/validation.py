@@ -1,0 +1,99 @@
+"""Held-out batches that are the same every time: rows, noise and timesteps depend on the seed and on nothing else."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from psa_jax.data.pipeline import Place, RowSource, make_pipeline
+from psa_jax.errors import PSAError
+from psa_jax.profiles.table import EmbeddingTable
+
+
+def validation_batches(
+    source: RowSource,
+    table: EmbeddingTable,
+    *,
+    batch_size: int,
+    seed: int,
+    rows: int | None = None,
+    timesteps: int = 1000,
+    process_index: int = 0,
+    process_count: int = 1,
+    place: Place | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches over held-out rows, each row once, as `make_pipeline` makes them (in order, never mirrored), with
+      noise: [b, h, w, c] float32, standard normal, of the latents' shape; to be shared inside the pair.
+      timesteps: [b] int32; all rows together cover 0 to `timesteps` − 1 evenly.
+      weight: [b] float32, 0 in the rows that fill the last batch up, else 1.
+
+    What a row gets does not depend on the batch size or on the number of processes, so that losses can be compared
+    between checkpoints and between runs.
+
+    Args:
+      rows: how many, drawn from all; None takes all.
+      timesteps: of the noise schedule.
+      process_index, process_count, place: as in `make_pipeline`.
+
+    Raises:
+      PSAError: a number of rows that the split does not have.
+    """
+    total = len(source)
+    count = total if rows is None else rows
+    if not 1 <= count <= total:
+        raise PSAError(f"validation of {count} rows: the split has {total}; use 1 to {total}")
+    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
+    # Filled up, so that every process has as many rows in every batch.
+    padding = -count % batch_size
+    order = np.concatenate([chosen, np.repeat(chosen[-1:], padding)])
+    times = dict(zip(chosen.tolist(), spread_timesteps(count, timesteps, seed).tolist(), strict=True))
+    batches = make_pipeline(
+        _Rows(source, order),
+        table,
+        batch_size=batch_size,
+        seed=0,
+        balance=False,
+        shuffle=False,
+        num_epochs=1,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    for number, batch in enumerate(batches):
+        place_in_order = number * batch_size + process_index + process_count * np.arange(len(batch["row"]))
+        found = order[batch["row"]].astype(np.int32)
+        shape = (*batch["chosen"].shape[1:-1], batch["chosen"].shape[-1] // 2)
+        batch |= {
+            "row": found,
+            "noise": np.stack([row_noise(int(row), shape, seed) for row in found]),
+            "timesteps": np.asarray([times[int(row)] for row in found], np.int32),
+            "weight": (place_in_order < count).astype(np.float32),
+        }
+        yield batch if place is None else place(batch)
+
+
+def row_noise(row: int, shape: tuple[int, ...], seed: int) -> Float32[np.ndarray, "..."]:
+    """Standard normal noise of a row."""
+    return np.random.default_rng((seed, row)).standard_normal(shape, np.float32)
+
+
+def spread_timesteps(count: int, timesteps: int, seed: int) -> Int32[np.ndarray, " n"]:
+    """One timestep from each of `count` equal parts of [0, timesteps), in random order."""
+    rng = np.random.default_rng((seed, count, timesteps))
+    parts = (rng.permutation(count) + rng.random(count)) / count
+    return (parts * timesteps).astype(np.int32)
+
+
+class _Rows:
+    """Some rows of a source, in another order."""
+
+    def __init__(self, source: RowSource, order: np.ndarray):
+        columns = source.columns
+        self._source, self._order = source, order
+        users = [columns.user_ids[row] for row in order]
+        self.columns = type(columns)(users, columns.categories[order], columns.unsafe[order], columns.banned[order])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int):
+        return self._source[int(self._order[index])]

@@ -1,0 +1,133 @@
+"""`psa-jax bench`: what this implementation gains, measured on the machine at hand. The last line on stdout is JSON."""
+
+import json
+import os
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from psa_jax.data.builder import build_shards
+from psa_jax.data.mini import draw_mini
+from psa_jax.data.pipeline import make_pipeline
+from psa_jax.data.sage import read_split
+from psa_jax.data.shards import Shards, open_shards
+from psa_jax.profiles.encoders import get_encoder
+from psa_jax.profiles.table import EmbeddingTable
+
+_ROUNDS = 4  # the two ways take turns, so that a busy machine slows both
+_TOKENS = 77
+
+
+def input_(args: Namespace) -> int:
+    """Pairs a second of the input pipeline alone, and of decoding JPEG pairs as the torch original does."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards, table, pairs = _input_data(Path(folder), args)
+        batches = iter(
+            make_pipeline(shards, table, batch_size=args.batch_size, seed=0, balance=False, read_threads=args.threads)
+        )
+        with ThreadPoolExecutor(args.threads) as pool:
+
+            def original() -> None:
+                _stacked(list(pool.map(lambda pair: _decoded(pair, args.resolution), _some(pairs, args.batch_size))))
+
+            rates = _rates({"ours": lambda: next(batches), "original": original}, args.seconds, args.batch_size)
+        batches.close()
+    result = {f"{name}_pairs_per_second": round(rate, 1) for name, rate in rates.items()}
+    result["ratio"] = round(rates["ours"] / rates["original"], 2)
+    settings = ("resolution", "picture_size", "batch_size", "threads", "seconds")
+    result |= {name: getattr(args, name) for name in settings} | {"cores": os.cpu_count()}
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+    return 0
+
+
+def _rates(ways: dict[str, Callable[[], object]], seconds: float, batch_size: int) -> dict[str, float]:
+    """Pairs a second of each way over `seconds` in all, after one warm-up call."""
+    spent, pairs = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
+    for step in ways.values():
+        step()
+    for _ in range(_ROUNDS):
+        for name, step in ways.items():
+            start = time.perf_counter()
+            while (now := time.perf_counter() - start) < seconds / _ROUNDS:
+                step()
+                pairs[name] += batch_size
+            spent[name] += now
+    return {name: pairs[name] / spent[name] for name in ways}
+
+
+# --- the torch original: every step decodes, resizes, crops and normalises both pictures
+
+
+def _decoded(pair: tuple[Path, Path], resolution: int) -> np.ndarray:
+    """[2, 3, r, r] float32 in [-1, 1], as torchvision's Resize, CenterCrop, ToTensor and Normalize give it."""
+    return np.stack([_normalised(path, resolution) for path in pair])
+
+
+def _normalised(path: Path, side: int) -> np.ndarray:
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    width, height = image.size
+    short = min(width, height)
+    image = image.resize((side * width // short, side * height // short), Image.Resampling.BILINEAR)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)))
+    return (pixels.transpose(2, 0, 1).astype(np.float32) / 255 - 0.5) / 0.5
+
+
+def _stacked(pairs: list[np.ndarray]) -> np.ndarray:
+    return np.ascontiguousarray(np.stack(pairs, axis=1))
+
+
+def _some(pairs: Iterator[tuple[Path, Path]], count: int) -> list[tuple[Path, Path]]:
+    return [next(pairs) for _ in range(count)]
+
+
+# --- data
+
+
+def _input_data(folder: Path, args: Namespace) -> tuple[Shards, EmbeddingTable, Iterator[tuple[Path, Path]]]:
+    """A small SAGE-mini as shards of the real size, and JPEG pairs of the real size, in random order for ever."""
+    draw_mini(folder / "sage", 8, 0)
+    side = args.resolution // 8
+    rng = np.random.default_rng(0)
+    build_shards(
+        folder / "sage",
+        folder / "shards",
+        encode=lambda pixels: rng.normal(size=(len(pixels), side, side, 8)).astype(np.float32),
+        vae_fingerprint="none: random moments",
+        latent_shape=(side, side, 8),
+        tokenizer=lambda captions: rng.integers(0, 49408, (len(captions), _TOKENS)),
+        resolution=64,
+        family="bench",
+        splits=("train",),
+    )
+    records = read_split(folder / "sage", "train")
+    profiles = {record.user_id: record.profile for record in records}
+    table = EmbeddingTable.from_profiles([profiles[user] for user in sorted(profiles)], get_encoder("features"))
+    names = [(record.chosen, record.rejected) for record in records[:64]]
+    for name in {name for pair in names for name in pair}:
+        _write_large(folder / "sage" / "train" / name, args.picture_size, rng)
+
+    def pairs() -> Iterator[tuple[Path, Path]]:
+        while True:
+            for number in rng.permutation(len(names)):
+                chosen, rejected = names[number]
+                yield folder / "sage" / "train" / chosen, folder / "sage" / "train" / rejected
+
+    return open_shards(folder / "shards", "train"), table, pairs()
+
+
+def _write_large(path: Path, side: int, rng: np.random.Generator) -> None:
+    """The small picture scaled up, with some grain, so that the JPEG is about as large as a photograph's."""
+    with Image.open(path) as image:
+        large = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), np.float32)
+    grain = rng.normal(scale=6.0, size=(side, side, 1)).astype(np.float32)
+    Image.fromarray(np.clip(large + grain, 0, 255).astype(np.uint8)).save(path, "JPEG", quality=90)
