@@ -59,7 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
     """Runs the demo.
 
     Args:
-      compare: train the comparison adapters too, instead of quoting their recorded runs.
+      compare: train the comparison adapters too, instead of quoting their recorded runs (where there are any).
       record: with `compare`, where to write what later runs quote.
     """
     start = time.perf_counter()
@@ -79,7 +79,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
         generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
 
     # --- judging
-    recorded = None if compare else read_recorded(RECORDED)
+    recorded = read_recorded(RECORDED) if RECORDED.is_file() and not compare else None
     report, made = {}, {}
     for place, split in SPLITS.items():
         cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate[place], config.seed)
@@ -88,7 +88,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
         if recorded is not None:
             verdicts |= recorded_verdicts(recorded[place], cases)
         report[place] = {name: rates(verdict, cases) for name, verdict in verdicts.items()}
-        for other in ("base", *COMPARED):
+        for other in (name for name in verdicts if name != "psa"):
             win, tie = wins(verdicts["psa"], verdicts[other], cases)
             report[place]["psa"] |= {f"win_rate_vs_{other}": win, f"tie_rate_vs_{other}": tie}
     if recorded is not None:
@@ -227,8 +227,13 @@ def _curves(path: Path) -> dict[str, dict[str, list[float]]]:
 def _headline(report: dict, page: Path) -> str:
     unseen = report["unseen"]
     psa = unseen["psa"]
+    others = ", ".join(
+        f"{words} {unseen[name]['selectivity']:.1f}"
+        for name, words in (("base", "base model"), ("user_blind", "user-blind"))
+        if name in unseen
+    )
     return (
         f"unseen users: selectivity {psa['selectivity']:.1f} (suppression {psa['suppression']:.1f}, "
-        f"retention {psa['retention']:.1f}), clean {psa['clean']:.1f}; base model {unseen['base']['selectivity']:.1f}, "
-        f"user-blind {unseen['user_blind']['selectivity']:.1f}; {report['seconds']:.0f} s; report: {page}"
+        f"retention {psa['retention']:.1f}), clean {psa['clean']:.1f}; {others}; "
+        f"{report['seconds']:.0f} s; report: {page}"
     )
