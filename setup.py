@@ -18,6 +18,7 @@ TEST = [
     "pytest-timeout>=2.3,<3",
     "beartype>=0.20,<1",
     "hypothesis>=6.100,<7",
+    "peft>=0.17,<1",  # diffusers merges LoRA files with it: the independent side of a test
     *EVAL,
     *TORCH,
 ]

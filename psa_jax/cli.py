@@ -32,6 +32,18 @@ def _population(args: Namespace) -> int:
     return draw.population(args)
 
 
+def _encode(args: Namespace) -> int:
+    from psa_jax.tools import encode
+
+    return encode.run(args)
+
+
+def _levels(args: Namespace) -> int:
+    from psa_jax.tools import levels
+
+    return levels.run(args)
+
+
 def _mini(args: Namespace) -> int:
     from psa_jax.tools import draw
 
@@ -77,6 +89,8 @@ def _demo(args: Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "demo": Command("train, draw, judge and report on the embedded tiny model", arguments.demo, _demo),
     "population": Command("draw user profiles as SAGE did", arguments.population, _population),
+    "encode": Command("encode user profiles as embeddings", arguments.encode, _encode),
+    "levels": Command("cluster users by what they ban", arguments.levels, _levels),
     "mini": Command("draw SAGE-mini, a small world in the layout of SAGE", arguments.mini, _mini),
     "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, _pretrain),
     "train": Command("train an adapter on preference pairs", arguments.experiment, _train),

@@ -28,13 +28,35 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_pipeline(tmp_path_factory):
+def small_pipeline(sd1):
     """A random pipeline of diffusers and the same in JAX: read only."""
-    from torch_models import save_torch_pipeline
-
     from psa_jax.interop.diffusers import load_stable_diffusion
 
-    folder = tmp_path_factory.mktemp("small_pipeline")
-    theirs = save_torch_pipeline(folder)
+    folder, theirs = sd1
+    return theirs, load_stable_diffusion(folder)
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory):
+    """A folder of a random pipeline and the pipeline of diffusers that wrote it: read only."""
+    return _saved(tmp_path_factory, "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd2(tmp_path_factory):
+    return _saved(tmp_path_factory, "sd2")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    return _saved(tmp_path_factory, "sdxl")
+
+
+def _saved(tmp_path_factory, family: str):
+    from torch_models import save_torch_pipeline
+    from torch_pipelines import save_sd2, save_sdxl
+
+    folder = tmp_path_factory.mktemp(family)
+    theirs = {"sd1": save_torch_pipeline, "sd2": save_sd2, "sdxl": save_sdxl}[family](folder)
     theirs.set_progress_bar_config(disable=True)
-    return theirs, load_stable_diffusion(folder / "model")
+    return folder / "model", theirs

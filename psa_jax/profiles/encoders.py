@@ -25,7 +25,10 @@ from psa_jax.profiles.schema import (
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Turns profiles into embeddings. Two encoders with one fingerprint give the same numbers."""
+    """Turns profiles into embeddings. Two encoders with one fingerprint give the same numbers.
+
+    `notes` are further facts for the table; they may grow while profiles are encoded.
+    """
 
     @property
     def name(self) -> str: ...
@@ -35,6 +38,9 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def notes(self) -> Mapping[str, str]: ...
 
     def encode(self, profiles: Sequence[UserProfile]) -> Float32[np.ndarray, "n d"]: ...
 
@@ -80,6 +86,10 @@ class FeatureEncoder:
         digest = hashlib.sha256("\n".join(self.fields).encode()).hexdigest()
         return f"{self.name}-v{self.VERSION}-{digest[:16]}"
 
+    @property
+    def notes(self) -> Mapping[str, str]:
+        return {}
+
     def encode(self, profiles: Sequence[UserProfile]) -> Float32[np.ndarray, "n d"]:
         """One row a profile, every number in [0, 1]."""
         rows = [self._encode_one(profile) for profile in profiles]
@@ -95,7 +105,7 @@ class FeatureEncoder:
         return row
 
 
-# Makers, not encoders: one that needs a language model must not load it before it is asked for.
+# Makers, not encoders. `qwen` (`psa_jax.profiles.qwen_encoder`) is not among them: it needs a model folder.
 ENCODERS: Mapping[str, Callable[[], Encoder]] = MappingProxyType(
     {
         "features": FeatureEncoder,

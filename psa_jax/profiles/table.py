@@ -124,6 +124,19 @@ class EmbeddingTable:
             raise PSAError("new embeddings hold NaN or infinity; check the encoder")
         return scaled
 
+    def without(self, user_id: str) -> "EmbeddingTable":
+        """The table without one user.
+
+        Raises:
+          PSAError: the user is not in it, or is the only one.
+        """
+        self.lookup([user_id])
+        if len(self.ids) == 1:
+            raise PSAError(f"embedding table: user {user_id} is the only one in it; delete the file")
+        row = self._rows[user_id]
+        ids = self.ids[:row] + self.ids[row + 1 :]
+        return replace(self, ids=ids, embeddings=np.delete(self.embeddings, row, axis=0))
+
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file (mode 0600, atomic); equal tables give equal bytes.
 
@@ -184,12 +197,9 @@ class EmbeddingTable:
         Raises:
           PSAError: a profile without an id, an id given twice, or an encoder that yields NaN.
         """
-        return cls(
-            ids=[check_user_id(profile.user_id) for profile in profiles],
-            embeddings=encoder.encode(profiles),
-            encoder=encoder.name,
-            fingerprint=encoder.fingerprint,
-        )
+        ids = [check_user_id(profile.user_id) for profile in profiles]
+        embeddings = encoder.encode(profiles)
+        return cls(ids, embeddings, encoder.name, encoder.fingerprint, dict(encoder.notes))
 
     @classmethod
     def from_npy_folder(cls, folder: str | Path, encoder: str = "upstream-npy") -> "EmbeddingTable":

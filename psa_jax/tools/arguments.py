@@ -13,6 +13,34 @@ def population(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the users.csv to write (mode 0600)")
 
 
+def encode(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax encode`."""
+    parser.add_argument(
+        "source", type=Path, metavar="USERS", help="users.csv, or a folder of <id>.npy; with --forget a table"
+    )
+    parser.add_argument("--out", type=Path, metavar="TABLE", help="the embedding table to write (mode 0600)")
+    parser.add_argument(
+        "--encoder", default="features", choices=["features", "features-no-bans", "qwen"], help="default: features"
+    )
+    parser.add_argument("--standardise", action="store_true", help="every column to mean 0 and deviation 1, recorded")
+    parser.add_argument("--forget", metavar="ID", help="remove this user from the table USERS, and do nothing else")
+    qwen = parser.add_argument_group("qwen")
+    qwen.add_argument("--model", type=Path, metavar="DIR", help="Qwen2.5 folder in transformers' layout")
+    qwen.add_argument("--pooling", default="mean", choices=["mean", "sum"], help="over the tokens (default: mean)")
+    qwen.add_argument("--template", type=Path, metavar="FILE", help="text with fields such as <<AGE>>, for the prompt")
+    qwen.add_argument("--ask-model", action="store_true", help="let the model propose the bans (minors: never fewer)")
+    qwen.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    qwen.add_argument("--batch-size", type=int, default=16, metavar="N", help="profiles a call (default: 16)")
+
+
+def levels(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax levels`."""
+    parser.add_argument("table", type=Path, metavar="TABLE", help="embedding table")
+    parser.add_argument("--users", type=Path, required=True, metavar="FILE", help="the users.csv it was made from")
+    parser.add_argument("--seed", type=int, default=0, help="of the clustering (default: 0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for levels.json and levels.png")
+
+
 def mini(parser: ArgumentParser) -> None:
     """Flags of `psa-jax mini`."""
     parser.add_argument("--out", type=Path, required=True, help="folder to write; absent or empty")
@@ -50,6 +78,9 @@ def generate(parser: ArgumentParser) -> None:
     model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA of the UNet in diffusers' format")
     model.add_argument("--lora-scale", type=float, default=1.0, help="its strength (default: 1)")
     model.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer files, for a .safetensors checkpoint")
+    model.add_argument(
+        "--model-config", type=Path, metavar="DIR", help="diffusers folder with its JSON files, for such a checkpoint"
+    )
     user = parser.add_argument_group("user")
     user.add_argument("--adapter", type=Path, metavar="FILE", help="native adapter; without it the base model draws")
     user.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')

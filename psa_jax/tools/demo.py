@@ -10,15 +10,15 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image
 
 import psa_jax
 from psa_jax.data.sage import SageRecord, read_split
-from psa_jax.diffusion.generate import Generator, picture_grid
+from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, shipped_oracle
 from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw_cases, judge, rates, select_cases, wins
 from psa_jax.evaluation.report import Grid, write_report
+from psa_jax.evaluation.sheet import sheet
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
 from psa_jax.models.adapter import Adapter
@@ -99,7 +99,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
 
     # --- pictures, report
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
-    Image.fromarray(picture_grid(grid.pictures, len(grid.users))).save(workdir / "grid.png")
+    sheet(grid).save(workdir / "grid.png")
     report["versions"] = {"psa_jax": psa_jax.__version__, "jax": jax.__version__}
     report["seconds"] = round(time.perf_counter() - start, 1)
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

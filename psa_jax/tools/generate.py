@@ -17,13 +17,16 @@ import psa_jax
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
-from psa_jax.interop.diffusers import load_stable_diffusion, weights_hash
+from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
 from psa_jax.interop.native import load_adapter, read_metadata
+from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.tools.prompts import read_prompts
+
+_FILES = ("model", "adapter", "vae", "lora", "tokenizer", "model_config")
 
 
 def run(args: Namespace) -> int:
@@ -32,7 +35,9 @@ def run(args: Namespace) -> int:
     A run that was stopped goes on where it was: pictures that are there and whole are not drawn again. Other settings
     in the same folder are refused.
     """
-    prompts = read_prompts(args)
+    wanted = _wanted(args)
+    if args.adapter is None and (args.profile or args.user):
+        raise PSAError("--profile and --user need --adapter; without it the base model draws for nobody in particular")
     model = load_stable_diffusion(
         args.model,
         dtype=jnp.dtype(args.dtype),
@@ -41,26 +46,9 @@ def run(args: Namespace) -> int:
         lora=args.lora,
         lora_scale=args.lora_scale,
         tokenizer=args.tokenizer,
+        config=args.model_config,
     )
-    adapter, user = None, None
-    if args.adapter is None and (args.profile or args.user):
-        raise PSAError("--profile and --user need --adapter; without it the base model draws for nobody in particular")
-    if args.adapter is not None:
-        about = read_metadata(args.adapter)
-        if about.get("base_model", hash_ := weights_hash(model.folder)) != hash_:
-            raise PSAError(f"{args.adapter}: the adapter was trained for another base model than {model.folder}")
-        adapter = load_adapter(args.adapter, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
-        user = _user(args, about)
-    wanted = [
-        _Picture(
-            f"{index:05d}_{seed}.png", prompt.text, args.negative if prompt.negative is None else prompt.negative, seed
-        )
-        for index, prompt in enumerate(prompts)
-        for first in [args.seed if prompt.seed is None else prompt.seed]
-        for seed in range(first, first + args.images)
-    ]
-    if not wanted:
-        raise PSAError(f"--images {args.images}: give a number from 1 up")
+    adapter, user = (None, None) if args.adapter is None else _adapter_and_user(args, model)
     batch = min(args.batch_size, len(wanted))
     generator = Generator(
         model,
@@ -107,6 +95,29 @@ class _Picture(NamedTuple):
     seed: int
 
 
+def _wanted(args: Namespace) -> list[_Picture]:
+    """Every prompt with each of its seeds, under a name that depends on nothing else."""
+    if args.images < 1:
+        raise PSAError(f"--images {args.images}: give a number from 1 up")
+    wanted = []
+    for index, prompt in enumerate(read_prompts(args)):
+        negative = args.negative if prompt.negative is None else prompt.negative
+        first = args.seed if prompt.seed is None else prompt.seed
+        wanted += [
+            _Picture(f"{index:05d}_{seed}.png", prompt.text, negative, seed)
+            for seed in range(first, first + args.images)
+        ]
+    return wanted
+
+
+def _adapter_and_user(args: Namespace, model: StableDiffusion) -> tuple[Adapter, Float[np.ndarray, "1 d"]]:
+    about = read_metadata(args.adapter)
+    if about.get("base_model", hash_ := weights_hash(model.folder)) != hash_:
+        raise PSAError(f"{args.adapter}: the adapter was trained for another base model than {model.folder}")
+    unet = model.unet.config
+    return load_adapter(args.adapter, unet.cross_attentions, unet.cross_attention_dim), _user(args, about)
+
+
 def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:
     """Notes the settings of a folder, or compares them: pictures of two settings, or users, never mix in silence."""
     files = {name: None if path is None else str(path) for name, path in vars(args).items() if name in _FILES}
@@ -125,9 +136,6 @@ def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:
         raise PSAError(f"{args.out}: holds pictures that this command did not draw; give another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     write_private(path, json.dumps(now, indent=1).encode())
-
-
-_FILES = ("model", "adapter", "vae", "lora", "tokenizer")
 
 
 def _is_whole(path: Path, picture: _Picture) -> bool:

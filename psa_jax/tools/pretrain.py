@@ -165,7 +165,7 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
             model.tokenize([""])[0],
             vae.config.scaling_factor,
             NoiseSchedule.from_config(SCHEDULER),
-            part.denoiser,
+            part,
             log,
             keep=workdir / "checkpoints",
         )

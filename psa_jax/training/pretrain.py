@@ -172,6 +172,8 @@ def encode_all(
 
 # --- text encoder and UNet
 
+PHASES = ("denoiser", "restart")
+
 
 def train_denoiser(
     unet: UNet,
@@ -185,19 +187,22 @@ def train_denoiser(
     log: Callable,
     keep: Path | None = None,
 ) -> tuple[UNet, CLIPText]:
-    """Noise prediction with min-SNR weights (arXiv 2303.09556, γ = 5) and dropped prompts; returns the averages."""
+    """Noise prediction with min-SNR weights (arXiv 2303.09556, γ = 5) and dropped prompts; returns the averages.
+
+    The second phase is a warm restart (arXiv 1608.03983): the learning rate rises and falls once more.
+    """
     graph, params = nnx.split((unet, text_encoder), nnx.Param)
     weights = jnp.minimum(schedule.signal_to_noise(), config.min_snr) / schedule.signal_to_noise()
 
-    def loss(params, data, key):
+    def loss(params, data, key, batch_size: int):
         unet, text_encoder = nnx.merge(graph, params)
         which, sample, noise_key, time_key, drop = jax.random.split(key, 5)
-        index = jax.random.randint(which, (config.batch_size,), 0, data["moments"].shape[0])
+        index = jax.random.randint(which, (batch_size,), 0, data["moments"].shape[0])
         chosen = data["moments"][index].astype(jnp.float32)
         latents = sample_latents(chosen, latent_noise(sample, chosen), scaling_factor)
         noise = jax.random.normal(noise_key, latents.shape)
-        timesteps = jax.random.randint(time_key, (config.batch_size,), 0, schedule.steps)
-        dropped = jax.random.bernoulli(drop, config.text_dropout, (config.batch_size, 1))
+        timesteps = jax.random.randint(time_key, (batch_size,), 0, schedule.steps)
+        dropped = jax.random.bernoulli(drop, config.text_dropout, (batch_size, 1))
         ids = jnp.where(dropped, data["empty_ids"][None, :], data["input_ids"][index])
         context = unet.context(text_encoder(ids).last)
         predicted = unet(schedule.add_noise(latents, noise, timesteps), timesteps.astype(jnp.float32), context)
@@ -209,5 +214,16 @@ def train_denoiser(
         "input_ids": jnp.asarray(input_ids),
         "empty_ids": jnp.asarray(empty_ids),
     }
-    params = fit(loss, params, config, data, name="denoiser", log=log, ema=config.ema, keep=keep)
+    for name in PHASES:
+        folder = None if keep is None else keep / name
+        params = fit(
+            functools.partial(loss, batch_size=config[name].batch_size),
+            params,
+            config[name],
+            data,
+            name=name,
+            log=log,
+            ema=config[name].ema,
+            keep=folder,
+        )
     return nnx.merge(graph, params)

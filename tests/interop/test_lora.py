@@ -112,7 +112,6 @@ def test_convolutions(sd1, tmp_path):
 
 
 def test_merged_model_is_what_diffusers_fuses(sd1, pairs, tmp_path):
-    pytest.importorskip("peft")
     layers = {k.removeprefix("unet."): t for k, t in tensors_of(pairs, "peft").items()}
     about = {"r": RANK, "lora_alpha": 6, "target_modules": list(PROJECTIONS)}
     StableDiffusionPipeline.save_lora_weights(tmp_path, layers, unet_lora_adapter_metadata=about)

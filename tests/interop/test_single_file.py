@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import state_dicts
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -22,6 +21,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from flax import nnx
 from safetensors.torch import save_file
+from torch_pipelines import state_dicts
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_stable_diffusion, load_vae, weights_hash

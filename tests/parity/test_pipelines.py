@@ -36,7 +36,6 @@ SAMPLERS = {
 def pipelines(request):
     """diffusers' pipeline and the same in JAX."""
     folder, theirs = request.getfixturevalue(request.param)
-    theirs.set_progress_bar_config(disable=True)
     return theirs, load_stable_diffusion(folder)
 
 

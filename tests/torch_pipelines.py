@@ -1,8 +1,7 @@
-"""Random pipelines of each family, saved by diffusers: read only."""
+"""Small random pipelines of SD2.x and SDXL, saved by diffusers."""
 
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -12,7 +11,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch_models import randomise, save_torch_pipeline, small_tokenizer, torch_clip
+from torch_models import randomise, small_tokenizer, torch_clip
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 VAE = {
@@ -88,25 +87,6 @@ def save_sd2(folder: Path) -> StableDiffusionPipeline:
     )
     pipeline.save_pretrained(folder / "model")
     return pipeline
-
-
-@pytest.fixture(scope="session")
-def sd1(tmp_path_factory) -> tuple[Path, StableDiffusionPipeline]:
-    """A folder and the pipeline of diffusers that wrote it."""
-    folder = tmp_path_factory.mktemp("sd1")
-    return folder / "model", save_torch_pipeline(folder)
-
-
-@pytest.fixture(scope="session")
-def sd2(tmp_path_factory) -> tuple[Path, StableDiffusionPipeline]:
-    folder = tmp_path_factory.mktemp("sd2")
-    return folder / "model", save_sd2(folder)
-
-
-@pytest.fixture(scope="session")
-def sdxl(tmp_path_factory) -> tuple[Path, StableDiffusionXLPipeline]:
-    folder = tmp_path_factory.mktemp("sdxl")
-    return folder / "model", save_sdxl(folder)
 
 
 def state_dicts(pipeline) -> dict[str, dict[str, torch.Tensor]]:
