@@ -50,6 +50,12 @@ def _mini(args: Namespace) -> int:
     return draw.mini(args)
 
 
+def _check(args: Namespace) -> int:
+    from psa_jax.tools import check
+
+    return check.run(args)
+
+
 def _pretrain(args: Namespace) -> int:
     from psa_jax.tools import pretrain
 
@@ -92,6 +98,7 @@ COMMANDS: dict[str, Command] = {
     "encode": Command("encode user profiles as embeddings", arguments.encode, _encode),
     "levels": Command("cluster users by what they ban", arguments.levels, _levels),
     "mini": Command("draw SAGE-mini, a small world in the layout of SAGE", arguments.mini, _mini),
+    "check": Command("verify every row and picture of a SAGE folder", arguments.check, _check),
     "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, _pretrain),
     "train": Command("train an adapter on preference pairs", arguments.experiment, _train),
     "generate": Command("draw pictures for a user", arguments.generate, _generate),

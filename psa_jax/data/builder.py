@@ -27,8 +27,9 @@ from jaxtyping import Bool, Int, Int32
 from tensorflow_datasets.core import writer as tfds_writer
 from tensorflow_datasets.proto import tf_example_pb2
 
+from psa_jax.data.images import open_image
 from psa_jax.data.latents import Preprocess, encode_images
-from psa_jax.data.sage import SPLITS, SageRecord, image_path, open_image, read_split
+from psa_jax.data.sage import SPLITS, SageRecord, image_path, read_split
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
 

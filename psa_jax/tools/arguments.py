@@ -48,6 +48,18 @@ def mini(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of concepts, scenes and captions (default: 0)")
 
 
+def check(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax check`."""
+    parser.add_argument("sage_dir", type=Path, metavar="SAGE_DIR", help="folder in SAGE's layout")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report for programs (mode 0600)")
+    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="bad rows (default: SAGE_DIR/quarantine.jsonl)")
+    parser.add_argument("--users", type=Path, metavar="FILE", help="users.csv to compare with (default: the released)")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes that decode (default: one a core)")
+    parser.add_argument(
+        "--no-images", dest="images", action="store_false", help="do not open the pictures; they must still be there"
+    )
+
+
 def experiment(parser: ArgumentParser) -> None:
     """Flags of the commands that take a config file: pretrain, train. The command gets `config` as a ConfigDict."""
     # With takes_config the command line collects --config.KEY=VALUE too and reads the file (psa_jax.tools.configs).
