@@ -80,6 +80,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
 
     # --- judging
     recorded = read_recorded(RECORDED) if RECORDED.is_file() and not compare else None
+    if recorded is None and not compare:
+        print("no comparison runs are recorded: only the base model is compared; --compare trains the others")
     report, made = {}, {}
     for place, split in SPLITS.items():
         cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate[place], config.seed)
