@@ -12,8 +12,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.model = "tiny"
-    config.steps = 300
-    config.batch_size = 24
+    config.steps = 540
+    config.batch_size = 12
     config.log_every = 10
     config.checkpoint_every = 50
     config.keep_checkpoints = 2
@@ -22,12 +22,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.adapter = dict(kind="text", tokens=4, qk_dim=ml_collections.config_dict.placeholder(int))
     # β is small because few steps at a high rate are all a laptop has; sft_weight is 0.1·β.
     config.objective = dict(
-        beta=200.0, sft_weight=20.0, text_dropout=0.05, user_dropout=0.1, timestep_low=0.25, timestep_high=0.8
+        beta=200.0, sft_weight=20.0, text_dropout=0.05, user_dropout=0.1, timestep_low=0.15, timestep_high=0.85
     )
     config.optimizer = dict(
-        learning_rate=3e-3, warmup_steps=20, decay_share=0.4, b2=0.999, weight_decay=1e-2, clip_norm=1.0
+        learning_rate=4e-3, warmup_steps=20, decay_share=0.4, b2=0.999, weight_decay=1e-2, clip_norm=1.0
     )
-    config.data = dict(shards="", table="", balance=True, safe_share=0.15, mini=dict(users=100, seed=1))
+    config.data = dict(shards="", table="", balance=True, safe_share=0.3, mini=dict(users=100, seed=1))
     config.evaluate = dict(
         per_rate=dict(unseen=120, seen=40), steps=12, guidance=4.0, unconditional="off", batch_size=60
     )
