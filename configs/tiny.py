@@ -56,7 +56,9 @@ def _pretrain() -> ml_collections.ConfigDict:
         crops=dict(steps=600, batch_size=32, size=32, learning_rate=3e-3, weight_decay=1e-4, seed=1),
         whole=dict(steps=60, batch_size=16, size=64, learning_rate=5e-4, weight_decay=1e-4, seed=2),
     )
-    part.oracle = dict(steps=700, batch_size=64, decoded=3000, learning_rate=2e-3, weight_decay=1e-3, ema=0.995, seed=3)
+    part.oracle = dict(
+        steps=1100, batch_size=64, decoded=3000, learning_rate=2e-3, weight_decay=1e-3, ema=0.995, seed=3
+    )
     part.min_snr, part.text_dropout = 5.0, 0.1
     part.denoiser = dict(steps=5000, batch_size=32, learning_rate=2e-3, weight_decay=1e-3, ema=0.998, seed=4)
     part.restart = dict(steps=3000, batch_size=32, learning_rate=1.5e-3, weight_decay=1e-3, ema=0.998, seed=5)
