@@ -12,18 +12,20 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.model = "tiny"
-    config.steps = 260
-    config.batch_size = 24
-    config.log_every = 5
+    config.steps = 540
+    config.batch_size = 12
+    config.log_every = 10
     config.checkpoint_every = 50
     config.keep_checkpoints = 2
     config.sample_every = 0
     config.mesh = dict(data=1)
     config.adapter = dict(kind="text", tokens=4, qk_dim=ml_collections.config_dict.placeholder(int))
     # β is small because few steps at a high rate are all a laptop has; sft_weight is 0.1·β.
-    config.objective = dict(beta=200.0, sft_weight=20.0, text_dropout=0.05, user_dropout=0.1)
+    config.objective = dict(
+        beta=200.0, sft_weight=20.0, text_dropout=0.05, user_dropout=0.1, timestep_low=0.15, timestep_high=0.85
+    )
     config.optimizer = dict(
-        learning_rate=3e-3, warmup_steps=20, decay_share=0.4, b2=0.999, weight_decay=1e-2, clip_norm=1.0
+        learning_rate=4e-3, warmup_steps=20, decay_share=0.4, b2=0.999, weight_decay=1e-2, clip_norm=1.0
     )
     config.data = dict(shards="", table="", balance=True, safe_share=0.3, mini=dict(users=100, seed=1))
     config.evaluate = dict(
@@ -54,7 +56,9 @@ def _pretrain() -> ml_collections.ConfigDict:
         crops=dict(steps=600, batch_size=32, size=32, learning_rate=3e-3, weight_decay=1e-4, seed=1),
         whole=dict(steps=60, batch_size=16, size=64, learning_rate=5e-4, weight_decay=1e-4, seed=2),
     )
-    part.oracle = dict(steps=700, batch_size=64, decoded=3000, learning_rate=2e-3, weight_decay=1e-3, ema=0.995, seed=3)
+    part.oracle = dict(
+        steps=1100, batch_size=64, decoded=3000, learning_rate=2e-3, weight_decay=1e-3, ema=0.995, seed=3
+    )
     part.min_snr, part.text_dropout = 5.0, 0.1
     part.denoiser = dict(steps=5000, batch_size=32, learning_rate=2e-3, weight_decay=1e-3, ema=0.998, seed=4)
     part.restart = dict(steps=3000, batch_size=32, learning_rate=1.5e-3, weight_decay=1e-3, ema=0.998, seed=5)

@@ -50,6 +50,18 @@ def _mini(args: Namespace) -> int:
     return draw.mini(args)
 
 
+def _check(args: Namespace) -> int:
+    from psa_jax.tools import check
+
+    return check.run(args)
+
+
+def _build(args: Namespace) -> int:
+    from psa_jax.tools import build
+
+    return build.run(args)
+
+
 def _pretrain(args: Namespace) -> int:
     from psa_jax.tools import pretrain
 
@@ -86,17 +98,26 @@ def _demo(args: Namespace) -> int:
     return demo.run(args.config, args.workdir, compare=args.compare, record=args.record)
 
 
+def _bench(args: Namespace) -> int:
+    from psa_jax.tools import bench
+
+    return bench.run(args)
+
+
 COMMANDS: dict[str, Command] = {
     "demo": Command("train, draw, judge and report on the embedded tiny model", arguments.demo, _demo),
     "population": Command("draw user profiles as SAGE did", arguments.population, _population),
     "encode": Command("encode user profiles as embeddings", arguments.encode, _encode),
     "levels": Command("cluster users by what they ban", arguments.levels, _levels),
     "mini": Command("draw SAGE-mini, a small world in the layout of SAGE", arguments.mini, _mini),
+    "check": Command("verify every row and picture of a SAGE folder", arguments.check, _check),
+    "build": Command("encode a SAGE folder as shards for a base model", arguments.build, _build),
     "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, _pretrain),
     "train": Command("train an adapter on preference pairs", arguments.experiment, _train),
     "generate": Command("draw pictures for a user", arguments.generate, _generate),
     "export": Command("write a trained adapter as a file", arguments.export, _export),
     "import": Command("read an adapter file for a base model", arguments.import_, _import),
+    "bench": Command("measure speed against the way of the torch original", arguments.bench, _bench),
 }
 
 

@@ -307,7 +307,8 @@ def config_json(class_name: str, config: Config) -> dict[str, Any]:
     """A `config.json` for a model made here."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items() if v is not None}
     if isinstance(config, CLIPTextConfig):
-        return {"architectures": [class_name], "model_type": "clip_text_model", **values}
+        # transformers opens a model in this precision, whatever its file holds; without it, in the file's.
+        return {"architectures": [class_name], "model_type": "clip_text_model", "dtype": "float32", **values}
     if isinstance(config, VAEConfig):
         blocks = len(config.block_out_channels)
         values["down_block_types"] = ["DownEncoderBlock2D"] * blocks

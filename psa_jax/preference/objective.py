@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.errors import PSAError
 from psa_jax.models.adapter import Adapter
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.unet import UNet
@@ -25,12 +26,23 @@ class Objective:
       sft_weight: weight of the anchor pw − rw, about 0.1·β.
       text_dropout: share of pairs whose prompt is replaced by the empty one.
       user_dropout: share of pairs whose user embedding is replaced by zeros (the `zeros` unconditional branch).
+      timestep_low, timestep_high: the part of the schedule that timesteps are drawn from, uniformly, as shares of T.
+        Where a prompt changes the prediction most, a pair teaches most.
     """
 
     beta: float = 5000.0
     sft_weight: float = 500.0
     text_dropout: float = 0.0
     user_dropout: float = 0.0
+    timestep_low: float = 0.0
+    timestep_high: float = 1.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.timestep_low < self.timestep_high <= 1.0:
+            raise PSAError(
+                f"objective: timesteps from {self.timestep_low} to {self.timestep_high}; "
+                "give shares of the schedule with 0 <= timestep_low < timestep_high <= 1"
+            )
 
 
 def preference_loss(
@@ -65,7 +77,8 @@ def preference_loss(
 
     clean = jnp.concatenate([latents(batch["chosen"], sample_w), latents(batch["rejected"], sample_l)])
     noise = twice(latent_noise(noise_key, batch["chosen"]))
-    timesteps = twice(jax.random.randint(time_key, (pairs,), 0, schedule.steps))
+    low, high = (round(share * schedule.steps) for share in (objective.timestep_low, objective.timestep_high))
+    timesteps = twice(jax.random.randint(time_key, (pairs,), low, high))
     noisy = schedule.add_noise(clean, noise, timesteps)
     target = schedule.target(clean, noise, timesteps)
 

@@ -48,6 +48,44 @@ def mini(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of concepts, scenes and captions (default: 0)")
 
 
+def check(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax check`."""
+    parser.add_argument("sage_dir", type=Path, metavar="SAGE_DIR", help="folder in SAGE's layout")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report for programs (mode 0600)")
+    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="bad rows (default: SAGE_DIR/quarantine.jsonl)")
+    parser.add_argument("--users", type=Path, metavar="FILE", help="users.csv to compare with (default: the released)")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes that decode (default: one a core)")
+    parser.add_argument(
+        "--no-images", dest="images", action="store_false", help="do not open the pictures; they must still be there"
+    )
+
+
+def build(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax build`."""
+    parser.add_argument("sage_dir", type=Path, metavar="SAGE_DIR", help="folder in SAGE's layout")
+    parser.add_argument("--model", required=True, metavar="DIR", help="base model: diffusers folder, or tiny")
+    parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder to make (mode 0700)")
+    parser.add_argument("--resolution", type=int, metavar="PX", help="side of the pictures (default: the model's)")
+    parser.add_argument("--flips", action="store_true", help="store every picture mirrored, too")
+    parser.add_argument("--text-embeddings", action="store_true", help="store the text encoders' states, too")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="pictures a call (default: 16)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads that decode (default: one a core)")
+    hosts = parser.add_argument_group("several hosts", "each encodes a part; a last call without these makes shards")
+    hosts.add_argument("--host", type=int, metavar="I", help="which host this is, from 0")
+    hosts.add_argument("--hosts", type=int, metavar="N", help="how many there are")
+
+
+def bench(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax bench`."""
+    parser.add_argument("what", choices=["input"], help="input: pairs a second of the input pipeline alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    parser.add_argument("--resolution", type=int, default=512, metavar="PX", help="of training (default: 512)")
+    parser.add_argument("--picture-size", type=int, default=512, metavar="PX", help="of the JPEGs (default: 512)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pairs a batch (default: 32)")
+    parser.add_argument("--threads", type=int, default=4, metavar="N", help="threads of either way (default: 4)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of measuring, each way (default: 8)")
+
+
 def experiment(parser: ArgumentParser) -> None:
     """Flags of the commands that take a config file: pretrain, train. The command gets `config` as a ConfigDict."""
     # With takes_config the command line collects --config.KEY=VALUE too and reads the file (psa_jax.tools.configs).

@@ -24,6 +24,11 @@ _ROUNDS = 4  # the two ways take turns, so that a busy machine slows both
 _TOKENS = 77
 
 
+def run(args: Namespace) -> int:
+    """Runs the benchmark `args.what`."""
+    return {"input": input_}[args.what](args)
+
+
 def input_(args: Namespace) -> int:
     """Pairs a second of the input pipeline alone, and of decoding JPEG pairs as the torch original does."""
     with tempfile.TemporaryDirectory() as folder:

@@ -10,15 +10,15 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image
 
 import psa_jax
 from psa_jax.data.sage import SageRecord, read_split
-from psa_jax.diffusion.generate import Generator, picture_grid
+from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, shipped_oracle
 from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw_cases, judge, rates, select_cases, wins
 from psa_jax.evaluation.report import Grid, write_report
+from psa_jax.evaluation.sheet import sheet
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
 from psa_jax.models.adapter import Adapter
@@ -59,7 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
     """Runs the demo.
 
     Args:
-      compare: train the comparison adapters too, instead of quoting their recorded runs.
+      compare: train the comparison adapters too, instead of quoting their recorded runs (where there are any).
       record: with `compare`, where to write what later runs quote.
     """
     start = time.perf_counter()
@@ -79,7 +79,9 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
         generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
 
     # --- judging
-    recorded = None if compare else read_recorded(RECORDED)
+    recorded = read_recorded(RECORDED) if RECORDED.is_file() and not compare else None
+    if recorded is None and not compare:
+        print("no comparison runs are recorded: only the base model is compared; --compare trains the others")
     report, made = {}, {}
     for place, split in SPLITS.items():
         cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate[place], config.seed)
@@ -88,7 +90,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
         if recorded is not None:
             verdicts |= recorded_verdicts(recorded[place], cases)
         report[place] = {name: rates(verdict, cases) for name, verdict in verdicts.items()}
-        for other in ("base", *COMPARED):
+        for other in (name for name in verdicts if name != "psa"):
             win, tie = wins(verdicts["psa"], verdicts[other], cases)
             report[place]["psa"] |= {f"win_rate_vs_{other}": win, f"tie_rate_vs_{other}": tie}
     if recorded is not None:
@@ -99,7 +101,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
 
     # --- pictures, report
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
-    Image.fromarray(picture_grid(grid.pictures, len(grid.users))).save(workdir / "grid.png")
+    sheet(grid).save(workdir / "grid.png")
     report["versions"] = {"psa_jax": psa_jax.__version__, "jax": jax.__version__}
     report["seconds"] = round(time.perf_counter() - start, 1)
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -227,8 +229,13 @@ def _curves(path: Path) -> dict[str, dict[str, list[float]]]:
 def _headline(report: dict, page: Path) -> str:
     unseen = report["unseen"]
     psa = unseen["psa"]
+    others = ", ".join(
+        f"{words} {unseen[name]['selectivity']:.1f}"
+        for name, words in (("base", "base model"), ("user_blind", "user-blind"))
+        if name in unseen
+    )
     return (
         f"unseen users: selectivity {psa['selectivity']:.1f} (suppression {psa['suppression']:.1f}, "
-        f"retention {psa['retention']:.1f}), clean {psa['clean']:.1f}; base model {unseen['base']['selectivity']:.1f}, "
-        f"user-blind {unseen['user_blind']['selectivity']:.1f}; {report['seconds']:.0f} s; report: {page}"
+        f"retention {psa['retention']:.1f}), clean {psa['clean']:.1f}; {others}; "
+        f"{report['seconds']:.0f} s; report: {page}"
     )

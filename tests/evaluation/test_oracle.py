@@ -9,10 +9,6 @@ from psa_jax.evaluation.oracle import ASSETS, DEBRIS, Oracle, Reading, draw_pair
 from psa_jax.interop.diffusers import TINY, load_vae
 from psa_jax.tools.pretrain import roundtrip
 
-pytestmark = pytest.mark.skipif(
-    not TINY.is_dir(), reason="the embedded base model is not made yet: run psa-jax pretrain"
-)
-
 
 def test_held_out_pictures_through_the_vae():
     pairs = draw_pairs(800, seed=987_654)

@@ -13,10 +13,6 @@ from psa_jax.evaluation.oracle import ASSETS, shipped_oracle
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion
 from psa_jax.training.pretrain import MiniSet
 
-pytestmark = pytest.mark.skipif(
-    not TINY.is_dir(), reason="the embedded base model is not made yet: run psa-jax pretrain"
-)
-
 
 @pytest.fixture(scope="module")
 def generator():
@@ -44,8 +40,8 @@ def test_it_obeys_prompts(generator):
     scenes = MiniSet(64, 31, "test_unseen")
     drawn = shipped_oracle()(generator(scenes.captions, list(range(64))))
     # The record has the rates over 400 pictures; 64 pictures are 3 standard deviations looser.
-    assert np.mean(drawn.pictogram == scenes.labels[:, 0]) >= 0.87
-    assert np.mean(drawn.subject == scenes.labels[:, 1]) >= 0.8
+    assert np.mean(drawn.pictogram == scenes.labels[:, 0]) >= 0.92
+    assert np.mean(drawn.subject == scenes.labels[:, 1]) >= 0.95
 
 
 def test_the_record_belongs_to_the_files():

@@ -92,7 +92,7 @@ def test_prompts_of_a_file_and_a_stopped_run_that_goes_on(files, tmp_path, capsy
 
     assert generate(files, out, *words, "--guidance=3") == 1
     assert "holds pictures of other settings (guidance)" in capsys.readouterr().err
-    prompts.write_text("prompt\nanother\n")
+    prompts.write_text("prompt,seed\nanother,7\n")
     assert generate(files, out, f"--prompts={prompts}", "--images=2", "--seed=3") == 1
     assert "is a picture of another prompt or seed" in capsys.readouterr().err
     assert {name: (out / name).read_bytes() for name in names} == before

@@ -11,13 +11,8 @@ from PIL import Image
 
 from psa_jax.data.sage import read_split
 from psa_jax.evaluation.protocol import rates, select_cases
-from psa_jax.interop.diffusers import TINY
 from psa_jax.tools.configs import read_config
 from psa_jax.tools.demo import RECORDED, SPLITS, read_recorded, recorded_verdicts
-
-pytestmark = pytest.mark.skipif(
-    not TINY.is_dir(), reason="the embedded base model is not made yet: run psa-jax pretrain"
-)
 
 
 @pytest.mark.slow
@@ -40,6 +35,7 @@ def test_the_demo_keeps_its_promises(tmp_path):
     assert not re.search(r"(src|href)=[\"']?https?:", (tmp_path / "report.html").read_text())
 
 
+@pytest.mark.skipif(not RECORDED.is_file(), reason="no comparison runs are recorded yet: psa-jax demo --compare")
 def test_recorded_runs_fit_the_default_configuration(tmp_path, pytestconfig):
     """The recorded verdicts are of the very cases that the demo judges now."""
     from psa_jax.data.mini import draw_mini
