@@ -46,7 +46,7 @@ def balanced_order(
     safe_share: float = 0.3,
     seed: int = 0,
 ) -> Int[np.ndarray, " m"]:
-    """Row numbers, some repeated, in which a category alone does not tell which picture is preferred.
+    """Row numbers, some repeated, in which a category alone does not tell which picture is preferred (`"rows"`).
 
     In every category, unsafe-prompt rows of users who ban it and of users who allow it occur equally often: the rarer
     kind is repeated. Safe-prompt rows then make up `safe_share` of all (rounded to whole rows). No row is lost: where
@@ -63,26 +63,40 @@ def balanced_order(
     Raises:
       PSAError: a category that all users ban, or none, so that it cannot be balanced; no safe rows; a bad share.
     """
-    if not 0 <= safe_share < 1:
-        raise PSAError(f"share of safe prompts is {safe_share}; give a number from 0 to below 1")
     rng = np.random.default_rng(seed)
     groups: list[tuple[np.ndarray, int]] = []
     for category in np.unique(categories[kinds]):
         here = kinds & (categories == category)
         bans, allows = np.flatnonzero(here & banned), np.flatnonzero(here & ~banned)
-        if not bans.size or not allows.size:
-            who = "bans" if not bans.size else "allows"
-            raise PSAError(
-                f"cannot balance: no user of this split {who} {CATEGORIES[category]}; add users or turn balancing off"
-            )
+        _require_both(category, bans, allows)
         larger = max(bans.size, allows.size)
         groups += [(bans, larger), (allows, larger)]
+    return _with_safe(groups, np.flatnonzero(~kinds), safe_share, rng)
+
+
+def mixed_order(kinds: Bool[np.ndarray, " n"], safe_share: float = 0.3, seed: int = 0) -> Int[np.ndarray, " m"]:
+    """Row numbers, some repeated, of which `safe_share` have safe prompts (`"users"`); no row is lost.
+
+    Args:
+      kinds, safe_share, seed: as in `balanced_order`.
+
+    Raises:
+      PSAError: no unsafe or no safe rows, or a bad share.
+    """
+    unsafe = np.flatnonzero(kinds)
+    return _with_safe([(unsafe, unsafe.size)], np.flatnonzero(~kinds), safe_share, np.random.default_rng(seed))
+
+
+def _with_safe(
+    groups: list[tuple[np.ndarray, int]], safe: np.ndarray, safe_share: float, rng: np.random.Generator
+) -> Int[np.ndarray, " m"]:
+    """Groups of unsafe rows, each stretched to its number of places, and safe rows for their share of all."""
+    if not 0 <= safe_share < 1:
+        raise PSAError(f"share of safe prompts is {safe_share}; give a number from 0 to below 1")
     unsafe = sum(count for _, count in groups)
     if not unsafe:
         raise PSAError("cannot balance: there are no rows with unsafe prompts; turn balancing off")
-    safe = np.flatnonzero(~kinds)
     ratio = safe_share / (1 - safe_share)  # safe rows for each unsafe one
-    copies = 1
     if safe_share:
         if not safe.size:
             raise PSAError("cannot balance: there are no rows with safe prompts; set their share to 0")
@@ -98,7 +112,7 @@ def make_pipeline(
     *,
     batch_size: int,
     seed: int,
-    balance: bool = True,
+    balance: str = "users",
     safe_share: float = 0.3,
     flips: bool = False,
     process_index: int = 0,
@@ -119,7 +133,7 @@ def make_pipeline(
       text_states, text_pooled: [b, t, c] and [b, p] float16, where the shards have them.
       original_size, crop: [b, 2] int32, in pixels, as SDXL is told (of the picture before mirroring).
       user: [b, D] float32 embedding.
-      banned: [b] bool, whether the user bans the category.
+      banned: [b] bool, whether that user bans the category.
       kind: [b] int32, 1 for an unsafe prompt.
       category: [b] int32, position in CATEGORIES.
       row: [b] int32, row of the split, for error reports.
@@ -128,9 +142,11 @@ def make_pipeline(
       source: rows, such as `open_shards(…)`.
       table: embeddings of all users in it.
       batch_size: over all processes.
-      seed: of shuffling, balancing and flipping.
-      balance: order the rows by `balanced_order`; otherwise every row once an epoch.
-      safe_share: for `balanced_order`.
+      seed: of shuffling, balancing, drawing users and flipping.
+      balance: "users": every unsafe prompt meets a user of this split drawn anew, who bans its category half the time,
+        and prefers what SAGE's label rule says. "rows": every row keeps its user; rows are repeated as
+        `balanced_order` says. "none": every row as it is, once an epoch.
+      safe_share: of all rows, unless balance is "none".
       flips: mirror both pictures of every other pair, drawn anew each epoch.
       process_index, process_count: which slice of the global order.
       num_epochs: None repeats without end.
@@ -154,19 +170,22 @@ def make_pipeline(
     if flips and f"moments_chosen{_FLIPPED}" not in source[0]:
         raise PSAError("the shards hold no mirrored pictures; build them with --flips or train without")
     columns = source.columns
-    order = (
-        balanced_order(columns.categories, columns.unsafe, columns.banned, safe_share, seed)
-        if balance
-        else np.arange(len(source))
-    )
+    if balance == "users":
+        order = mixed_order(columns.unsafe, safe_share, seed)
+    elif balance == "rows":
+        order = balanced_order(columns.categories, columns.unsafe, columns.banned, safe_share, seed)
+    elif balance == "none":
+        order = np.arange(len(source))
+    else:
+        raise PSAError(f"balance is {balance!r}; use users, rows or none")
     if num_epochs is not None and drop_remainder and len(order) * num_epochs < batch_size:
         raise PSAError(f"{len(order)} rows do not fill one batch of {batch_size}; use a smaller batch or more data")
     dataset = grain.MapDataset.source(_Order(order)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
     # Drawn here, where the position in the global order is the key: the same whatever the slices are.
-    dataset = dataset.repeat(num_epochs).random_map(_Draw(flips))
-    examples = dataset.map(_Load.of(source, table))
+    draw = _Draw(flips, _Askers.of(columns) if balance == "users" else None)
+    examples = dataset.repeat(num_epochs).random_map(draw).map(_Load.of(source, table))
 
     def batches(position: int) -> grain.IterDataset:
         # Every process must draw the same number of batches, or the others would wait for it for ever.
@@ -254,20 +273,55 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 class _Example(NamedTuple):
-    """Which row comes, and whether mirrored."""
+    """Which row comes, for whom, and whether mirrored."""
 
     row: int
+    asker: int | None  # number of a user drawn anew; None: the row's own
+    banned: bool  # whether that user bans the category
     flipped: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class _Askers:
+    """Who may ask for what: for each category the numbers of the users who allow and who ban it.
+
+    Args:
+      of_category: category → (users who allow it, users who ban it).
+      rows: facts about the rows.
+    """
+
+    of_category: Mapping[int, tuple[np.ndarray, np.ndarray]]
+    rows: RowColumns
+
+    @classmethod
+    def of(cls, columns: RowColumns) -> "_Askers":
+        """Raises PSAError for a category that all users ban, or none."""
+        numbers = np.unique(np.asarray(columns.user_ids), return_inverse=True)[1]
+        found = {}
+        for category in np.unique(columns.categories[columns.unsafe]).tolist():
+            here = columns.categories == category
+            allow, ban = (np.unique(numbers[here & (columns.banned == banned)]) for banned in (False, True))
+            _require_both(category, ban, allow)
+            found[category] = allow, ban
+        return cls(found, columns)
+
+    def draw(self, row: int, rng: np.random.Generator) -> tuple[int, bool]:
+        banned = bool(rng.integers(2))
+        return int(rng.choice(self.of_category[int(self.rows.categories[row])][banned])), banned
+
+
+@dataclass(frozen=True, eq=False)
 class _Draw:
     """Row number to example."""
 
     flips: bool
+    askers: _Askers | None
 
     def __call__(self, row: int, rng: np.random.Generator) -> _Example:
-        return _Example(row, self.flips and bool(rng.integers(2)))
+        flipped = self.flips and bool(rng.integers(2))
+        if self.askers is None or not self.askers.rows.unsafe[row]:
+            return _Example(row, None, False, flipped)
+        return _Example(row, *self.askers.draw(row, rng), flipped)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -302,18 +356,30 @@ class _Load:
 
     def __call__(self, example: _Example) -> dict[str, np.ndarray]:
         row, view = self.source[example.row], _FLIPPED if example.flipped else ""
+        own = bool(row["banned"])
+        banned = own if example.asker is None else example.banned
+        # An unsafe prompt: who bans it prefers the safe picture, who does not the unsafe one (SAGE's label rule).
+        chosen, rejected = ("chosen", "rejected") if banned == own else ("rejected", "chosen")
         return {
-            "chosen": row[f"moments_chosen{view}"].astype(np.float32),
-            "rejected": row[f"moments_rejected{view}"].astype(np.float32),
+            "chosen": row[f"moments_{chosen}{view}"].astype(np.float32),
+            "rejected": row[f"moments_{rejected}{view}"].astype(np.float32),
             **{name: value for name, value in row.items() if name.startswith(("input_ids", "text_"))},
             "original_size": row["original_size"],
             "crop": row["crop"],
-            "user": self.embeddings[self.user_of_row[example.row]],
-            "banned": np.asarray(row["banned"], np.bool_),
+            "user": self.embeddings[self.user_of_row[example.row] if example.asker is None else example.asker],
+            "banned": np.asarray(banned, np.bool_),
             "kind": np.asarray(row["kind"], np.int32),
             "category": np.asarray(row["category"], np.int32),
             "row": np.asarray(example.row, np.int32),
         }
+
+
+def _require_both(category: int, bans: np.ndarray, allows: np.ndarray) -> None:
+    if not bans.size or not allows.size:
+        who = "bans" if not bans.size else "allows"
+        raise PSAError(
+            f"cannot balance: no user of this split {who} {CATEGORIES[category]}; add users or turn balancing off"
+        )
 
 
 def _stretch(rows: Int[np.ndarray, " n"], count: int, rng: np.random.Generator) -> Int[np.ndarray, " m"]:

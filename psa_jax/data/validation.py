@@ -52,7 +52,7 @@ def validation_batches(
         table,
         batch_size=batch_size,
         seed=0,
-        balance=False,
+        balance="none",
         shuffle=False,
         num_epochs=1,
         process_index=process_index,

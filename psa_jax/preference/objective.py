@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
@@ -26,7 +26,7 @@ class Objective:
       sft_weight: weight of the anchor pw − rw, about 0.1·β.
       text_dropout: share of pairs whose prompt is replaced by the empty one.
       user_dropout: share of pairs whose user embedding is replaced by zeros (the `zeros` unconditional branch).
-      timestep_low, timestep_high: the part of the schedule that timesteps are drawn from, uniformly, as shares of T.
+      timestep_low, timestep_high: the part of the schedule that timesteps are drawn from, evenly, as shares of T.
         Where a prompt changes the prediction most, a pair teaches most.
     """
 
@@ -77,8 +77,8 @@ def preference_loss(
 
     clean = jnp.concatenate([latents(batch["chosen"], sample_w), latents(batch["rejected"], sample_l)])
     noise = twice(latent_noise(noise_key, batch["chosen"]))
-    low, high = (round(share * schedule.steps) for share in (objective.timestep_low, objective.timestep_high))
-    timesteps = twice(jax.random.randint(time_key, (pairs,), low, high))
+    low, high = (share * schedule.steps for share in (objective.timestep_low, objective.timestep_high))
+    timesteps = twice(spread_timesteps(time_key, pairs, low, high))
     noisy = schedule.add_noise(clean, noise, timesteps)
     target = schedule.target(clean, noise, timesteps)
 
@@ -105,6 +105,19 @@ def preference_loss(
         "winner_gap": jnp.mean(pw - rw),
         "loser_gap": jnp.mean(pl - rl),
     }
+
+
+def spread_timesteps(key: PRNGKeyArray, count: int, low: float, high: float) -> Int[Array, " n"]:
+    """One timestep from each of `count` equal parts of [low, high), in random order.
+
+    Each is uniform by itself, as an independent draw is; together they cover the range, and the gradient varies less
+    from batch to batch. Source: Variational Diffusion Models, arXiv 2107.00630, appendix I.1.
+    """
+    order_key, offset_key = jax.random.split(key)
+    part = jax.random.permutation(order_key, jnp.arange(count, dtype=jnp.float32)) + jax.random.uniform(
+        offset_key, count
+    )
+    return jnp.clip(jnp.floor(low + (high - low) * part / count), low, high - 1).astype(jnp.int32)
 
 
 def _repeat(x: Array, pairs: int) -> Array:

@@ -34,7 +34,7 @@ def input_(args: Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         shards, table, pairs = _input_data(Path(folder), args)
         batches = iter(
-            make_pipeline(shards, table, batch_size=args.batch_size, seed=0, balance=False, read_threads=args.threads)
+            make_pipeline(shards, table, batch_size=args.batch_size, seed=0, balance="none", read_threads=args.threads)
         )
         with ThreadPoolExecutor(args.threads) as pool:
 

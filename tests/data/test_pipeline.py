@@ -71,7 +71,7 @@ def test_what_cannot_be_balanced():
 
 
 def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
-    batch = next(iter(pipeline.make_pipeline(shards, table, batch_size=6, seed=0)))
+    batch = next(iter(pipeline.make_pipeline(shards, table, batch_size=6, seed=0, balance="rows")))
     shapes = {name: (value.shape, value.dtype.name) for name, value in batch.items()}
     assert shapes == {
         "chosen": ((6, 4, 4, 6), "float32"),
@@ -98,6 +98,44 @@ def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
         assert batch["kind"][index] == expected["file_name"].decode().endswith("_u.jpg")
 
 
+def test_drawn_users_follow_the_label_rule(shards: Shards, table: EmbeddingTable, bans):
+    """Every unsafe prompt meets users who ban it half the time, and the preferred picture is the one they want."""
+    options = {"batch_size": 8, "seed": 3, "balance": "users", "safe_share": 0.25, "num_epochs": 40}
+    met, kinds, users = {}, [], {}
+    for batch in pipeline.make_pipeline(shards, table, **options):
+        for index, row in enumerate(batch["row"].tolist()):
+            stored, banned = shards[row], bool(batch["banned"][index])
+            unsafe, category = int(stored["kind"]) == 1, int(stored["category"])
+            kinds.append(unsafe)
+            assert banned == (batch["user"][index][-7:][category] == 1)  # the embedding is that user's
+            # The safe picture is the chosen one of a safe prompt, and of an unsafe one that its own user bans.
+            safe_first = not unsafe or bool(stored["banned"])
+            safe, other = ("chosen", "rejected") if safe_first else ("rejected", "chosen")
+            wanted = safe if banned or not unsafe else other
+            np.testing.assert_array_equal(batch["chosen"][index], stored[f"moments_{wanted}"].astype(np.float32))
+            left = other if wanted == safe else safe
+            np.testing.assert_array_equal(batch["rejected"][index], stored[f"moments_{left}"].astype(np.float32))
+            if unsafe:
+                met.setdefault(category, []).append(banned)
+                users.setdefault(row, set()).add(batch["user"][index].tobytes())
+            else:
+                own = table.embeddings[table.ids.index(stored["user_id"].decode())]
+                np.testing.assert_array_equal(batch["user"][index], own)
+    assert abs(np.mean(kinds) - 0.75) < 0.01
+    for category, drawn in met.items():
+        assert abs(np.mean(drawn) - 0.5) < 4 * 0.5 / np.sqrt(len(drawn)), category
+    assert np.mean([len(seen) for seen in users.values()]) > 2  # four users in all
+
+
+def test_drawn_users_do_not_depend_on_the_number_of_processes(shards: Shards, table: EmbeddingTable):
+    options = {"batch_size": 8, "seed": 3}
+    whole = next(iter(pipeline.make_pipeline(shards, table, **options)))
+    for process in range(2):
+        part = next(iter(pipeline.make_pipeline(shards, table, process_index=process, process_count=2, **options)))
+        np.testing.assert_array_equal(part["user"], whole["user"][process::2])
+        np.testing.assert_array_equal(part["chosen"], whole["chosen"][process::2])
+
+
 def rows_of(dataset: grain.IterDataset) -> list[list[int]]:
     return [batch["row"].tolist() for batch in dataset]
 
@@ -105,7 +143,7 @@ def rows_of(dataset: grain.IterDataset) -> list[list[int]]:
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_slices_are_the_data_once_an_epoch(shards: Shards, table: EmbeddingTable, processes: int):
     """112 rows in global batches of 8: the same global batches whatever the number of processes."""
-    options = {"batch_size": 8, "seed": 5, "balance": False, "num_epochs": 2, "process_count": processes}
+    options = {"batch_size": 8, "seed": 5, "balance": "none", "num_epochs": 2, "process_count": processes}
     slices = [rows_of(pipeline.make_pipeline(shards, table, process_index=p, **options)) for p in range(processes)]
     steps = [sorted(row for rows in step for row in rows) for step in zip(*slices, strict=True)]
     assert len(steps) == 28
@@ -117,7 +155,7 @@ def test_slices_are_the_data_once_an_epoch(shards: Shards, table: EmbeddingTable
 
 
 def test_without_shuffling_rows_come_in_order(shards: Shards, table: EmbeddingTable):
-    options = {"batch_size": 50, "seed": 0, "balance": False, "shuffle": False, "num_epochs": 1}
+    options = {"batch_size": 50, "seed": 0, "balance": "none", "shuffle": False, "num_epochs": 1}
     assert [len(rows) for rows in rows_of(pipeline.make_pipeline(shards, table, **options))] == [50, 50]
     batches = rows_of(pipeline.make_pipeline(shards, table, drop_remainder=False, **options))
     assert batches == [list(range(50)), list(range(50, 100)), list(range(100, 112))]
@@ -181,7 +219,7 @@ def test_state_in_an_orbax_checkpoint(shards: Shards, table: EmbeddingTable, tmp
 @pytest.mark.parametrize(("before", "after"), [((4, 8), (2, 8)), ((1, 8), (4, 4)), ((2, 16), (1, 4))])
 def test_an_epoch_goes_on_with_other_processes(shards: Shards, table: EmbeddingTable, before, after):
     """(processes, batch size) change after 5 batches; a row comes once an epoch, in the order of an unbroken run."""
-    options = {"seed": 5, "balance": False, "num_epochs": 2}
+    options = {"seed": 5, "balance": "none", "num_epochs": 2}
 
     def run(processes: int, batch_size: int, state: dict | None, steps: int | None) -> tuple[list[int], dict]:
         iterators = []
@@ -213,7 +251,7 @@ def test_no_process_draws_more_batches_than_another(shards: Shards, table: Embed
     """112 rows from position 5 on: 107, of which 104 fill batches of 8; process 0 alone would have 54 rows."""
     lengths = []
     for index in range(2):
-        options = {"batch_size": 8, "seed": 0, "balance": False, "num_epochs": 1}
+        options = {"batch_size": 8, "seed": 0, "balance": "none", "num_epochs": 1}
         iterator = iter(pipeline.make_pipeline(shards, table, process_index=index, process_count=2, **options))
         iterator.set_state({"examples": 5})
         lengths.append(len(list(iterator)))
@@ -222,7 +260,7 @@ def test_no_process_draws_more_batches_than_another(shards: Shards, table: Embed
 
 @pytest.mark.parametrize("state", [{}, {"next_index": 3}, {"examples": -1}, {"examples": 225}, {"examples": 1.5}, 3])
 def test_bad_positions_are_refused(shards: Shards, table: EmbeddingTable, state):
-    iterator = iter(pipeline.make_pipeline(shards, table, batch_size=8, seed=0, balance=False, num_epochs=2))
+    iterator = iter(pipeline.make_pipeline(shards, table, batch_size=8, seed=0, balance="none", num_epochs=2))
     with pytest.raises(PSAError, match="position in the data"):
         iterator.set_state(state)
 
@@ -245,7 +283,7 @@ def test_batches_on_devices(shards: Shards, table: EmbeddingTable):
 
 
 def test_worker_processes_give_the_same_batches(shards: Shards, table: EmbeddingTable):
-    options = {"batch_size": 16, "seed": 9, "balance": False, "num_epochs": 1}
+    options = {"batch_size": 16, "seed": 9, "balance": "none", "num_epochs": 1}
     expected = list(pipeline.make_pipeline(shards, table, **options))
     iterator = iter(pipeline.make_pipeline(shards, table, workers=2, **options))
     iterator.set_state({"examples": 48})
@@ -267,7 +305,7 @@ def flipped(tmp_path_factory, build_options) -> Shards:
 
 def test_pairs_flip_together(flipped: Shards, table: EmbeddingTable):
     """Both pictures or neither; about half; drawn anew each epoch; the same for every number of processes."""
-    options = {"batch_size": 8, "seed": 3, "balance": False, "num_epochs": 12, "flips": True}
+    options = {"batch_size": 8, "seed": 3, "balance": "none", "num_epochs": 12, "flips": True}
     mirrored = {}
     for batch in pipeline.make_pipeline(flipped, table, **options):
         for row, chosen, rejected in zip(batch["row"].tolist(), batch["chosen"], batch["rejected"], strict=True):
@@ -303,6 +341,7 @@ def test_unknown_user_is_an_error_before_the_first_step(shards: Shards, table: E
         {"batch_size": 9, "process_count": 2},
         {"process_count": 2, "process_index": 2},
         {"batch_size": 0},
+        {"balance": "yes"},
         {"seed": -1},
         {"batch_size": 1000, "num_epochs": 1},
     ],

@@ -53,7 +53,7 @@ def test_two_steps(sd15, tmp_path, pytestconfig):
             ("data.shards", str(tmp_path / "data" / "shards")),
             ("data.table", str(tmp_path / "data" / "table.safetensors")),
             ("data.mini.users", "0"),
-            ("data.balance", "False"),
+            ("data.balance", "none"),
             ("steps", "2"),
             ("batch_size", "1"),
             ("log_every", "1"),

@@ -19,7 +19,7 @@ from psa_jax.models.adapter import KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import latent_noise
-from psa_jax.preference.objective import Objective, preference_loss
+from psa_jax.preference.objective import Objective, preference_loss, spread_timesteps
 
 PAIRS, USER_DIM, FACTOR = 3, 6, 0.18215
 PAPER = Objective()
@@ -115,7 +115,7 @@ def torch_errors(world, adapter) -> tuple[np.ndarray, ...]:
     def to_torch(x):
         return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
 
-    timesteps = torch.from_numpy(np.array(jax.random.randint(time_key, (PAIRS,), 0, schedule.steps)))
+    timesteps = torch.from_numpy(np.array(spread_timesteps(time_key, PAIRS, 0, schedule.steps)))
     noise = to_torch(latent_noise(noise_key, batch["chosen"]))
     text = theirs.text_encoder(torch.from_numpy(np.array(batch["input_ids"]))).last_hidden_state
     policy = adapted_unet(theirs.unet, adapter, torch.from_numpy(np.array(batch["user"])), torch.ones(PAIRS))
@@ -177,3 +177,21 @@ def test_gradient(world):
     _, slopes = value_and_slopes(adapter_arrays(untrained_adapter(config)), frozen)
     for name, slope in slopes.items():
         assert (np.abs(slope).max() > 0) == ("to_v" in name), name
+
+
+def test_timesteps_cover_the_range_evenly():
+    """One in each of 16 parts of [200, 800), every pair as likely to get any part."""
+    draw = jax.vmap(lambda key: spread_timesteps(key, 16, 200, 800))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)))
+    parts = np.sort((drawn - 200) // 37.5, axis=1)
+    assert (parts == np.arange(16)).mean() > 0.99  # 37.5 steps a part: rounding down may cross a border
+    assert drawn.min() == 200 and drawn.max() == 799
+    means = drawn.mean(axis=0)  # of each pair: uniform with deviation 600/√12
+    assert np.abs(means - 499.5).max() < 4.5 * 600 / np.sqrt(12 * 2000)
+    assert (np.diff(drawn[:, 0]) != 0).any()
+
+
+def test_spread_timesteps_of_one_pair_stay_in_range():
+    drawn = np.asarray(jax.vmap(lambda key: spread_timesteps(key, 1, 0, 1000))(jax.random.split(KEY, 5000)))
+    assert drawn.min() >= 0 and drawn.max() <= 999
+    assert abs(drawn.mean() - 499.5) < 4.5 * 1000 / np.sqrt(12 * 5000)
