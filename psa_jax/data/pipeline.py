@@ -65,7 +65,7 @@ def balanced_order(
     """
     rng = np.random.default_rng(seed)
     groups: list[tuple[np.ndarray, int]] = []
-    for category in np.unique(categories[kinds]):
+    for category in np.unique(categories[kinds]).tolist():
         here = kinds & (categories == category)
         bans, allows = np.flatnonzero(here & banned), np.flatnonzero(here & ~banned)
         _require_both(category, bans, allows)

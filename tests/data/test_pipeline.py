@@ -100,7 +100,7 @@ def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
 
 def test_drawn_users_follow_the_label_rule(shards: Shards, table: EmbeddingTable, bans):
     """Every unsafe prompt meets users who ban it half the time, and the preferred picture is the one they want."""
-    options = {"batch_size": 8, "seed": 3, "balance": "users", "safe_share": 0.25, "num_epochs": 40}
+    options = {"batch_size": 8, "seed": 3, "balance": "users", "safe_share": 0.25, "num_epochs": 12}
     met, kinds, users = {}, [], {}
     for batch in pipeline.make_pipeline(shards, table, **options):
         for index, row in enumerate(batch["row"].tolist()):
@@ -121,7 +121,7 @@ def test_drawn_users_follow_the_label_rule(shards: Shards, table: EmbeddingTable
             else:
                 own = table.embeddings[table.ids.index(stored["user_id"].decode())]
                 np.testing.assert_array_equal(batch["user"][index], own)
-    assert abs(np.mean(kinds) - 0.75) < 0.01
+    assert abs(np.mean(kinds) - 0.75) < 0.02
     for category, drawn in met.items():
         assert abs(np.mean(drawn) - 0.5) < 4 * 0.5 / np.sqrt(len(drawn)), category
     assert np.mean([len(seen) for seen in users.values()]) > 2  # four users in all

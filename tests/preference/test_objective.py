@@ -115,7 +115,7 @@ def torch_errors(world, adapter) -> tuple[np.ndarray, ...]:
     def to_torch(x):
         return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
 
-    timesteps = torch.from_numpy(np.array(spread_timesteps(time_key, PAIRS, 0, schedule.steps)))
+    timesteps = torch.from_numpy(np.array(spread_timesteps(time_key, PAIRS, 0.0, float(schedule.steps))))
     noise = to_torch(latent_noise(noise_key, batch["chosen"]))
     text = theirs.text_encoder(torch.from_numpy(np.array(batch["input_ids"]))).last_hidden_state
     policy = adapted_unet(theirs.unet, adapter, torch.from_numpy(np.array(batch["user"])), torch.ones(PAIRS))
@@ -181,7 +181,7 @@ def test_gradient(world):
 
 def test_timesteps_cover_the_range_evenly():
     """One in each of 16 parts of [200, 800), every pair as likely to get any part."""
-    draw = jax.vmap(lambda key: spread_timesteps(key, 16, 200, 800))
+    draw = jax.vmap(lambda key: spread_timesteps(key, 16, 200.0, 800.0))
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)))
     parts = np.sort((drawn - 200) // 37.5, axis=1)
     assert (parts == np.arange(16)).mean() > 0.99  # 37.5 steps a part: rounding down may cross a border
@@ -192,6 +192,6 @@ def test_timesteps_cover_the_range_evenly():
 
 
 def test_spread_timesteps_of_one_pair_stay_in_range():
-    drawn = np.asarray(jax.vmap(lambda key: spread_timesteps(key, 1, 0, 1000))(jax.random.split(KEY, 5000)))
+    drawn = np.asarray(jax.vmap(lambda key: spread_timesteps(key, 1, 0.0, 1000.0))(jax.random.split(KEY, 5000)))
     assert drawn.min() >= 0 and drawn.max() <= 999
     assert abs(drawn.mean() - 499.5) < 4.5 * 1000 / np.sqrt(12 * 5000)
