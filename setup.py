@@ -16,6 +16,7 @@ TORCH = ["torch>=2.6,<3", "diffusers>=0.35,<1", "accelerate>=1.0,<2"]
 TEST = [
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
+    "pytest-xdist>=3.6,<4",  # most of a test's time is compiling, which uses one core
     "beartype>=0.20,<1",
     "hypothesis>=6.100,<7",
     "peft>=0.17,<1",  # diffusers merges LoRA files with it: the independent side of a test

@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,13 +81,19 @@ def get_config(arg="plain"):
 @pytest.mark.parametrize("command", [None, *cli.COMMANDS])
 def test_help_is_quick_and_says_what_there_is(command: str | None) -> None:
     words = ["--help"] if command is None else [command, "--help"]
-    began = time.perf_counter()
+    began = _children_seconds()
     done = psa_jax_command(*words)
-    seconds = time.perf_counter() - began
+    seconds = _children_seconds() - began
     assert done.returncode == 0
     expected = list(cli.COMMANDS) if command is None else ["--debug", cli.COMMANDS[command].help[1:]]
     assert all(text in done.stdout for text in expected)
-    assert seconds < 1.5  # 0.1 on a machine with nothing else to do
+    assert seconds < 0.5
+
+
+def _children_seconds() -> float:
+    """CPU time: the clock on the wall also shows what else the machine has to do."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])

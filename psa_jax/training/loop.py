@@ -97,13 +97,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         empty_ids = jax.device_put(model.tokenize([""])[0], replicated(mesh))
         end = config.steps if until is None else min(until, config.steps)
         bar = tqdm(range(start, end), initial=start, total=config.steps, unit="step", mininterval=2.0)
-        clock, clocked = time.perf_counter(), start
+        clock, clocked, before = time.perf_counter(), start, None
         for number in bar:
             batch = next(iterator) | {"empty_ids": empty_ids}
             state, metrics = step_fn(state, frozen, batch, key)
-            done = number + 1
+            # One step ahead of the device and no more: it never waits, and the pace seen here is its own.
+            jax.block_until_ready(before)
+            before, done = metrics, number + 1
             if done % config.log_every == 0 or number == start or done == end:
-                # The device is still busy with this step: what is measured is the pace of those before it.
                 now = time.perf_counter()
                 pace = (done - clocked) * config.batch_size / (now - clock)
                 clock, clocked = now, done
