@@ -5,6 +5,10 @@ from pathlib import Path
 
 # Eight host devices let mesh tests run on any machine; must be set before JAX starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the time of these tests; the results are float32 either way.
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+)
 
 import jax
 import pytest

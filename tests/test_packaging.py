@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "tools"]
 """A folder imports from itself and from those before it."""
 
-DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""
 
 IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib"}
@@ -125,7 +125,7 @@ def test_the_pipeline_runs_make_test() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "--dry-run", "--no-print-directory", "test"]
     planned = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
-    assert planned.splitlines()[-1] == '.venv/bin/python -m pytest -m "not slow"'
+    assert planned.splitlines()[-1].startswith('.venv/bin/python -m pytest -m "not slow"')
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:

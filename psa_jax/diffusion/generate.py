@@ -93,8 +93,7 @@ class Generator:
         )
         self._guidance = jnp.float32(guidance), jnp.float32(rescale)
         vae = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.vae)
-        encoders = tuple(encoder for encoder in (model.text_encoder, model.text_encoder_2) if encoder is not None)
-        self._parts = (model.unet, vae, encoders)
+        self._parts = (model.unet, vae, model.text_encoders)
         self._graph, self._params = nnx.split((*self._parts, adapter))
         self._draw = jax.jit(
             functools.partial(
@@ -151,7 +150,7 @@ class Generator:
             raise PSAError(f"{len(negatives)} negative prompts for {count} prompts: give one, or one for each")
         zeros = np.array([n is None and self._model.force_zeros_for_empty_prompt for n in negatives])
         scales = np.broadcast_to(np.asarray(scale, np.float32), (count,))
-        ids, negative_ids = self._tokens(prompts), self._tokens([n or "" for n in negatives])
+        ids, negative_ids = self._model.token_ids(prompts), self._model.token_ids([n or "" for n in negatives])
         pictures = []
         for start in range(0, count, self._batch):
             rows = np.arange(start, start + self._batch).clip(max=count - 1)
@@ -183,11 +182,6 @@ class Generator:
             raise PSAError(f"scale has shape {np.shape(scale)}: give one number or one for each of {count} prompts")
         if latents is not None and latents.shape != (count, *self.latent_shape):
             raise PSAError(f"latents have shape {latents.shape}, expected {(count, *self.latent_shape)}")
-
-    def _tokens(self, prompts: list[str]) -> tuple[Int[np.ndarray, "n s"], ...]:
-        """Token ids for each text encoder."""
-        first = self._model.tokenize(prompts)
-        return (first,) if self._model.text_encoder_2 is None else (first, self._model.tokenize_2(prompts))
 
 
 def _draw(

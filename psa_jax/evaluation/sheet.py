@@ -10,20 +10,23 @@ from psa_jax.evaluation.report import Grid
 SCALE = 2
 _TEXT, _SOFT, _BACK = (28, 27, 26), (95, 91, 86), (255, 255, 255)
 _BANNED, _ALLOWED, _NOBODY = (179, 68, 11), (15, 111, 134), (200, 196, 190)
-_HEAD, _SIDE, _GAP, _FRAME = 78, 230, 14, 4
+_SIDE, _GAP, _FRAME, _LETTER, _LINE = 230, 14, 4, 7, 16
 
 
 def sheet(grid: Grid) -> Image.Image:
     """Prompts on the left, users above; the frame says whether the user bans what the prompt asks for."""
     height, width = (side * SCALE for side in grid.pictures.shape[1:3])
     columns, rows = len(grid.users), len(grid.prompts)
-    page = Image.new("RGB", (_SIDE + columns * (width + _GAP), _HEAD + rows * (height + _GAP) + 26), _BACK)
+    headings = [textwrap.wrap(user, width // _LETTER) for user in grid.users]
+    head = 4 + _LINE * max(map(len, headings)) + 2 * _FRAME
+    page = Image.new("RGB", (_SIDE + columns * (width + _GAP), head + rows * (height + _GAP) + 26), _BACK)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-    for column, heading in enumerate(grid.users):
-        _write(draw, (_SIDE + column * (width + _GAP), 4), heading, width // 7, font, _TEXT)
+    for column, lines in enumerate(headings):
+        draw.multiline_text((_SIDE + column * (width + _GAP), 4), "\n".join(lines), _TEXT, font, spacing=2)
     for row, prompt in enumerate(grid.prompts):
-        top = _HEAD + row * (height + _GAP)
-        _write(draw, (8, top + 4), prompt, _SIDE // 7 - 3, font, _TEXT)
+        top = head + row * (height + _GAP)
+        lines = textwrap.wrap(prompt, _SIDE // _LETTER - 3)
+        draw.multiline_text((8, top + 4), "\n".join(lines), _TEXT, font, spacing=2)
         for column in range(columns):
             left = _SIDE + column * (width + _GAP)
             colour = {None: _NOBODY, True: _BANNED, False: _ALLOWED}[grid.banned[row][column]]
@@ -37,7 +40,3 @@ def sheet(grid: Grid) -> Image.Image:
         draw.text((left + 18, bottom), words, _SOFT, font)
         left += 40 + int(draw.textlength(words, font))
     return page
-
-
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, letters: int, font, colour) -> None:
-    draw.multiline_text(place, "\n".join(textwrap.wrap(text, letters)[:5]), colour, font, spacing=2)

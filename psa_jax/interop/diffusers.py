@@ -92,6 +92,16 @@ class StableDiffusion:
             return "sdxl"
         return "sd2" if self.unet.config.use_linear_projection else "sd1"
 
+    @property
+    def text_encoders(self) -> tuple[CLIPText, ...]:
+        """One, or SDXL's two."""
+        return tuple(each for each in (self.text_encoder, self.text_encoder_2) if each is not None)
+
+    def token_ids(self, prompts: list[str]) -> tuple[Int[np.ndarray, "n s"], ...]:
+        """Token ids for each text encoder."""
+        first = self.tokenize(prompts)
+        return (first,) if self.text_encoder_2 is None else (first, self.tokenize_2(prompts))
+
     def tokenize(self, prompts: list[str]) -> Int[np.ndarray, "n s"]:
         """Token ids int32, padded with the tokenizer's own pad token and truncated, as diffusers does."""
         return _ids(self.tokenizer, self.text_encoder.config, prompts)

@@ -6,15 +6,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
+from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
 from psa_jax.models.adapter import Adapter
 from psa_jax.models.clip import CLIPText
-from psa_jax.models.unet import UNet
+from psa_jax.models.config import VAEConfig
+from psa_jax.models.unet import AddedConditions, UNet
 from psa_jax.models.vae import latent_noise, sample_latents
 from psa_jax.preference import losses
 
 Batch = dict[str, Shaped[Array, "..."]]
+
+_TOKENS = ("input_ids", "input_ids_2")
+_EMPTY = ("empty_ids", "empty_ids_2")
+
+
+def batch_arrays(text_encoders: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the arrays of a batch: those with a row for each pair, and those without."""
+    sizes = () if text_encoders == 1 else ("original_size", "crop")
+    return ("chosen", "rejected", "user", *_TOKENS[:text_encoders], *sizes), _EMPTY[:text_encoders]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +60,18 @@ def preference_loss(
     objective: Objective,
     adapter: Adapter,
     unet: UNet,
-    text_encoder: CLIPText,
+    text_encoders: tuple[CLIPText, ...],
     schedule: NoiseSchedule,
-    scaling_factor: float,
+    vae: VAEConfig,
     batch: Batch,
     key: PRNGKeyArray,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean loss over a batch and what to log about it.
 
     Args:
-      batch: `chosen`, `rejected` moments [b, h, w, 2c]; `input_ids` [b, s]; `empty_ids` [s]; `user` [b, D].
+      text_encoders: one, or SDXL's two.
+      batch: `chosen`, `rejected` moments [b, h, w, 2c]; `user` [b, D]; for each text encoder `input_ids`, `input_ids_2`
+        [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and `crop` [b, 2] in pixels.
       key: of this step; noise and timestep are shared inside a pair.
     """
     pairs = batch["input_ids"].shape[0]
@@ -66,11 +79,15 @@ def preference_loss(
 
     no_text = jax.random.bernoulli(drop_text, objective.text_dropout, (pairs, 1))
     no_user = jax.random.bernoulli(drop_user, objective.user_dropout, (pairs, 1))
-    text = text_encoder(jnp.where(no_text, batch["empty_ids"][None, :], batch["input_ids"])).last
+    ids = tuple(
+        jnp.where(no_text, batch[empty][None, :], batch[tokens])
+        for empty, tokens, _ in zip(_EMPTY, _TOKENS, text_encoders, strict=False)
+    )
+    text = encode_text(text_encoders, ids)
     user = jnp.where(no_user, 0.0, batch["user"])
 
     def latents(moments, key):
-        return sample_latents(moments, latent_noise(key, moments), scaling_factor)
+        return sample_latents(moments, latent_noise(key, moments), vae.scaling_factor)
 
     def twice(x):
         return jnp.concatenate([x, x])
@@ -83,12 +100,17 @@ def preference_loss(
     target = schedule.target(clean, noise, timesteps)
 
     # One pass over the text serves the winner, the loser, the policy and the reference.
-    base = unet.context(text)
-    policy = adapter(unet, text, user, jnp.ones(pairs), base)
+    base = unet.context(text.states)
+    policy = adapter(unet, text.states, user, jnp.ones(pairs), base)
     times = timesteps.astype(jnp.float32)
+    added = None
+    if text.pooled is not None:
+        target_size = jnp.tile(vae.downscale * jnp.asarray([clean.shape[1:3]], jnp.int32), (pairs, 1))
+        sizes = jnp.concatenate([batch["original_size"], batch["crop"], target_size], axis=1).astype(jnp.float32)
+        added = AddedConditions(twice(text.pooled), twice(sizes))
 
     def errors(contexts) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-        predicted = unet(noisy, times, jax.tree.map(lambda x: _repeat(x, pairs), contexts))
+        predicted = unet(noisy, times, jax.tree.map(lambda x: _repeat(x, pairs), contexts), added)
         error = jnp.mean((predicted.astype(jnp.float32) - target) ** 2, axis=(1, 2, 3))
         return error[:pairs], error[pairs:]
 

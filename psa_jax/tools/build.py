@@ -87,7 +87,7 @@ def build(
 
 
 def _text_cache(model: StableDiffusion, batch_size: int, devices: list[jax.Device] | None) -> TextCache:
-    encoders = tuple(each for each in (model.text_encoder, model.text_encoder_2) if each is not None)
+    encoders = model.text_encoders
 
     def encode(encoders, ids: Int32[jax.Array, "b k t"]) -> dict[str, jax.Array]:
         found = encode_text(tuple(encoders), tuple(ids[:, number] for number in range(len(encoders))))

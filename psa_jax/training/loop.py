@@ -19,7 +19,7 @@ from psa_jax.diffusion.generate import Generator, picture_grid
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
 from psa_jax.interop.native import save_adapter, with_arrays
 from psa_jax.models.adapter import AdapterConfig
-from psa_jax.preference.objective import Objective
+from psa_jax.preference.objective import Objective, batch_arrays
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.checkpoints import Checkpoints
 from psa_jax.training.metrics import MetricsWriter
@@ -27,7 +27,6 @@ from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.sharding import by_rows, make_mesh, replicated
 from psa_jax.training.step import init_state, make_step
 
-BATCH = ("chosen", "rejected", "input_ids", "user")
 ADAPTER_FILE = "psa_adapter.safetensors"
 
 
@@ -56,6 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     info = read_info(shards)
     vae = fingerprint(model.folder / "vae" / "diffusion_pytorch_model.safetensors", Preprocess(info["resolution"]))
     mesh = make_mesh(config.mesh.data)
+    of_pairs, of_all = batch_arrays(len(model.text_encoders))
     pipeline = make_pipeline(
         open_shards(shards, "train", vae),
         table,
@@ -66,7 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         flips=info["flips"],
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        place=to_devices(by_rows(mesh), BATCH),
+        place=to_devices(by_rows(mesh), of_pairs),
     )
     iterator = iter(pipeline)
 
@@ -94,12 +94,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
 
         # --- steps
         key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
-        empty_ids = jax.device_put(model.tokenize([""])[0], replicated(mesh))
+        empty = dict(zip(of_all, (ids[0] for ids in model.token_ids([""])), strict=True))
+        empty = jax.device_put(empty, replicated(mesh))
         end = config.steps if until is None else min(until, config.steps)
         bar = tqdm(range(start, end), initial=start, total=config.steps, unit="step", mininterval=2.0)
         clock, clocked, before = time.perf_counter(), start, None
         for number in bar:
-            batch = next(iterator) | {"empty_ids": empty_ids}
+            batch = next(iterator) | empty
             state, metrics = step_fn(state, frozen, batch, key)
             # One step ahead of the device and no more: it never waits, and the pace seen here is its own.
             jax.block_until_ready(before)

@@ -14,7 +14,7 @@ from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import adapter_arrays, with_arrays
 from psa_jax.models.adapter import Adapter, AdapterConfig
-from psa_jax.preference.objective import Batch, Objective, preference_loss
+from psa_jax.preference.objective import Batch, Objective, batch_arrays, preference_loss
 from psa_jax.training.sharding import by_rows, replicated
 
 Metrics = dict[str, Float[Array, ""]]
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 class Frozen(NamedTuple):
     """Everything that it does not; an argument of the step, since closed over it would become a constant."""
 
-    weights: nnx.State  # of (UNet, text encoder)
+    weights: nnx.State  # of (UNet, text encoders)
     schedule: NoiseSchedule
 
 
@@ -49,19 +49,17 @@ def make_step(
     mesh: Mesh,
 ) -> tuple[Callable[[TrainState, Frozen, Batch, PRNGKeyArray], tuple[TrainState, Metrics]], Frozen]:
     """The jitted step (its state is donated) and the frozen weights, placed on the mesh."""
-    graph, weights = nnx.split((model.unet, model.text_encoder))
+    graph, weights = nnx.split((model.unet, model.text_encoders))
     schedule = NoiseSchedule.from_config(model.scheduler_config)
     frozen = jax.device_put(Frozen(weights, schedule), replicated(mesh))
-    scaling_factor = model.vae.config.scaling_factor
+    vae = model.vae.config
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
         def loss(params):
-            unet, text_encoder = nnx.merge(graph, frozen.weights)
+            unet, text_encoders = nnx.merge(graph, frozen.weights)
             adapter = with_arrays(config, params)
             step_key = jax.random.fold_in(key, state.step)
-            return preference_loss(
-                objective, adapter, unet, text_encoder, frozen.schedule, scaling_factor, batch, step_key
-            )
+            return preference_loss(objective, adapter, unet, text_encoders, frozen.schedule, vae, batch, step_key)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(state.params)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies Python floats and int32 counters
@@ -71,7 +69,8 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     whole, rows = replicated(mesh), by_rows(mesh)
-    batch_sharding = {"chosen": rows, "rejected": rows, "input_ids": rows, "user": rows, "empty_ids": whole}
+    of_pairs, of_all = batch_arrays(len(model.text_encoders))
+    batch_sharding = dict.fromkeys(of_pairs, rows) | dict.fromkeys(of_all, whole)
     jitted = jax.jit(
         step,
         in_shardings=(whole, whole, batch_sharding, whole),

@@ -27,3 +27,18 @@ def test_every_picture_is_there_in_its_place_with_its_frame():
     assert frames[0] == frames[2]
     assert len(set(frames)) == 3  # no user, banned, allowed
     assert (page != 255).any(axis=-1)[: corners[0][0] - 8].any()  # headings
+
+
+def test_long_headings_get_the_room_they_need():
+    """Every line is there, above the frames: the same page with one more line is that much higher."""
+    pictures = np.zeros((1, 64, 64, 3), np.uint8)
+
+    def page(heading):
+        return np.asarray(sheet(Grid([heading], ["one"], [[None]], pictures, [["shown"]])))
+
+    short, long = page("bans one"), page(" ".join(["bans"] * 30))
+    frame = [int(np.argmax((p == (200, 196, 190)).all(axis=-1).any(axis=1))) for p in (short, long)]
+    lines = (long[: frame[1]] != 255).any(axis=(1, 2))
+    assert long.shape[0] - short.shape[0] == frame[1] - frame[0] > 0
+    assert not lines[-2:].any()  # no letter runs into the frame
+    assert np.diff(lines.astype(int)).clip(min=0).sum() + lines[0] >= 30 * 5 // (128 // 7)  # that many lines of text

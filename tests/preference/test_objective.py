@@ -8,20 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from flax import nnx
 from torch_adapters import adapted_unet, as_jax, random_adapter, untrained_adapter
 from torch_models import FAST_COMPILE, UNETS, randomise, tensor, to_flax
 
 from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.interop.diffusers import load_stable_diffusion
 from psa_jax.interop.native import adapter_arrays, with_arrays
 from psa_jax.models.adapter import KINDS, AdapterConfig
-from psa_jax.models.config import UNetConfig
+from psa_jax.models.config import UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import latent_noise
 from psa_jax.preference.objective import Objective, preference_loss, spread_timesteps
 
 PAIRS, USER_DIM, FACTOR = 3, 6, 0.18215
+VAE = VAEConfig(scaling_factor=FACTOR)
 PAPER = Objective()
 MILD = Objective(beta=50.0, sft_weight=5.0)  # float32 rounding of the errors stays far below the margin
 KEY = jax.random.key(3)
@@ -54,7 +56,7 @@ def configure(world, kind: str = "text", tokens: int = 2) -> AdapterConfig:
 
 def loss_of(world, objective, adapter, key=KEY, **change):
     _, unet, text_encoder, schedule, batch = world
-    return evaluate(objective, adapter, unet, text_encoder, schedule, FACTOR, batch | change, key)
+    return evaluate(objective, adapter, unet, (text_encoder,), schedule, VAE, batch | change, key)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,9 +109,8 @@ def test_text_dropout_gives_the_empty_prompt(world):
     assert abs(float(kept - empty)) > 1e-4
 
 
-def torch_errors(world, adapter) -> tuple[np.ndarray, ...]:
-    """(pw, pl, rw, rl) in torch for the noise and timesteps that `KEY` draws."""
-    theirs, _, _, schedule, batch = world
+def torch_errors(theirs, schedule, batch, adapter, factor: float, **conditions) -> tuple[np.ndarray, ...]:
+    """(pw, pl, rw, rl) in torch for the noise and timesteps that `KEY` draws; `conditions` are for the UNet."""
     *_, sample_w, sample_l, noise_key, time_key = jax.random.split(KEY, 6)
 
     def to_torch(x):
@@ -117,26 +118,24 @@ def torch_errors(world, adapter) -> tuple[np.ndarray, ...]:
 
     timesteps = torch.from_numpy(np.array(spread_timesteps(time_key, PAIRS, 0.0, float(schedule.steps))))
     noise = to_torch(latent_noise(noise_key, batch["chosen"]))
-    text = theirs.text_encoder(torch.from_numpy(np.array(batch["input_ids"]))).last_hidden_state
+    forward = DDPMScheduler.from_config(theirs.scheduler.config)
     policy = adapted_unet(theirs.unet, adapter, torch.from_numpy(np.array(batch["user"])), torch.ones(PAIRS))
     errors = []
     for unet in (policy, theirs.unet):
         for side, key in (("chosen", sample_w), ("rejected", sample_l)):
             mean, log_variance = to_torch(batch[side]).chunk(2, dim=1)
-            clean = FACTOR * (mean + (log_variance / 2).exp() * to_torch(latent_noise(key, batch[side])))
-            noisy = theirs.scheduler.add_noise(clean, noise, timesteps)
-            predicted = unet(noisy, timesteps, encoder_hidden_states=text).sample
+            clean = factor * (mean + (log_variance / 2).exp() * to_torch(latent_noise(key, batch[side])))
+            noisy = forward.add_noise(clean, noise, timesteps)
+            predicted = unet(noisy, timesteps, **conditions).sample
             errors.append(((predicted - noise) ** 2).mean(dim=(1, 2, 3)).double().numpy())
     return tuple(errors)
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("published", 1), ("text", 2)])
-def test_loss_and_metrics_as_in_torch(world, kind, tokens):
-    adapter = random_adapter(configure(world, kind, tokens))
-    pw, pl, rw, rl = torch_errors(world, adapter)
+def assert_as_in_torch(loss, metrics, errors) -> None:
+    """Everything logged, from the four errors of torch, at MILD."""
+    pw, pl, rw, rl = errors
     z = 25.0 * ((pl - rl) - (pw - rw))
     dpo = np.log1p(np.exp(-z))
-    loss, metrics = loss_of(world, MILD, adapter)
     assert np.abs(z).max() > 0.05
     assert float(loss) == pytest.approx(np.mean(dpo + 5.0 * (pw - rw)), rel=1e-4)
     assert float(metrics["loss"]) == float(loss)
@@ -148,6 +147,56 @@ def test_loss_and_metrics_as_in_torch(world, kind, tokens):
     assert float(metrics["accuracy"]) == pytest.approx((z > 0).mean())
 
 
+@pytest.mark.parametrize(("kind", "tokens"), [("published", 1), ("text", 2)])
+def test_loss_and_metrics_as_in_torch(world, kind, tokens):
+    theirs, _, _, schedule, batch = world
+    adapter = random_adapter(configure(world, kind, tokens))
+    text = theirs.text_encoder(torch.from_numpy(np.array(batch["input_ids"]))).last_hidden_state
+    errors = torch_errors(theirs, schedule, batch, adapter, FACTOR, encoder_hidden_states=text)
+    assert_as_in_torch(*loss_of(world, MILD, adapter), errors)
+
+
+def test_sdxl_as_in_torch(sdxl):
+    """Both text encoders, pooled text, and sizes: original, crop and target."""
+    theirs, model = sdxl[1], load_stable_diffusion(sdxl[0])
+    side = model.unet.config.sample_size
+    moments = torch.cat([tensor(2 * PAIRS, side, side, 4), torch.full((2 * PAIRS, side, side, 4), -1.0)], dim=-1)
+    first, second = model.token_ids(["a cat", "cat at a cat", "t", ""])
+    batch = {
+        "chosen": as_jax(3 * moments[:PAIRS]),
+        "rejected": as_jax(3 * moments[PAIRS:]),
+        "user": as_jax(tensor(PAIRS, USER_DIM, seed=1)),
+        "input_ids": jnp.asarray(first[:PAIRS]),
+        "empty_ids": jnp.asarray(first[PAIRS]),
+        "input_ids_2": jnp.asarray(second[:PAIRS]),
+        "empty_ids_2": jnp.asarray(second[PAIRS]),
+        "original_size": jnp.asarray([[64, 96], [700, 512], [8, 8]]),
+        "crop": jnp.asarray([[0, 3], [94, 0], [0, 0]]),
+    }
+    schedule = NoiseSchedule.from_config(model.scheduler_config)
+    adapter = random_adapter(AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, tokens=2))
+    args = (MILD, adapter, model.unet, model.text_encoders, schedule, model.vae.config, batch, KEY)
+
+    with torch.no_grad():
+        outputs = [
+            encoder(torch.from_numpy(ids[:PAIRS]).long(), output_hidden_states=True)
+            for encoder, ids in ((theirs.text_encoder, first), (theirs.text_encoder_2, second))
+        ]
+        target = side * model.vae.config.downscale
+        sizes = np.concatenate([batch["original_size"], batch["crop"], np.full((PAIRS, 2), target)], axis=1)
+        added = {"text_embeds": outputs[1].text_embeds, "time_ids": torch.from_numpy(sizes.astype(np.float32))}
+        errors = torch_errors(
+            theirs,
+            schedule,
+            batch,
+            adapter,
+            model.vae.config.scaling_factor,
+            encoder_hidden_states=torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+            added_cond_kwargs=added,
+        )
+    assert_as_in_torch(*evaluate(*args), errors)
+
+
 def test_gradient(world):
     _, unet, text_encoder, schedule, batch = world
     config = configure(world)
@@ -155,7 +204,7 @@ def test_gradient(world):
 
     def loss(arrays, frozen):
         adapter, whole = with_arrays(config, arrays), nnx.merge(graph, frozen)
-        return preference_loss(MILD, adapter, whole, text_encoder, schedule, FACTOR, batch, KEY)[0]
+        return preference_loss(MILD, adapter, whole, (text_encoder,), schedule, VAE, batch, KEY)[0]
 
     value_and_slopes = jax.jit(jax.value_and_grad(loss), compiler_options=FAST_COMPILE)
 

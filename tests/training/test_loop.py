@@ -8,7 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.diffusers import load_stable_diffusion
 from psa_jax.interop.native import read_metadata
+from psa_jax.tools.mini_data import prepare
 from psa_jax.training.loop import ADAPTER_FILE, train
 
 STEPS = 40
@@ -64,3 +66,26 @@ def test_samples_are_drawn(training_config, tmp_path):
     train(training_config(steps=1, **{"sample_every": 1, "optimizer.warmup_steps": 0}), tmp_path)
     assert (tmp_path / "samples" / "000001.png").read_bytes().startswith(b"\x89PNG")
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_sdxl_trains(training_config, sdxl, tmp_path):
+    """Two text encoders, pooled text and sizes come from shards that `prepare` made."""
+    model = load_stable_diffusion(sdxl[0])
+    prepare(tmp_path / "data", model, users=1, seed=0, resolution=32, family="sdxl", splits=("train",))
+    overrides = {
+        "model": sdxl[0],
+        "data.shards": tmp_path / "data" / "shards",
+        "data.table": tmp_path / "data" / "table.safetensors",
+        "data.balance": "none",
+        "steps": 1,
+        "batch_size": 2,
+        "optimizer.warmup_steps": 0,
+        "optimizer.decay_share": 0.0,
+    }
+    config = training_config(**overrides)
+    path = train(config, tmp_path / "run")
+    (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert abs(row["loss"] - math.log(2)) <= 1e-5
+    moved = load_file(path)["psa_adapter.0.to_v_user.0.weight"]
+    assert np.abs(moved).max() > 0
+    assert read_metadata(path)["layers"] == [list(layer) for layer in model.unet.config.cross_attentions]
