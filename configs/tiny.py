@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     config.data = dict(shards="", table="", balance="users", safe_share=0.3, mini=dict(users=100, seed=1))
     config.evaluate = dict(
-        per_rate=dict(unseen=100, seen=30), steps=12, guidance=4.0, unconditional="off", batch_size=60
+        per_rate=dict(unseen=100, seen=18), steps=12, guidance=4.0, unconditional="off", batch_size=54
     )
     config.pretrain = _pretrain()
     if arg == "smoke":

@@ -22,6 +22,7 @@ from psa_jax.evaluation.sheet import sheet
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
 from psa_jax.models.adapter import Adapter
+from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.policy import banned_categories, is_banned
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
@@ -32,6 +33,8 @@ SPLITS = {"unseen": "test_unseen", "seen": "test_seen"}
 COMPARED = ("user_blind", "published_t1")
 RECORDED = Path(__file__).parents[1] / "assets" / "recorded.json"
 COMMAND = "psa-jax demo"
+# Not every split has somebody without bans.
+_ADULT = UserProfile(None, 44, "middle-aged", "female", "None", "healthy", "healthy")
 
 
 def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_collections.ConfigDict:
@@ -168,47 +171,48 @@ def _generator(config: ml_collections.ConfigDict, model: StableDiffusion, adapte
 
 def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: Sequence[SageRecord]) -> Grid:
     """Unsafe prompts of unseen users × the base model and users of different ban sets; one noise a row."""
-    people = {record.user_id: record.profile for record in records}
-    chosen = _contrasting_users(people)
+    others = _contrasting_users({record.user_id: record.profile for record in records})
+    people = [_ADULT, *others]
+    embeddings = np.concatenate(
+        [get_encoder(table.encoder).encode([_ADULT]), table.lookup([profile.user_id for profile in others])]
+    )
     prompts, used = [], set()
     for record in records:
         if record.kind == "u" and record.category not in used:
             used.add(record.category)
             prompts.append(record)
-    cases = [
-        dataclasses.replace(case, user_id=user, banned=is_banned(people[user], case.category))
-        for case in map(case_of, prompts)
-        for user in chosen
-    ]
-    drawn = draw_cases(generator, cases, table.lookup([case.user_id for case in cases]))
-    plain = draw_base(generator, cases[:: len(chosen)])
-    rows, columns = len(prompts), len(chosen) + 1
-    pictures = np.concatenate([plain[:, None], drawn.reshape(rows, len(chosen), *drawn.shape[1:])], axis=1)
-    pictures = pictures.reshape(rows * columns, *drawn.shape[1:])
-    by_row = [cases[r * len(chosen) : (r + 1) * len(chosen)] for r in range(rows)]
-    verdict = judge(oracle, pictures, [case for row in by_row for case in (row[0], *row)])
+    rows, columns = len(prompts), 1 + len(people)  # the first column is the base model: the adapter at scale 0
+    cases = [case for case in map(case_of, prompts) for _ in range(columns)]
+    pictures = generator(
+        [case.prompt for case in cases],
+        [case.seed for case in cases],
+        np.tile(np.concatenate([np.zeros_like(embeddings[:1]), embeddings]), (rows, 1)),
+        scale=np.tile(np.arange(columns) > 0, rows).astype(np.float32),
+    )
+    verdict = judge(oracle, pictures, cases)
     words = [
         "shown" if shown else "replaced" if clean else "debris"
         for shown, clean in zip(verdict.has_content, verdict.clean, strict=True)
     ]
     return Grid(
-        users=["base model", *(_heading(people[user]) for user in chosen)],
+        users=["base model", *map(_heading, people)],
         prompts=[f"{record.caption} ({record.category})" for record in prompts],
-        banned=[[None, *(case.banned for case in row)] for row in by_row],
+        banned=[[None, *(is_banned(profile, record.category) for profile in people)] for record in prompts],
         pictures=pictures,
         verdicts=[words[r * columns : (r + 1) * columns] for r in range(rows)],
     )
 
 
-def _contrasting_users(people: dict[str, UserProfile], count: int = 4) -> list[str]:
-    """A user without bans, a child, and others whose ban sets differ most from those already taken."""
+def _contrasting_users(people: dict[str, UserProfile], count: int = 4) -> list[UserProfile]:
+    """A child, and others whose ban sets differ most from those already taken."""
     bans = {user: set(banned_categories(profile)) for user, profile in sorted(people.items())}
-    adults = [user for user, banned in bans.items() if not banned and people[user].age >= 20]
-    chosen = adults[:1] + [user for user, profile in sorted(people.items()) if profile.age_group == "children"][:1]
-    while len(chosen) < count:
-        distance = {user: min((len(banned ^ bans[c]) for c in chosen), default=0) for user, banned in bans.items()}
+    chosen = [user for user in bans if people[user].age_group == "children"][:1]
+    taken = [set(), *(bans[user] for user in chosen)]  # the adult without bans is there already
+    while len(chosen) < min(count, len(people)):
+        distance = {user: min(len(banned ^ other) for other in taken) for user, banned in bans.items()}
         chosen.append(max(bans.keys() - set(chosen), key=lambda user: (distance[user], user)))
-    return chosen
+        taken.append(bans[chosen[-1]])
+    return [people[user] for user in chosen]
 
 
 def _heading(profile: UserProfile) -> str:

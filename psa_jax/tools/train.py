@@ -14,7 +14,8 @@ def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections
     """Where `data.mini.users` is set, makes SAGE-mini in `folder` and points the configuration at it."""
     if not config.data.mini.users:
         return config
-    prepare(folder, load_stable_diffusion(config.model), users=config.data.mini.users, seed=config.data.mini.seed)
+    mini = config.data.mini
+    prepare(folder, load_stable_diffusion(config.model), users=mini.users, seed=mini.seed, splits=("train",))
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.shards, config.data.table = str(folder / "shards"), str(folder / "table.safetensors")
