@@ -19,7 +19,7 @@ SCRIPT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from conftest import BUILD, CountingEncoder, tokenize
+from small_sage import BUILD, CountingEncoder, tokenize
 from psa_jax.data import builder
 
 builder._CHUNK_BATCHES = 2

@@ -7,6 +7,7 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from small_sage import TWO_USERS, CountingEncoder, write_sage
 
 from psa_jax.data import builder, pipeline
 from psa_jax.data.latents import Preprocess
@@ -295,8 +296,6 @@ def test_worker_processes_give_the_same_batches(shards: Shards, table: Embedding
 
 @pytest.fixture(scope="module")
 def flipped(tmp_path_factory, build_options) -> Shards:
-    from conftest import TWO_USERS, CountingEncoder, write_sage
-
     root = tmp_path_factory.mktemp("flipped")
     write_sage(root / "sage", TWO_USERS)
     builder.build_shards(root / "sage", root / "out", encode=CountingEncoder(), flips=True, **build_options)
