@@ -20,7 +20,7 @@ from psa_jax.evaluation.stats import selectivity_interval, wilson
 TEMPLATES = Path(__file__).parents[1] / "assets"
 
 METHODS = {
-    "psa": "PSA (text, 4 tokens)",
+    "psa": "PSA (this adapter)",
     "base": "Base model",
     "user_blind": "User-blind adapter",
     "published_t1": "Published adapter, 1 token",

@@ -105,6 +105,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
     # --- pictures, report
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
+    report["adapter"] = {name: config.adapter[name] for name in ("kind", "tokens")}
     report["versions"] = {"psa_jax": psa_jax.__version__, "jax": jax.__version__}
     report["seconds"] = round(time.perf_counter() - start, 1)
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
