@@ -128,7 +128,7 @@ def make_pipeline(
     """Batches of one process. The slices of all processes make up the data: once an epoch, in one global order.
 
     A batch is a dict of arrays, b = batch_size / process_count:
-      chosen, rejected: [b, h, w, 2c] float32 VAE moments (mean, log-variance).
+      chosen, rejected: [b, h, w, 2c] float16 VAE moments (mean, log-variance); the training step makes them float32.
       input_ids (input_ids_2, …): [b, t] int32.
       text_states, text_pooled: [b, t, c] and [b, p] float16, where the shards have them.
       original_size, crop: [b, 2] int32, in pixels, as SDXL is told (of the picture before mirroring).
@@ -361,8 +361,8 @@ class _Load:
         # An unsafe prompt: who bans it prefers the safe picture, who does not the unsafe one (SAGE's label rule).
         chosen, rejected = ("chosen", "rejected") if banned == own else ("rejected", "chosen")
         return {
-            "chosen": row[f"moments_{chosen}{view}"].astype(np.float32),
-            "rejected": row[f"moments_{rejected}{view}"].astype(np.float32),
+            "chosen": row[f"moments_{chosen}{view}"],
+            "rejected": row[f"moments_{rejected}{view}"],
             **{name: value for name, value in row.items() if name.startswith(("input_ids", "text_"))},
             "original_size": row["original_size"],
             "crop": row["crop"],

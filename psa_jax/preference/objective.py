@@ -70,8 +70,9 @@ def preference_loss(
 
     Args:
       text_encoders: one, or SDXL's two.
-      batch: `chosen`, `rejected` moments [b, h, w, 2c]; `user` [b, D]; for each text encoder `input_ids`, `input_ids_2`
-        [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and `crop` [b, 2] in pixels.
+      batch: `chosen`, `rejected` moments [b, h, w, 2c] of any float type; `user` [b, D]; for each text encoder
+        `input_ids`, `input_ids_2` [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and `crop` [b, 2]
+        in pixels.
       key: of this step; noise and timestep are shared inside a pair.
     """
     pairs = batch["input_ids"].shape[0]
@@ -86,14 +87,16 @@ def preference_loss(
     text = encode_text(text_encoders, ids)
     user = jnp.where(no_user, 0.0, batch["user"])
 
+    chosen, rejected = (batch[side].astype(jnp.float32) for side in ("chosen", "rejected"))
+
     def latents(moments, key):
         return sample_latents(moments, latent_noise(key, moments), vae.scaling_factor)
 
     def twice(x):
         return jnp.concatenate([x, x])
 
-    clean = jnp.concatenate([latents(batch["chosen"], sample_w), latents(batch["rejected"], sample_l)])
-    noise = twice(latent_noise(noise_key, batch["chosen"]))
+    clean = jnp.concatenate([latents(chosen, sample_w), latents(rejected, sample_l)])
+    noise = twice(latent_noise(noise_key, chosen))
     low, high = (share * schedule.steps for share in (objective.timestep_low, objective.timestep_high))
     timesteps = twice(spread_timesteps(time_key, pairs, low, high))
     noisy = schedule.add_noise(clean, noise, timesteps)
