@@ -30,7 +30,7 @@ from psa_jax.models.unet import UNet
 LAYER_NORM_EPS = 1e-5
 PROMPT_HEADS = 8
 # Text states share most of what they are. With a gain of 1 every prompt token asks the user tokens for nearly the same
-# at the start, and it takes training longer to tell concepts apart.
+# at the start, and training takes a little longer to tell concepts apart.
 QUERY_KEY_GAIN = 1.5
 
 
