@@ -25,7 +25,8 @@ def start(sage: Path, out: Path) -> subprocess.Popen:
 def finish(child: subprocess.Popen) -> tuple[int, float]:
     """Exit status and peak memory in GiB of that very child."""
     _, status, usage = os.wait4(child.pid, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss / 2**20
+    child.returncode = os.waitstatus_to_exitcode(status)  # or Popen would take it for running
+    return child.returncode, usage.ru_maxrss / 2**20
 
 
 def content(folder: Path) -> dict[str, str]:
