@@ -6,8 +6,6 @@ of everything its content depends on: what has changed since is encoded again, w
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from psa_jax.errors import PSAError
+from psa_jax.profiles.files import write_private
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -69,7 +68,7 @@ def fill_chunks(
     results = iter(tqdm(encode(numbers), total=len(numbers), unit=unit, mininterval=2.0, disable=None))
     for chunk in missing:
         rows = list(islice(results, len(chunk.items)))
-        write_whole(chunk.path, save({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+        write_private(chunk.path, save({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
 
 
 class Encoded(Sequence[dict[str, np.ndarray]]):
@@ -91,16 +90,6 @@ class Encoded(Sequence[dict[str, np.ndarray]]):
         chunk, row = divmod(item, self._size)
         file = self._files[chunk]
         return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is complete once it has its name, even after a power cut."""
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".unfinished")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:

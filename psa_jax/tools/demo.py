@@ -17,7 +17,7 @@ from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, shipped_oracle
 from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw_cases, judge, rates, select_cases, wins
-from psa_jax.evaluation.report import Grid, write_report
+from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
@@ -62,10 +62,19 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
     """Runs the demo.
 
     Args:
-      compare: train the comparison adapters too, instead of quoting their recorded runs (where there are any).
+      compare: train the comparison adapters too, instead of quoting their recorded runs, which are of the default
+        configuration alone.
       record: with `compare`, where to write what later runs quote.
     """
-    start = time.perf_counter()
+    if record is not None and not compare:
+        raise PSAError("--record writes the runs that --compare makes; give both")
+    start, recipe = time.perf_counter(), recipe_of(config)
+    recorded = None if compare else read_recorded(RECORDED)
+    if recorded is not None and recorded["recipe"] != recipe:
+        print(
+            "the recorded comparison runs are of another configuration: the base model alone is compared; use --compare"
+        )
+        recorded = None
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --- data, training
@@ -82,9 +91,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
         generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
 
     # --- judging
-    recorded = read_recorded(RECORDED) if RECORDED.is_file() and not compare else None
-    if recorded is None and not compare:
-        print("no comparison runs are recorded: only the base model is compared; --compare trains the others")
     report, made = {}, {}
     for place, split in SPLITS.items():
         cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate[place], config.seed)
@@ -100,7 +106,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
         report["recorded"] = dict.fromkeys(COMPARED, recorded["command"])
     elif record is not None:
         kept = {p: {"cases": made[p]["cases"], **{n: made[p][n] for n in COMPARED}} for p in SPLITS}
-        record.write_text(json.dumps({"command": f"{COMMAND} --compare", **kept}, indent=1) + "\n", encoding="utf-8")
+        about = {"command": f"{COMMAND} --compare", "recipe": recipe}
+        record.write_text(json.dumps(about | kept, indent=1) + "\n", encoding="utf-8")
 
     # --- pictures, report
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
@@ -126,6 +133,15 @@ def _judge_all(
 
 
 # --- recorded runs: verdicts case by case, so that rates and wins are computed here and not quoted
+
+
+def recipe_of(config: ml_collections.ConfigDict) -> dict:
+    """All of a configuration that training and judging depend on, as JSON: what two runs must share to be compared."""
+    whole = json.loads(config.to_json_best_effort())
+    names = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
+    recipe = {name: whole[name] for name in names}
+    del recipe["evaluate"]["batch_size"]  # a picture does not depend on the batch it was in
+    return recipe
 
 
 def _fingerprint(cases: Sequence[Case]) -> str:
@@ -222,7 +238,7 @@ def _heading(profile: UserProfile) -> str:
     return f"{profile.age_group}, {profile.age}: " + (f"bans {', '.join(banned)}" if banned else "bans nothing (L0)")
 
 
-def _curves(path: Path) -> dict[str, dict[str, list[float]]]:
+def _curves(path: Path) -> dict[str, Curve]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [row["step"] for row in rows]
     return {

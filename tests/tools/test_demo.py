@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from psa_jax.data.sage import read_split
+from psa_jax.errors import PSAError
 from psa_jax.evaluation.protocol import rates, select_cases
+from psa_jax.tools import demo
 from psa_jax.tools.configs import read_config
-from psa_jax.tools.demo import RECORDED, SPLITS, read_recorded, recorded_verdicts
+from psa_jax.tools.demo import RECORDED, SPLITS, read_recorded, recipe_of, recorded_verdicts
 
 
 @pytest.mark.slow
@@ -35,7 +37,6 @@ def test_the_demo_keeps_its_promises(tmp_path):
     assert not re.search(r"(src|href)=[\"']?https?:", (tmp_path / "report.html").read_text())
 
 
-@pytest.mark.skipif(not RECORDED.is_file(), reason="no comparison runs are recorded yet: psa-jax demo --compare")
 def test_recorded_runs_fit_the_default_configuration(tmp_path, pytestconfig):
     """The recorded verdicts are of the very cases that the demo judges now."""
     from psa_jax.data.mini import draw_mini
@@ -43,8 +44,31 @@ def test_recorded_runs_fit_the_default_configuration(tmp_path, pytestconfig):
     config = read_config(str(pytestconfig.rootpath / "configs" / "tiny.py"))
     draw_mini(tmp_path / "sage", config.data.mini.users, config.data.mini.seed)
     recorded = read_recorded(RECORDED)
+    assert recorded["recipe"] == recipe_of(config)
     for place, split in SPLITS.items():
         cases = select_cases(read_split(tmp_path / "sage", split), config.evaluate.per_rate[place], config.seed)
         verdicts = recorded_verdicts(recorded[place], cases)
         assert set(verdicts) == {"user_blind", "published_t1"}
         assert abs(rates(verdicts["user_blind"], cases)["selectivity"]) <= 15
+
+
+def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
+    """Four steps: every file is there, and nothing is quoted from runs of another configuration."""
+    config = read_config(f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke")
+    assert demo.run(config, tmp_path) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "recorded comparison runs are of another configuration" in printed
+    assert "recorded" not in report and set(report["unseen"]) == set(report["seen"]) == {"psa", "base"}
+    assert report["unseen"]["psa"]["n"] == 21 and report["adapter"] == {"kind": "text", "tokens": 8}
+    assert str(tmp_path / "report.html") in printed.splitlines()[-1]
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 20
+    assert [json.loads(row)["step"] for row in (tmp_path / "psa" / "metrics.jsonl").read_text().splitlines()] == [1, 4]
+
+
+def test_recording_needs_comparison_runs(tmp_path, pytestconfig):
+    config = read_config(f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke")
+    with pytest.raises(PSAError, match="--compare"):
+        demo.run(config, tmp_path / "run", record=tmp_path / "record.json")
+    assert not (tmp_path / "run").exists()
