@@ -1,7 +1,8 @@
 """Grain: shards to training batches, with a position that goes into the checkpoint.
 
-    source → seed → shuffle → repeat → flip → [position + process :: processes] → map → batch → workers → device
+    source → seed → shuffle → repeat → draw → [position + process :: processes] → map → batch → workers → device
 
+What is drawn for an example: its user, and whether its pair is mirrored.
 The position is the number of examples that all processes together have drawn: `iterator.get_state()` is a small dict
 that JSON holds, the same in every process, so a run goes on with other numbers of processes and batch sizes.
 """

@@ -31,7 +31,8 @@ from psa_jax.training.loop import train
 
 SPLITS = {"unseen": "test_unseen", "seen": "test_seen"}
 COMPARED = ("user_blind", "published_t1")
-RECORDED = Path(__file__).parents[1] / "assets" / "recorded.json"
+ASSETS = Path(__file__).parents[1] / "assets"
+RECORD, RECORDED = ASSETS / "record.json", ASSETS / "recorded.json"  # of the base model and oracle; of comparison runs
 COMMAND = "psa-jax demo"
 # Not every split has somebody without bans.
 _ADULT = UserProfile(None, 44, "middle-aged", "female", "None", "healthy", "healthy")
@@ -136,12 +137,12 @@ def _judge_all(
 
 
 def recipe_of(config: ml_collections.ConfigDict) -> dict:
-    """All of a configuration that training and judging depend on, as JSON: what two runs must share to be compared."""
+    """What two runs must share to be compared, as JSON: configuration, embedded base model and oracle."""
     whole = json.loads(config.to_json_best_effort())
     names = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
     recipe = {name: whole[name] for name in names}
     del recipe["evaluate"]["batch_size"]  # a picture does not depend on the batch it was in
-    return recipe
+    return recipe | {"assets": json.loads(RECORD.read_text(encoding="utf-8"))["sha256"]}
 
 
 def _fingerprint(cases: Sequence[Case]) -> str:

@@ -79,6 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         "shards": info["fingerprint"],
         "encoder": table.fingerprint,
         **{k: config[k].to_dict() for k in ("adapter", "objective", "optimizer")},
+        "order": {k: config.data[k] for k in ("balance", "safe_share")},
         **{k: config[k] for k in ("seed", "batch_size", "steps")},
     }
     with contextlib.ExitStack() as stack:

@@ -60,6 +60,8 @@ def test_stopping_halfway_and_resuming_gives_the_same_bits(training_config, sett
 
     with pytest.raises(PSAError, match="was made with objective"):
         train(training_config(**settings, **{"objective.beta": 7.0}), straight)
+    with pytest.raises(PSAError, match="was made with order"):  # the position would mean other rows
+        train(training_config(**settings, **{"data.balance": "rows"}), straight)
 
 
 def test_samples_are_drawn(training_config, tmp_path):
