@@ -53,6 +53,9 @@ def adapter_config(arg: str, *, batch_size: int, optimizer: str, accumulate: int
     # --- what is learnt, and from what
     config.adapter = dict(kind="text", tokens=4, qk_dim=ml_collections.config_dict.placeholder(int))
     config.objective = dataclasses.asdict(Objective(beta=5000.0, sft_weight=500.0))
+    # draws > 0: so many (noise, timestep) draws for each pair, whose reference errors are found once and kept in folder
+    # (default: in the workdir), which runs may share; a step then runs no reference
+    config.reference = dict(draws=0, seed=0, folder="")
     config.optimizer = dict(
         name="adamw",
         learning_rate=1e-4,

@@ -39,6 +39,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.objective = dataclasses.asdict(
         Objective(beta=60.0, sft_weight=36.0, timestep_low=0.2, timestep_high=0.8)  # loss="sigmoid"
     )
+    # draws > 0: so many (noise, timestep) draws for each pair, whose reference errors are found once and kept in folder
+    # (default: in the workdir), which runs may share; a step then runs no reference
+    config.reference = dict(draws=0, seed=0, folder="")
     config.optimizer = dict(
         name="adamw",
         learning_rate=3e-3,

@@ -139,13 +139,13 @@ def _main(words: list[str], flags: dict[str, Any], log: str, file_size: int | No
     sys.exit(code)
 
 
-def _cheap_losses(objective, adapter, unet, text_encoders, schedule, vae, batch, draws):
+def _cheap_losses(objective, adapter, unet, text_encoders, schedule, vae, batch, draws, stored=None):
     """Stands in for `pair_losses`, which takes seconds to trace: depends on batch, noise and adapter alone."""
     import jax.numpy as jnp
 
     from psa_jax.interop.native import adapter_arrays
     from psa_jax.preference.measures import memberships
-    from psa_jax.preference.objective import PairLosses
+    from psa_jax.preference.pairs import PairLosses
 
     pairs = jnp.mean(batch["chosen"].astype(jnp.float32), axis=(1, 2, 3)) + jnp.mean(batch["user"], axis=1)
     aims = pairs * jnp.mean(draws.noise, axis=(1, 2, 3))  # as in the real one, a pair's place matters

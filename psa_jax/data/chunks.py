@@ -87,6 +87,8 @@ class Encoded(Sequence[dict[str, np.ndarray]]):
         return self._length
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
+        if not 0 <= item < self._length:
+            raise IndexError(item)  # it ends an iteration
         chunk, row = divmod(item, self._size)
         file = self._files[chunk]
         return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (it is no mapping)

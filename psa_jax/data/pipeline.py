@@ -136,6 +136,7 @@ def make_pipeline(
       original_size, crop: [b, 2] int32, in pixels, as SDXL is told (of the picture before mirroring).
       user: [b, D] float32 embedding.
       banned: [b] bool, whether that user bans the category.
+      swapped: [b] bool, whether the row's own rejected picture is the chosen one of that user.
       kind: [b] int32, 1 for an unsafe prompt.
       category: [b] int32, position in CATEGORIES.
       row: [b] int32, row of the split, for error reports.
@@ -393,6 +394,7 @@ class _Load:
             "crop": row["crop"],
             "user": self.embeddings[self.user_of_row[example.row] if example.asker is None else example.asker],
             "banned": np.asarray(banned, np.bool_),
+            "swapped": np.asarray(banned != own, np.bool_),
             "kind": np.asarray(row["kind"], np.int32),
             "category": np.asarray(row["category"], np.int32),
             "row": np.asarray(example.row, np.int32),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 
 from psa_jax.data.pipeline import Place, RowSource, make_pipeline
 from psa_jax.errors import PSAError
@@ -43,10 +43,33 @@ def validation_batches(
     if not 1 <= count <= total:
         raise PSAError(f"validation of {count} rows: the split has {total}; use 1 to {total}")
     chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
-    # Filled up, so that every process has as many rows in every batch.
-    padding = -count % batch_size
-    order = np.concatenate([chosen, np.repeat(chosen[-1:], padding)])
     times = dict(zip(chosen.tolist(), spread_timesteps(count, timesteps, seed).tolist(), strict=True))
+    batches = batches_in_order(source, table, chosen, batch_size, process_index, process_count)
+    for number, batch in enumerate(batches):
+        rows_here = len(batch["row"])
+        place_in_order = number * batch_size + process_index * rows_here + np.arange(rows_here)
+        shape = (*batch["chosen"].shape[1:-1], batch["chosen"].shape[-1] // 2)
+        batch |= {
+            "noise": np.stack([row_noise(int(row), shape, seed) for row in batch["row"]]),
+            "timesteps": np.asarray([times[int(row)] for row in batch["row"]], np.int32),
+            "weight": (place_in_order < count).astype(np.float32),
+        }
+        yield batch if place is None else place(batch)
+
+
+def batches_in_order(
+    source: RowSource,
+    table: EmbeddingTable,
+    rows: Int[np.ndarray, " n"],
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of these rows as they are, each once, in this order; the last batch is filled up with the last row.
+
+    Every process has as many rows in every batch, as in `make_pipeline`.
+    """
+    order = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % batch_size)])
     batches = make_pipeline(
         _Rows(source, order),
         table,
@@ -58,18 +81,8 @@ def validation_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    for number, batch in enumerate(batches):
-        rows_here = len(batch["row"])
-        place_in_order = number * batch_size + process_index * rows_here + np.arange(rows_here)
-        found = order[batch["row"]].astype(np.int32)
-        shape = (*batch["chosen"].shape[1:-1], batch["chosen"].shape[-1] // 2)
-        batch |= {
-            "row": found,
-            "noise": np.stack([row_noise(int(row), shape, seed) for row in found]),
-            "timesteps": np.asarray([times[int(row)] for row in found], np.int32),
-            "weight": (place_in_order < count).astype(np.float32),
-        }
-        yield batch if place is None else place(batch)
+    for batch in batches:
+        yield batch | {"row": order[batch["row"]].astype(np.int32)}
 
 
 def row_noise(row: int, shape: tuple[int, ...], seed: int) -> Float32[np.ndarray, "..."]:

@@ -1,6 +1,7 @@
 """`psa-jax bench generate`: a sampling step with an adapter over one without, in JAX and in torch, on one machine.
 
-Random weights; both sides of guidance; medians over steps that take turns, so that a busy machine slows all alike.
+Random weights; both sides of guidance; all ways take turns, and a ratio is the median of those within a turn, so that
+a machine that is busy for a while slows all alike.
 """
 
 import functools
@@ -67,18 +68,21 @@ def ratios(config: UNetConfig, side: int, steps: int) -> dict[str, Any]:
 
 
 def _measured(ways: dict[str, Callable[[], None]], steps: int) -> dict[str, float]:
-    """Median time of each way over that of "base", which itself is left in seconds."""
+    """Median over the turns of each way's time over that of "base", and the median of "base" in seconds."""
     for step in ways.values():
         step()
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(steps):
-        for name, step in ways.items():
+    names = list(ways)
+    turns: list[dict[str, float]] = []
+    for turn in range(steps):
+        first, times = turn % len(names), {}
+        for name in names[first:] + names[:first]:  # each is the first in its turn
             start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    base = medians.pop("base")
-    return {"base_seconds": round(base, 4)} | {name: round(value / base, 4) for name, value in medians.items()}
+            ways[name]()
+            times[name] = time.perf_counter() - start
+        turns.append(times)
+    ratios = {name: statistics.median(turn[name] / turn["base"] for turn in turns) for name in names if name != "base"}
+    base = statistics.median(turn["base"] for turn in turns)
+    return {"base_seconds": round(base, 4)} | {name: round(ratio, 4) for name, ratio in ratios.items()}
 
 
 def _noise(shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:

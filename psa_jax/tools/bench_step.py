@@ -36,6 +36,7 @@ def run(args: Namespace) -> int:
         "objective": config.objective.to_dict(),
         "optimizer": config.optimizer.to_dict(),
         "remat": config.remat,
+        "draws": config.reference.draws,
         "pairs": args.pairs or config.batch_size,
         "resolution": args.resolution,
         "steps": args.steps,
@@ -51,7 +52,7 @@ def run(args: Namespace) -> int:
             "ratio_memory": round(ours["peak_bytes"] / torch["peak_bytes"], 3),  # below 1: lighter than torch
         }
     about = {name: spec[name] for name in ("model", "pairs", "resolution", "steps")}
-    result |= about | {"kind": config.adapter.kind, "cores": os.cpu_count()}
+    result |= about | {"kind": config.adapter.kind, "stored_draws": config.reference.draws, "cores": os.cpu_count()}
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
@@ -84,18 +85,26 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
 
     from psa_jax.interop.diffusers import load_stable_diffusion
     from psa_jax.models.adapter import AdapterConfig
-    from psa_jax.preference.objective import Objective, batch_arrays
+    from psa_jax.preference.objective import Objective
+    from psa_jax.preference.pairs import batch_arrays
     from psa_jax.training.optimizer import make_optimizer
+    from psa_jax.training.reference import stored_or_none
     from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
     from psa_jax.training.step import init_state, make_step
 
     model, mesh = load_stable_diffusion(spec["model"]), make_mesh(1)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=_USER_DIM, **spec["adapter"])
     optimizer = make_optimizer(ml_collections.ConfigDict(spec["optimizer"]), 10_000)
-    step, frozen = make_step(model, adapter, Objective(**spec["objective"]), optimizer, mesh, remat=spec["remat"])
+    objective = Objective(**spec["objective"])
+    stored = stored_or_none(spec["draws"], 0, objective, flips=False)
+    step, frozen = make_step(model, adapter, objective, optimizer, mesh, remat=spec["remat"], stored=stored)
+    if stored is not None:
+        frozen = frozen._replace(
+            reference=jax.device_put(np.ones((spec["pairs"], stored.count, 2), np.float32), replicated(mesh))
+        )
     state = init_state(adapter, optimizer, 0)
     state = jax.device_put(state, shardings(state, mesh))
-    of_pairs, of_all = batch_arrays(len(model.text_encoders))
+    of_pairs, of_all = batch_arrays(len(model.text_encoders), stored is not None)
     rows = _random_rows(model, spec)
     batch = jax.device_put({name: rows[name] for name in of_pairs}, by_rows(mesh))
     empty = (ids[0] for ids in model.token_ids([""]))
@@ -123,6 +132,8 @@ def _random_rows(model: Any, spec: dict[str, Any]) -> dict[str, np.ndarray]:
         "user": rng.normal(size=(pairs, _USER_DIM)).astype(np.float32),
         "banned": rng.integers(2, size=pairs).astype(bool),
         "kind": rng.integers(2, size=pairs).astype(np.int32),
+        "row": np.arange(pairs, dtype=np.int32),
+        "swapped": np.zeros(pairs, bool),
         "original_size": np.full((pairs, 2), side * factor, np.int32),
         "crop": np.zeros((pairs, 2), np.int32),
         **dict(zip(("input_ids", "input_ids_2"), ids, strict=False)),

@@ -12,7 +12,9 @@ from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import with_arrays
 from psa_jax.models.adapter import AdapterConfig
-from psa_jax.preference.objective import Batch, Objective, draw, pair_losses, summarise
+from psa_jax.preference.draws import Batch, draw
+from psa_jax.preference.objective import Objective
+from psa_jax.preference.pairs import pair_losses, summarise
 from psa_jax.training.step import Frozen, Metrics
 
 _LOGGED = ("loss", "accuracy", "margin", "winner_gap", "loser_gap")

@@ -23,7 +23,8 @@ from psa_jax.errors import PSAError, Stopped
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
 from psa_jax.interop.native import save_adapter, with_arrays
 from psa_jax.models.adapter import AdapterConfig
-from psa_jax.preference.objective import Objective, batch_arrays, describe_beta
+from psa_jax.preference.objective import Objective, describe_beta
+from psa_jax.preference.pairs import batch_arrays
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.checkpoints import Checkpoints
 from psa_jax.training.distributed import leads, lost_peers_named, require_joined, say
@@ -31,6 +32,7 @@ from psa_jax.training.held_out import HeldOut
 from psa_jax.training.metrics import MetricsWriter, Row, require_finite
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.preemption import StopSignal, Watchdog
+from psa_jax.training.reference import reference_table, stored_or_none
 from psa_jax.training.sharding import by_rows, check_batch, make_mesh, of_file, replicated, shardings
 from psa_jax.training.speed import StepClock, peak_flops, step_flops
 from psa_jax.training.step import Metrics, init_state, make_step
@@ -73,10 +75,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     objective = Objective(**config.objective)
     info = read_info(shards)
     vae = fingerprint(model.vae_tensors, Preprocess(info["resolution"]))
-    of_pairs, of_all = batch_arrays(len(model.text_encoders))
+    stored = stored_or_none(config.reference.draws, config.reference.seed, objective, flips=info["flips"])
+    of_pairs, of_all = batch_arrays(len(model.text_encoders), stored is not None)
     place = to_devices(by_rows(mesh), of_pairs)
+    rows = open_shards(shards, "train", vae)
     pipeline = make_pipeline(
-        open_shards(shards, "train", vae),
+        rows,
         table,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -85,7 +89,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         flips=info["flips"],
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        place=lambda batch: place(batch) | {"row": batch["row"]},
+        place=lambda batch: place(batch) | {"rows": batch["row"]},
     )
     iterator = iter(pipeline)
 
@@ -103,13 +107,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         remat=config.remat,
         ema=config.optimizer.ema,
         frozen=config.mesh.frozen,
+        stored=stored,
     )
     identity = {
         "base_model": base_hash,
-        "shards": info["fingerprint"],
+        "shards": info["inputs"],
         "encoder": table.fingerprint,
         **{k: config[k].to_dict() for k in ("adapter", "objective", "optimizer")},
         "order": {k: config.data[k] for k in ("balance", "safe_share")},
+        "reference": {k: config.reference[k] for k in ("draws", "seed")},
         **{k: config[k] for k in ("seed", "batch_size", "steps", "dtype")},
     }
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
@@ -145,6 +151,31 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         stop = stack.enter_context(StopSignal())
         stack.enter_context(lost_peers_named())
 
+        # --- reference, where its errors are stored
+        if stored is not None:
+
+            def between() -> None:
+                watchdog.alive(0)
+                if stop.reached():
+                    raise Stopped("stopped by a signal before step 1, while the reference ran; run again to go on")
+
+            errors = reference_table(
+                Path(config.reference.folder or workdir / "reference"),
+                stored,
+                model,
+                objective,
+                frozen,
+                rows,
+                table,
+                mesh,
+                empty=empty,
+                batch_size=config.batch_size // config.accumulate,
+                base_hash=base_hash,
+                between=between,
+            )
+            frozen = frozen._replace(reference=errors)
+            watchdog.rest()
+
         # --- steps
         end = config.steps if until is None else min(until, config.steps)
         bar = tqdm(
@@ -162,13 +193,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         for number in bar:
             with clock.data():
                 batch = next(iterator) | empty
-            rows, done = batch.pop("row"), number + 1
+            numbers, done = batch.pop("rows"), number + 1
             if number == start and peak is not None:
                 step_fn = step_fn.lower(state, frozen, batch, key).compile()
                 clock = StepClock(config.batch_size, step_flops(step_fn, config.accumulate), peak)
             with jax.transfer_guard("disallow"):  # what a step needs is on the devices before it starts
                 state, metrics = step_fn(state, frozen, batch, key)
-            running.append((done, metrics, rows))
+            running.append((done, metrics, numbers))
             last, stopping = done == config.steps, stop.reached()
             measuring = held_out is not None and (done % config.validate.every == 0 or last)
             saving = stopping or done % config.checkpoint_every == 0 or done == end

@@ -76,12 +76,17 @@ class Watchdog:
         """A step has been finished."""
         self._last = time.monotonic(), step
 
+    def rest(self) -> None:
+        """Not watched until the next `alive`."""
+        self._last = None
+
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._seconds / 4)):
-            if self._last is not None and time.monotonic() - self._last[0] > self._seconds:
+            last = self._last
+            if last is not None and time.monotonic() - last[0] > self._seconds:
                 print(  # on a line of its own, below a progress bar
                     f"\npsa-jax: error: process {jax.process_index()}: nothing has moved for {self._seconds:g} s after "
-                    f"step {self._last[1]}: another process or the file system hangs; start again: it goes on from the "
+                    f"step {last[1]}: another process or the file system hangs; start again: it goes on from the "
                     "last checkpoint",
                     file=sys.stderr,
                     flush=True,

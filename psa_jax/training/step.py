@@ -16,8 +16,10 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import adapter_arrays, with_arrays
 from psa_jax.models.adapter import Adapter, AdapterConfig
 from psa_jax.models.attention import REMAT
+from psa_jax.preference.draws import Batch, Stored, draw, draw_stored
 from psa_jax.preference.losses import LOSSES
-from psa_jax.preference.objective import Batch, Objective, batch_arrays, draw, pair_losses, summarise
+from psa_jax.preference.objective import Objective
+from psa_jax.preference.pairs import batch_arrays, pair_losses, summarise
 from psa_jax.training.optimizer import Arrays, moving_average
 from psa_jax.training.sharding import FSDP, REPLICATED, ROWS, by_rows, check_batch, replicated, shardings
 
@@ -47,6 +49,7 @@ class Frozen(NamedTuple):
 
     weights: nnx.State  # of (UNet, text encoders)
     alphas_cumprod: Float[Array, " t"]  # of the noise schedule
+    reference: Float[Array, "n k 2"] | None = None  # its errors (rw, rl) on the stored draws of every row
 
 
 Step = Callable[[TrainState, Frozen, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
@@ -73,6 +76,7 @@ def make_step(
     remat: str = "none",
     ema: float = 0.0,
     frozen: str = REPLICATED,
+    stored: Stored | None = None,
 ) -> tuple[Step, Frozen]:
     """The jitted step (its state is donated) and the frozen weights, placed on the mesh.
 
@@ -84,6 +88,8 @@ def make_step(
       remat: what is stored for the backward pass, a key of `psa_jax.models.attention.REMAT`.
       ema: decay of the moving average of the adapter; 0 for none.
       frozen: where the frozen weights live, a key of `psa_jax.training.sharding.RULES`.
+      stored: draws whose reference errors are to be put into what is returned (`psa_jax.training.reference`); the step
+        then draws among them and runs no reference.
     """
     if remat not in REMAT:
         raise PSAError(f"remat = {remat!r} is unknown; use one of {', '.join(REMAT)}")
@@ -93,11 +99,11 @@ def make_step(
         raise PSAError(f"accumulate = {accumulate}: {objective.loss} compares pairs of a batch; set accumulate to 1")
     graph, weights = nnx.split((model.unet, model.text_encoders))
     whole, rows = replicated(mesh), by_rows(mesh)
-    frozen_at = Frozen(shardings(weights, mesh, frozen), whole)
+    frozen_at = Frozen(shardings(weights, mesh, frozen), whole, None if stored is None else whole)
     schedule = NoiseSchedule.from_config(model.scheduler_config)
     held = Frozen(_placed(weights, frozen_at.weights), jax.device_put(schedule.alphas_cumprod, whole))
     state_at = shardings(jax.eval_shape(lambda: init_state(config, optimizer, 0, ema=ema)), mesh)
-    of_pairs, of_all = batch_arrays(len(model.text_encoders))
+    of_pairs, of_all = batch_arrays(len(model.text_encoders), stored is not None)
     vae = model.vae.config
 
     def step(state: TrainState, held: Frozen, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
@@ -105,15 +111,21 @@ def make_step(
         check_batch(len(pairs["user"]), mesh, accumulate)
         noising = NoiseSchedule(held.alphas_cumprod, schedule.prediction)
         # Of the whole batch, so that neither its parts nor the devices change what is drawn.
-        draws = draw(objective, noising, batch, jax.random.fold_in(key, state.step))
+        key, known = jax.random.fold_in(key, state.step), None
+        if stored is None:
+            draws = draw(objective, noising, batch, key)
+        else:
+            draws, number = draw_stored(stored, objective, noising, batch, key)
+            known = held.reference[batch["row"], number]
+            known = jnp.where(batch["swapped"][:, None], known[:, ::-1], known)
 
         def loss(params, part):
-            pairs, draws = part
+            pairs, draws, known = part
             unet, text_encoders = nnx.merge(graph, held.weights)
             unet.remat = remat
             inputs = pairs | {name: batch[name] for name in of_all}
             adapter = with_arrays(config, params)
-            found = pair_losses(objective, adapter, unet, text_encoders, noising, vae, inputs, draws)
+            found = pair_losses(objective, adapter, unet, text_encoders, noising, vae, inputs, draws, known)
             return jnp.mean(found.values["loss"]), found
 
         def gradient_of(part):
@@ -123,7 +135,7 @@ def make_step(
             return gradient, found
 
         if accumulate == 1:
-            gradient, found = gradient_of((pairs, draws))
+            gradient, found = gradient_of((pairs, draws, known))
         else:
 
             def add(total, part):
@@ -131,7 +143,7 @@ def make_step(
                 return jax.tree.map(jnp.add, total, gradient), found
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            total, found = jax.lax.scan(add, zeros, _parts((pairs, draws), accumulate, mesh))
+            total, found = jax.lax.scan(add, zeros, _parts((pairs, draws, known), accumulate, mesh))
             # Parts are of equal size, so that the mean over all pairs is the mean of theirs.
             gradient = jax.tree.map(lambda x: x / accumulate, total)
             found = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), found)

@@ -25,18 +25,10 @@ from psa_jax.models.config import UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import latent_noise
 from psa_jax.preference import measures
+from psa_jax.preference.draws import draw, spread_timesteps
 from psa_jax.preference.losses import LOSSES
-from psa_jax.preference.objective import (
-    Errors,
-    Objective,
-    compose,
-    describe_beta,
-    draw,
-    effective_beta,
-    pair_losses,
-    spread_timesteps,
-    summarise,
-)
+from psa_jax.preference.objective import Objective, describe_beta, effective_beta
+from psa_jax.preference.pairs import Errors, compose, pair_losses, summarise
 from psa_jax.tools.configs import read_config
 
 PAIRS, USER_DIM, FACTOR = 3, 6, 0.18215

@@ -1,0 +1,153 @@
+"""The reference's errors on stored draws: run once before the first step, so that training runs no reference.
+
+They depend on the frozen model, the rows and the draws alone. They lie in chunks of rows under names that say what they
+depend on: a pass that was stopped goes on, and runs with other adapters, losses or seeds share a folder.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from psa_jax.data.chunks import Encoded, plan_chunks
+from psa_jax.data.pipeline import to_devices
+from psa_jax.data.shards import Shards
+from psa_jax.data.validation import batches_in_order
+from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.errors import PSAError
+from psa_jax.interop.diffusers import StableDiffusion
+from psa_jax.preference.draws import Batch, Stored, of_rows
+from psa_jax.preference.objective import Objective
+from psa_jax.preference.pairs import batch_arrays, reference_errors
+from psa_jax.profiles.files import write_private
+from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.training.distributed import any_process, leads
+from psa_jax.training.sharding import by_rows, replicated
+from psa_jax.training.step import SAME_ROUNDING, Frozen
+
+_FORMAT = "psa_jax.reference/1"
+_CHUNK_BATCHES = 32
+
+
+def stored_or_none(count: int, seed: int, objective: Objective, *, flips: bool) -> Stored | None:
+    """What a configuration asks for; None where `count` is 0.
+
+    Raises:
+      PSAError: an objective or shards for which errors do not say enough.
+    """
+    if count == 0:
+        return None
+    if count < 0:
+        raise PSAError(f"reference.draws is {count}; give a number of draws for each pair, or 0 to store nothing")
+    if not objective.needs_reference:
+        raise PSAError(f"reference.draws is {count}, but {objective.loss} runs no reference; set it to 0")
+    if objective.anchor_weight > 0.0:
+        raise PSAError(
+            f"reference.draws is {count}, but objective.anchor_weight compares predictions, and errors are what is "
+            "stored; set one of the two to 0"
+        )
+    if flips:
+        raise PSAError(
+            f"reference.draws is {count}, but these shards hold mirrored pictures, too; build shards without --flips"
+        )
+    return Stored(count, seed)
+
+
+def reference_table(
+    folder: Path,
+    stored: Stored,
+    model: StableDiffusion,
+    objective: Objective,
+    frozen: Frozen,
+    shards: Shards,
+    table: EmbeddingTable,
+    mesh: Mesh,
+    *,
+    empty: Batch,
+    batch_size: int,
+    base_hash: str,
+    between: Callable[[], None],
+) -> Float32[Array, "n k 2"]:
+    """(rw, rl) of every row's own chosen and rejected picture on each of its draws, on all devices of the mesh.
+
+    All processes call it; the first one writes. What is there already is not run again.
+
+    Args:
+      folder: of the chunks; made where it is missing.
+      frozen: as `make_step` gives it.
+      empty: the arrays of a batch that are the same for all rows.
+      batch_size: rows at a time, a multiple of the devices.
+      base_hash: of the base model's weights.
+      between: called after every batch; may raise to stop.
+    """
+    dtype = model.unet.conv_in.kernel.dtype
+    settings = {
+        "format": _FORMAT,
+        "base_model": base_hash,
+        "dtype": str(dtype),
+        "noise_schedule": NoiseSchedule.from_config(model.scheduler_config).alphas_cumprod.tolist(),
+        "prediction": NoiseSchedule.from_config(model.scheduler_config).prediction,
+        "shards": shards.info["inputs"],
+        "split": shards.split,
+        "draws": [stored.count, stored.seed],
+        "timesteps": [objective.timestep_low, objective.timestep_high],
+        "text_dropout": objective.text_dropout,
+    }
+    if leads():
+        folder.mkdir(parents=True, exist_ok=True)
+    rows = [str(row) for row in range(len(shards))]
+    chunks = plan_chunks(folder, settings, rows, _CHUNK_BATCHES * batch_size)
+    # Asked of one process, so that all run the same batches.
+    there = multihost_utils.broadcast_one_to_all(np.asarray([chunk.path.exists() for chunk in chunks]))
+    missing = [chunk for chunk, done in zip(chunks, there, strict=True) if not done]
+    if missing:
+        numbers = np.concatenate([chunk.items for chunk in missing])
+        found = _run(stored, model, objective, frozen, shards, table, mesh, empty, batch_size, numbers)
+        bar = tqdm(total=len(numbers), unit="row", desc="reference", mininterval=2.0, disable=None if leads() else True)
+        with bar:
+            for chunk in missing:
+                errors = []
+                while sum(map(len, errors)) < len(chunk.items):
+                    errors.append(next(found))
+                    bar.update(len(errors[-1]))
+                    between()
+                if leads():
+                    write_private(chunk.path, save({"errors": np.concatenate(errors)[: len(chunk.items)]}))
+        any_process(False)  # the others wait for the last file
+    whole = np.stack([row["errors"] for row in Encoded(chunks)])
+    if not np.isfinite(whole).all():
+        row = int(np.flatnonzero(~np.isfinite(whole).all(axis=(1, 2)))[0])
+        raise PSAError(
+            f"{folder}: the reference's error on row {row} of {shards.split} is not finite; check the model and the row"
+        )
+    return jax.device_put(whole, replicated(mesh))
+
+
+def _run(stored, model, objective, frozen, shards, table, mesh, empty, batch_size, numbers):
+    """[b, K, 2] for one batch of rows after the other, on the host."""
+    graph, _ = nnx.split((model.unet, model.text_encoders))
+    prediction, vae = NoiseSchedule.from_config(model.scheduler_config).prediction, model.vae.config
+
+    def measure(frozen: Frozen, batch: Batch, number: Any):
+        unet, text_encoders = nnx.merge(graph, frozen.weights)
+        schedule = NoiseSchedule(frozen.alphas_cumprod, prediction)
+        draws = of_rows(stored, objective, schedule, batch, jnp.broadcast_to(number, batch["row"].shape))
+        return reference_errors(unet, text_encoders, schedule, vae, batch, draws)
+
+    options = None if model.unet.conv_in.kernel.dtype == jnp.float32 else SAME_ROUNDING
+    measure = jax.jit(measure, out_shardings=replicated(mesh), compiler_options=options)
+    place = to_devices(by_rows(mesh), batch_arrays(len(model.text_encoders), True)[0])
+    each = jax.device_put(np.arange(stored.count, dtype=np.int32), replicated(mesh))
+    processes = jax.process_index(), jax.process_count()
+    for batch in batches_in_order(shards, table, numbers, batch_size, *processes):
+        placed = place(batch) | empty
+        yield np.stack(jax.device_get([measure(frozen, placed, number) for number in each]), axis=1)
