@@ -134,6 +134,7 @@ def load_stable_diffusion(
     tokenizer: str | Path | None = None,
     config: str | Path | None = None,
     sharding: Shardings | None = None,
+    vae_weights: bool = True,
 ) -> StableDiffusion:
     """Reads a pipeline. Everything but the weights is read and checked first, then one tensor at a time.
 
@@ -146,6 +147,7 @@ def load_stable_diffusion(
       tokenizer: for a single file, which holds none: a folder with vocab.json and merges.txt (or with `tokenizer/`).
       config: for a single file: a diffusers folder whose JSON files and tokenizers replace the known ones.
       sharding: (path, shape) of a parameter -> where it lives; each process reads only the parts it holds.
+      vae_weights: False leaves the VAE abstract, for what neither encodes nor decodes.
 
     Raises:
       PSAError: anything missing, of another kind, or not matching its config.
@@ -169,8 +171,11 @@ def load_stable_diffusion(
         merged = merge_lora(parts.tensors["unet"], Path(lora), lora_scale)
         parts = dataclasses.replace(parts, tensors=parts.tensors | {"unet": merged})
     models = {
-        name: _load(name, parts.configs[name], tensors, dtype, sharding) for name, tensors in parts.tensors.items()
+        name: _load(name, parts.configs[name], tensors, dtype, sharding)
+        for name, tensors in parts.tensors.items()
+        if vae_weights or name != "vae"
     }
+    models.setdefault("vae", abstract_model(VAE, parts.configs["vae"]))
     return StableDiffusion(
         folder=source,
         scheduler_config=parts.scheduler,

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from psa_jax.models.conv import CONVOLUTION
+
 
 def _projections(primitive: Any, *operands: Any, **parameters: Any) -> bool:
-    if primitive.name == "conv_general_dilated":
+    if primitive.name == "conv_general_dilated" or parameters.get("name") == CONVOLUTION:
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters)
 

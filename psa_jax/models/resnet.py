@@ -6,11 +6,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from psa_jax.models.attention import group_norm
+from psa_jax.models.conv import Conv
 
 
-def conv3x3(cin: int, cout: int, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
+def conv3x3(cin: int, cout: int, rngs: nnx.Rngs, stride: int = 1) -> Conv:
     """3×3 convolution padded by one pixel on every side, also when strided (torch's padding=1)."""
-    return nnx.Conv(cin, cout, (3, 3), strides=stride, padding=((1, 1), (1, 1)), rngs=rngs)
+    return Conv(cin, cout, (3, 3), strides=stride, padding=((1, 1), (1, 1)), rngs=rngs)
 
 
 class ResnetBlock(nnx.Module):
@@ -39,7 +40,7 @@ class Downsample(nnx.Module):
 
     def __init__(self, dim: int, *, asymmetric: bool = False, rngs: nnx.Rngs):
         pad = ((0, 1), (0, 1)) if asymmetric else ((1, 1), (1, 1))
-        self.conv = nnx.Conv(dim, dim, (3, 3), strides=2, padding=pad, rngs=rngs)
+        self.conv = Conv(dim, dim, (3, 3), strides=2, padding=pad, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 d"]:
         return self.conv(x)

@@ -92,7 +92,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
     from psa_jax.training.step import init_state, make_step
 
-    model, mesh = load_stable_diffusion(spec["model"]), make_mesh(1)
+    model, mesh = load_stable_diffusion(spec["model"], vae_weights=False), make_mesh(1)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=_USER_DIM, **spec["adapter"])
     optimizer = make_optimizer(ml_collections.ConfigDict(spec["optimizer"]), 10_000)
     objective = Objective(**spec["objective"])
