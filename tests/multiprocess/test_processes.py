@@ -8,6 +8,7 @@ import socket
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from training_runs import Run, Runs, rows
 
 STEPS = 40
@@ -121,3 +122,21 @@ def test_the_real_loss(real_runs, really_alone, tmp_path, processes: int):
     assert [run.code() for run in found] == [0] * processes, "".join(run.output for run in found)
     assert_same_losses(rows(tmp_path), really_alone)
     assert len(rows(tmp_path)) == 6
+
+
+@pytest.mark.slow
+def test_two_processes_store_the_reference_of_one(real_runs, tmp_path):
+    """Files of the same names with the same errors, which the first process writes, and the same losses from them."""
+    stored = {"reference__draws": 1, "steps": 2, "optimizer__decay_share": 0.0}
+    one = real_runs.start(tmp_path / "one", **stored)
+    assert one.code() == 0, one.output
+    pair = group(real_runs, tmp_path / "two", 2, **stored)
+    assert [run.code() for run in pair] == [0, 0], pair[0].output + pair[1].output
+    assert_same_losses(rows(tmp_path / "two"), rows(tmp_path / "one"))
+    ours, theirs = (
+        {path.name: load_file(path)["errors"] for path in (tmp_path / name / "reference").iterdir()}
+        for name in ("two", "one")
+    )
+    assert ours.keys() == theirs.keys() and len(ours) > 1
+    for name, errors in theirs.items():
+        np.testing.assert_allclose(ours[name], errors, rtol=1e-5)
