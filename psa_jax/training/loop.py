@@ -158,7 +158,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
             def between() -> None:
                 watchdog.alive(0)
                 if stop.reached():
-                    raise Stopped("stopped by a signal before step 1, while the reference ran; run again to go on")
+                    raise Stopped("stopped by a signal while the reference ran; run again to go on")
 
             errors = reference_table(
                 Path(config.reference.folder or workdir / "reference"),
