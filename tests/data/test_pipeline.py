@@ -82,6 +82,7 @@ def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
         "crop": ((6, 2), "int32"),
         "user": ((6, table.dim), "float32"),
         "banned": ((6,), "bool"),
+        "swapped": ((6,), "bool"),
         "kind": ((6,), "int32"),
         "category": ((6,), "int32"),
         "row": ((6,), "int32"),
@@ -95,7 +96,7 @@ def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
         np.testing.assert_array_equal(batch["input_ids"][index], expected["input_ids"])
         assert (batch["original_size"][index].tolist(), batch["crop"][index].tolist()) == ([8, 12], [0, 2])
         np.testing.assert_array_equal(batch["user"][index], table.embeddings[table.ids.index(user_id)])
-        assert batch["banned"][index] == (category in bans[user_id])
+        assert batch["banned"][index] == (category in bans[user_id]) and not batch["swapped"][index]
         assert batch["kind"][index] == expected["file_name"].decode().endswith("_u.jpg")
 
 
@@ -116,6 +117,7 @@ def test_drawn_users_follow_the_label_rule(shards: Shards, table: EmbeddingTable
             np.testing.assert_array_equal(batch["chosen"][index], stored[f"moments_{wanted}"])
             left = other if wanted == safe else safe
             np.testing.assert_array_equal(batch["rejected"][index], stored[f"moments_{left}"])
+            assert batch["swapped"][index] == (wanted == "rejected")
             if unsafe:
                 met.setdefault(category, []).append(banned)
                 users.setdefault(row, set()).add(batch["user"][index].tobytes())
