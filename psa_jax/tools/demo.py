@@ -142,6 +142,7 @@ def recipe_of(config: ml_collections.ConfigDict) -> dict:
     names = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
     recipe = {name: whole[name] for name in names}
     del recipe["evaluate"]["batch_size"]  # a picture does not depend on the batch it was in
+    recipe["reference"] = {name: whole["reference"][name] for name in ("draws", "seed")}
     return recipe | {"assets": json.loads(RECORD.read_text(encoding="utf-8"))["sha256"]}
 
 

@@ -382,3 +382,16 @@ def test_saving_never_overwrites_and_leaves_nothing_half_written(loaded, tmp_pat
     with pytest.raises(OSError, match="disk full"):
         save_stable_diffusion(dataclasses.replace(loaded, tokenizer=Failing()), tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_a_vae_that_nobody_needs_stays_in_its_file(sd1, loaded):
+    """Its configuration and its file are there, its weights are shapes; the other models are whole."""
+    model = load_stable_diffusion(sd1[0], vae_weights=False)
+    assert model.vae.config == loaded.vae.config
+    shapes, whole = jax.tree.leaves(nnx.state(model.vae)), jax.tree.leaves(nnx.state(loaded.vae))
+    assert [leaf.shape for leaf in shapes] == [leaf.shape for leaf in whole]
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in shapes)
+    assert model.vae_tensors.keys() == loaded.vae_tensors.keys()
+    for name in ("unet", "text_encoder"):
+        both = (jax.tree.leaves(nnx.state(getattr(each, name))) for each in (model, loaded))
+        assert all(np.array_equal(*pair) for pair in zip(*both, strict=True))

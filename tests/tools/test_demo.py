@@ -45,6 +45,8 @@ def test_recorded_runs_fit_the_default_configuration(tmp_path, pytestconfig):
     draw_mini(tmp_path / "sage", config.data.mini.users, config.data.mini.seed)
     recorded = read_recorded(RECORDED)
     assert recorded["recipe"] == recipe_of(config)
+    stored = read_config(str(pytestconfig.rootpath / "configs" / "tiny.py"), [("reference.draws", "4")])
+    assert recorded["recipe"] != recipe_of(stored)
     for place, split in SPLITS.items():
         cases = select_cases(read_split(tmp_path / "sage", split), config.evaluate.per_rate[place], config.seed)
         verdicts = recorded_verdicts(recorded[place], cases)
