@@ -139,7 +139,7 @@ def _main(words: list[str], flags: dict[str, Any], log: str, file_size: int | No
     sys.exit(code)
 
 
-def _cheap_losses(objective, adapter, unet, text_encoders, schedule, vae, batch, draws, stored=None):
+def _cheap_losses(objective, adapter, base, batch, draws, stored=None):
     """Stands in for `pair_losses`, which takes seconds to trace: depends on batch, noise and adapter alone."""
     import jax.numpy as jnp
 
@@ -160,7 +160,7 @@ def _cheap_losses(objective, adapter, unet, text_encoders, schedule, vae, batch,
         "margin": aims,
         "winner_gap": gaps[0],
     }
-    return PairLosses(values, memberships(draws.timesteps, schedule.steps, batch["banned"], batch["kind"] == 1))
+    return PairLosses(values, memberships(draws.timesteps, base.schedule.steps, batch["banned"], batch["kind"] == 1))
 
 
 def rows(workdir: Path) -> list[dict[str, float]]:

@@ -35,6 +35,15 @@ def batch_arrays(text_encoders: int, stored: bool = False) -> tuple[tuple[str, .
     return of_pairs, _EMPTY[:text_encoders]
 
 
+class Base(NamedTuple):
+    """The base model, as far as pairs are asked of it; nothing of it is trained."""
+
+    unet: UNet
+    text_encoders: tuple[CLIPText, ...]  # one, or SDXL's two
+    schedule: NoiseSchedule
+    vae: VAEConfig
+
+
 class PairLosses(NamedTuple):
     """What a step finds out about each of its pairs.
 
@@ -53,10 +62,7 @@ class PairLosses(NamedTuple):
 def pair_losses(
     objective: Objective,
     adapter: Adapter,
-    unet: UNet,
-    text_encoders: tuple[CLIPText, ...],
-    schedule: NoiseSchedule,
-    vae: VAEConfig,
+    base: Base,
     batch: Batch,
     draws: Draws,
     stored: Float[Array, "b 2"] | None = None,
@@ -64,15 +70,15 @@ def pair_losses(
     """The loss of each pair and what else is known about it.
 
     Args:
-      text_encoders: one, or SDXL's two.
       batch: `chosen`, `rejected` moments [b, h, w, 2c] of any float type; `user` [b, D]; `banned` [b], whether the user
         bans the prompt's category; `kind` [b], 1 for an unsafe prompt; for each text encoder `input_ids`, `input_ids_2`
         [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and `crop` [b, 2] in pixels.
       draws: of these pairs.
       stored: (rw, rl) if `reference_errors` has found them for these draws; the reference is then not run.
     """
+    unet, schedule = base.unet, base.schedule
     pairs = batch["input_ids"].shape[0]
-    question = _noised(unet, text_encoders, schedule, vae, batch, draws)
+    question = _noised(base, batch, draws)
     user = jnp.where(draws.no_user, 0.0, batch["user"])
     adapted = adapter(unet, question.text, user, jnp.ones(pairs), question.base)
     run = objective.needs_reference and stored is None
@@ -101,17 +107,10 @@ def pair_losses(
     return PairLosses(values, measures.memberships(draws.timesteps, schedule.steps, batch["banned"], unsafe))
 
 
-def reference_errors(
-    unet: UNet,
-    text_encoders: tuple[CLIPText, ...],
-    schedule: NoiseSchedule,
-    vae: VAEConfig,
-    batch: Batch,
-    draws: Draws,
-) -> Float[Array, "b 2"]:
+def reference_errors(base: Base, batch: Batch, draws: Draws) -> Float[Array, "b 2"]:
     """(rw, rl) of each pair, which no adapter changes: see `pair_losses`."""
-    question = _noised(unet, text_encoders, schedule, vae, batch, draws)
-    errors = losses.mean_over_latent((_predict(unet, question, question.base) - question.target) ** 2)
+    question = _noised(base, batch, draws)
+    errors = losses.mean_over_latent((_predict(base.unet, question, question.base) - question.target) ** 2)
     return jnp.stack(jnp.split(errors, 2), axis=-1)
 
 
@@ -124,14 +123,8 @@ class _Noised(NamedTuple):
     target: Float[Array, "two_b h w c"]
 
 
-def _noised(
-    unet: UNet,
-    text_encoders: tuple[CLIPText, ...],
-    schedule: NoiseSchedule,
-    vae: VAEConfig,
-    batch: Batch,
-    draws: Draws,
-) -> _Noised:
+def _noised(base: Base, batch: Batch, draws: Draws) -> _Noised:
+    unet, text_encoders, schedule, vae = base
     pairs = batch["input_ids"].shape[0]
     ids = tuple(
         jnp.where(draws.no_text, batch[empty][None, :], batch[tokens])

@@ -6,16 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import with_arrays
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.draws import Batch, draw
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pairs import pair_losses, summarise
-from psa_jax.training.step import Frozen, Metrics
+from psa_jax.training.step import Frozen, Metrics, opened
 
 _LOGGED = ("loss", "accuracy", "margin", "winner_gap", "loser_gap")
 
@@ -31,17 +29,14 @@ class HeldOut:
     def __init__(
         self, model: StableDiffusion, config: AdapterConfig, objective: Objective, batches: Iterable[Batch], key: Any
     ):
-        graph, _ = nnx.split((model.unet, model.text_encoders))
-        vae, prediction = model.vae.config, NoiseSchedule.from_config(model.scheduler_config).prediction
+        base_of = opened(model)
         quiet = dataclasses.replace(objective, text_dropout=0.0, user_dropout=0.0)
 
         def measure(params: dict[str, Any], frozen: Frozen, batch: Batch, key: Any) -> Metrics:
-            unet, text_encoders = nnx.merge(graph, frozen.weights)
-            adapter = with_arrays(config, params)
-            schedule = NoiseSchedule(frozen.alphas_cumprod, prediction)
+            base, adapter = base_of(frozen), with_arrays(config, params)
             fixed = {"noise": batch["noise"], "timesteps": batch["timesteps"]}
-            draws = draw(quiet, schedule, batch, key)._replace(**fixed)
-            found = summarise(pair_losses(quiet, adapter, unet, text_encoders, schedule, vae, batch, draws))
+            draws = draw(quiet, base.schedule, batch, key)._replace(**fixed)
+            found = summarise(pair_losses(quiet, adapter, base, batch, draws))
             return {name: found[name] for name in _LOGGED if name in found}
 
         self._measure, self._batches, self._key = jax.jit(measure), list(batches), key

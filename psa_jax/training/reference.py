@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32
@@ -32,7 +31,7 @@ from psa_jax.profiles.files import write_private
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.distributed import any_process, leads
 from psa_jax.training.sharding import by_rows, replicated
-from psa_jax.training.step import SAME_ROUNDING, Frozen
+from psa_jax.training.step import SAME_ROUNDING, Frozen, opened
 
 _FORMAT = "psa_jax.reference/1"
 _CHUNK_BATCHES = 32
@@ -89,13 +88,13 @@ def reference_table(
       base_hash: of the base model's weights.
       between: called after every batch; may raise to stop.
     """
-    dtype = model.unet.conv_in.kernel.dtype
+    dtype, schedule = model.unet.conv_in.kernel.dtype, NoiseSchedule.from_config(model.scheduler_config)
     settings = {
         "format": _FORMAT,
         "base_model": base_hash,
         "dtype": str(dtype),
-        "noise_schedule": NoiseSchedule.from_config(model.scheduler_config).alphas_cumprod.tolist(),
-        "prediction": NoiseSchedule.from_config(model.scheduler_config).prediction,
+        "noise_schedule": schedule.alphas_cumprod.tolist(),
+        "prediction": schedule.prediction,
         "shards": shards.info["inputs"],
         "split": shards.split,
         "draws": [stored.count, stored.seed],
@@ -134,14 +133,12 @@ def reference_table(
 
 def _run(stored, model, objective, frozen, shards, table, mesh, empty, batch_size, numbers):
     """[b, K, 2] for one batch of rows after the other, on the host."""
-    graph, _ = nnx.split((model.unet, model.text_encoders))
-    prediction, vae = NoiseSchedule.from_config(model.scheduler_config).prediction, model.vae.config
+    base_of = opened(model)
 
     def measure(frozen: Frozen, batch: Batch, number: Any):
-        unet, text_encoders = nnx.merge(graph, frozen.weights)
-        schedule = NoiseSchedule(frozen.alphas_cumprod, prediction)
-        draws = of_rows(stored, objective, schedule, batch, jnp.broadcast_to(number, batch["row"].shape))
-        return reference_errors(unet, text_encoders, schedule, vae, batch, draws)
+        base = base_of(frozen)
+        draws = of_rows(stored, objective, base.schedule, batch, jnp.broadcast_to(number, batch["row"].shape))
+        return reference_errors(base, batch, draws)
 
     options = None if model.unet.conv_in.kernel.dtype == jnp.float32 else SAME_ROUNDING
     measure = jax.jit(measure, out_shardings=replicated(mesh), compiler_options=options)

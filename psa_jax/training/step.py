@@ -14,12 +14,13 @@ from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import adapter_arrays, with_arrays
-from psa_jax.models.adapter import Adapter, AdapterConfig
+from psa_jax.models.adapter import Adapter
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.attention import REMAT
 from psa_jax.preference.draws import Batch, Stored, draw, draw_stored
 from psa_jax.preference.losses import LOSSES
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pairs import batch_arrays, pair_losses, summarise
+from psa_jax.preference.pairs import Base, batch_arrays, pair_losses, summarise
 from psa_jax.training.optimizer import Arrays, moving_average
 from psa_jax.training.sharding import FSDP, REPLICATED, ROWS, by_rows, check_batch, replicated, shardings
 
@@ -52,6 +53,7 @@ class Frozen(NamedTuple):
     reference: Float[Array, "n k 2"] | None = None  # its errors (rw, rl) on the stored draws of every row
 
 
+Opened = Callable[[Frozen], Base]
 Step = Callable[[TrainState, Frozen, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
 
 
@@ -63,6 +65,17 @@ def init_state(
     # Copied: the step is given its buffers to use again, and no two may be the same.
     average = jax.tree.map(jnp.copy, params) if ema else {}
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+
+
+def opened(model: StableDiffusion) -> Opened:
+    """What makes the base model out of frozen weights, inside a jitted function."""
+    graph, _ = nnx.split((model.unet, model.text_encoders))
+    prediction, vae = NoiseSchedule.from_config(model.scheduler_config).prediction, model.vae.config
+
+    def base(frozen: Frozen) -> Base:
+        return Base(*nnx.merge(graph, frozen.weights), NoiseSchedule(frozen.alphas_cumprod, prediction), vae)
+
+    return base
 
 
 def make_step(
@@ -97,19 +110,18 @@ def make_step(
         raise PSAError(f"optimizer.ema = {ema}; give a decay from 0 (none) to below 1")
     if accumulate > 1 and LOSSES[objective.loss].whole_batch:
         raise PSAError(f"accumulate = {accumulate}: {objective.loss} compares pairs of a batch; set accumulate to 1")
-    graph, weights = nnx.split((model.unet, model.text_encoders))
+    base_of, weights = opened(model), nnx.state((model.unet, model.text_encoders))
     whole, rows = replicated(mesh), by_rows(mesh)
     frozen_at = Frozen(shardings(weights, mesh, frozen), whole, None if stored is None else whole)
     schedule = NoiseSchedule.from_config(model.scheduler_config)
     held = Frozen(_placed(weights, frozen_at.weights), jax.device_put(schedule.alphas_cumprod, whole))
     state_at = shardings(jax.eval_shape(lambda: init_state(config, optimizer, 0, ema=ema)), mesh)
     of_pairs, of_all = batch_arrays(len(model.text_encoders), stored is not None)
-    vae = model.vae.config
 
     def step(state: TrainState, held: Frozen, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
         pairs = {name: batch[name] for name in of_pairs}
         check_batch(len(pairs["user"]), mesh, accumulate)
-        noising = NoiseSchedule(held.alphas_cumprod, schedule.prediction)
+        noising = base_of(held).schedule
         # Of the whole batch, so that neither its parts nor the devices change what is drawn.
         key, known = jax.random.fold_in(key, state.step), None
         if stored is None:
@@ -121,11 +133,11 @@ def make_step(
 
         def loss(params, part):
             pairs, draws, known = part
-            unet, text_encoders = nnx.merge(graph, held.weights)
-            unet.remat = remat
+            base = base_of(held)
+            base.unet.remat = remat
             inputs = pairs | {name: batch[name] for name in of_all}
             adapter = with_arrays(config, params)
-            found = pair_losses(objective, adapter, unet, text_encoders, noising, vae, inputs, draws, known)
+            found = pair_losses(objective, adapter, base, inputs, draws, known)
             return jnp.mean(found.values["loss"]), found
 
         def gradient_of(part):

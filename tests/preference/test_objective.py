@@ -20,7 +20,7 @@ from torch_models import FAST_COMPILE, UNETS, randomise, tensor, to_flax
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
 from psa_jax.interop.native import adapter_arrays, with_arrays
-from psa_jax.models.adapter import KINDS, AdapterConfig
+from psa_jax.models.adapter_config import KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import latent_noise
@@ -28,7 +28,7 @@ from psa_jax.preference import measures
 from psa_jax.preference.draws import draw, spread_timesteps
 from psa_jax.preference.losses import LOSSES
 from psa_jax.preference.objective import Objective, describe_beta, effective_beta
-from psa_jax.preference.pairs import Errors, compose, pair_losses, summarise
+from psa_jax.preference.pairs import Base, Errors, compose, pair_losses, summarise
 from psa_jax.tools.configs import read_config
 
 PAIRS, USER_DIM, FACTOR = 3, 6, 0.18215
@@ -43,7 +43,7 @@ PROMPTS = {"banned": jnp.asarray([True, False, True]), "kind": jnp.asarray([1, 1
 def preference_loss(objective, adapter, unet, text_encoders, schedule, vae, batch, key):
     """Mean loss of a batch and what is logged, as the training step has them."""
     draws = draw(objective, schedule, batch, key)
-    found = pair_losses(objective, adapter, unet, text_encoders, schedule, vae, batch, draws)
+    found = pair_losses(objective, adapter, Base(unet, text_encoders, schedule, vae), batch, draws)
     return jnp.mean(found.values["loss"]), summarise(found)
 
 

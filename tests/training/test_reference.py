@@ -17,15 +17,16 @@ from torch_adapters import random_adapter
 from psa_jax.data.shards import open_shards
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
+from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.interop.diffusers import weights_hash
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.draws import Stored, draw_stored, of_rows
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pairs import pair_losses, reference_errors
+from psa_jax.preference.pairs import Base, pair_losses, reference_errors
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.tools.mini_data import prepare
 from psa_jax.training import reference
-from psa_jax.training.loop import ADAPTER_FILE, train
+from psa_jax.training.loop import train
 from psa_jax.training.reference import reference_table, stored_or_none
 from psa_jax.training.sharding import make_mesh, replicated
 from psa_jax.training.step import Frozen
@@ -121,11 +122,11 @@ def test_loss_and_gradient_are_those_of_a_reference_that_runs(small_pipeline):
     for side, other in ((0, 1), (1, 0)):
         asked[("chosen", "rejected")[side]] = jnp.where(swapped[:, None, None, None], moments[other], moments[side])
     adapter = random_adapter(AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, tokens=2))
-    parts = (model.unet, model.text_encoders, schedule, model.vae.config)
+    base = Base(model.unet, model.text_encoders, schedule, model.vae.config)
 
     @jax.jit
     def errors(number):
-        return reference_errors(*parts, own, of_rows(STORED, objective, schedule, own, jnp.full(pairs, number)))
+        return reference_errors(base, own, of_rows(STORED, objective, schedule, own, jnp.full(pairs, number)))
 
     table = jnp.stack([errors(number) for number in range(STORED.count)], axis=1)
 
@@ -136,7 +137,7 @@ def test_loss_and_gradient_are_those_of_a_reference_that_runs(small_pipeline):
         known = jnp.where(swapped[:, None], known[:, ::-1], known)
 
         def loss(adapter, stored):
-            found = pair_losses(objective, adapter, *parts, asked, draws, stored)
+            found = pair_losses(objective, adapter, base, asked, draws, stored)
             return jnp.mean(found.values["loss"]), found.values
 
         return [nnx.value_and_grad(loss, has_aux=True)(adapter, stored) for stored in (known, None)]
