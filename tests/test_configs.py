@@ -10,7 +10,7 @@ import pytest
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion, abstract_model, parameter_count
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet

@@ -11,8 +11,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from flax import nnx
 
-from psa_jax.interop.native import adapter_arrays, adapter_shapes, to_file, with_arrays
-from psa_jax.models.adapter import Adapter, AdapterConfig
+from psa_jax.interop.native import adapter_shapes, to_file, with_arrays
+from psa_jax.models.adapter import Adapter
+from psa_jax.models.adapter_config import AdapterConfig
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,9 +38,7 @@ def untrained_adapter(config: AdapterConfig, seed: int = 0) -> Adapter:
 
 def file_tensors(adapter: Adapter) -> Tensors:
     """What the native file holds, as torch reads it."""
-    return {
-        name: torch.from_numpy(array.copy()) for name, array in to_file(adapter_arrays(adapter), adapter.config).items()
-    }
+    return {name: torch.from_numpy(array.copy()) for name, array in to_file(adapter).items()}
 
 
 def user_tokens(tensors: Tensors, user: torch.Tensor, cross_dim: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from psa_jax.errors import PSAError
-from psa_jax.models.adapter import KINDS, Adapter
+from psa_jax.models.adapter import Adapter
 from psa_jax.models.unet import UNet
 
 
@@ -21,7 +21,7 @@ def bake(unet: UNet, adapter: Adapter, user: Float[Array, "1 d"], scale: float =
       PSAError: the adapter answers each pixel or prompt differently, which no bias can.
     """
     config = adapter.config
-    if config.tokens != 1 or KINDS[config.kind].apply is None:
+    if config.tokens != 1 or config.before_unet:
         raise PSAError(
             f"a plain UNet cannot hold an adapter of kind {config.kind!r} with {config.tokens} tokens (only 1 token in "
             "the cross-attentions); export it with --format=native and load it with psa_jax.torch (load_psa)"

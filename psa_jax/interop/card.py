@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 
 _CARD = """\
 ---

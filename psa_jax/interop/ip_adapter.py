@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.native import Tensors
+from psa_jax.interop.adapter_file import Tensors
 from psa_jax.interop.upstream import as_published
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 
 TOKENS = 4  # what diffusers takes for granted
 WEIGHT_NAME = "ip_adapter.safetensors"

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.native import Tensors
+from psa_jax.interop.adapter_file import Tensors
 from psa_jax.interop.unpickle import read_state
-from psa_jax.models.adapter import KINDS, AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 
 GROUPS = ("psa_adapter", "user_proj")
 
@@ -52,7 +52,7 @@ def as_published(tensors: Tensors, config: AdapterConfig, where: Path, format_: 
     Raises:
       PSAError: the adapter does what no `published` adapter can do.
     """
-    constant = config.tokens == 1 and KINDS[config.kind].apply is not None
+    constant = config.tokens == 1 and not config.before_unet
     if config.kind != "published" and not constant:
         raise PSAError(
             f"{where}: the {format_} format cannot express kind {config.kind!r} with {config.tokens} tokens; "

@@ -2,8 +2,7 @@
 
     z = LayerNorm(reshape(W_p u + b_p, [T, C]))
 
-What the tokens do is the adapter's kind, one entry of `KINDS`. With o the text attention's answer, e the text states
-and s the scale:
+What the tokens do is the adapter's kind. With o the text attention's answer, e the text states and s the scale:
 
     published   o + s·attn(Q, W_k z, W_v z)                     Source: PSA, arXiv 2508.01151
     text        attn(Q, K, V + s·attn(W_q e, W_k z, W_v z))
@@ -14,21 +13,18 @@ W_v (W_o for `prompt`) starts at zero, so an untrained adapter leaves the base m
 attention is the constant W_v z, and W_q and W_k do not exist.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.attention import CrossContext, UserQuery, attend
-from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 
 LAYER_NORM_EPS = 1e-5
-PROMPT_HEADS = 8
 # Text states share most of what they are. With a gain of 1 every prompt token asks the user tokens for nearly the same
 # at the start, and training takes a little longer to tell concepts apart.
 QUERY_KEY_GAIN = 1.5
@@ -36,55 +32,6 @@ QUERY_KEY_GAIN = 1.5
 
 class AdapterParam(nnx.Param):
     """A trained parameter; everything else of the model is frozen."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """Sizes of an adapter.
-
-    Attributes:
-      kind: a key of `KINDS`.
-      tokens: user tokens T.
-      user_dim: length D of a user embedding.
-      cross_dim: cross-attention width C of the base model.
-      layers: (width, heads) of every cross-attention, in diffusers' `attn_processors` order.
-      qk_dim: width of W_q and W_k; None for full width.
-    """
-
-    kind: str
-    tokens: int
-    user_dim: int
-    cross_dim: int
-    layers: tuple[tuple[int, int], ...]
-    qk_dim: int | None = None
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"adapter kind {self.kind!r} is unknown (one of {', '.join(KINDS)})")
-        if self.tokens < 1:
-            raise ValueError(f"adapter tokens must be at least 1, got {self.tokens}")
-        if self.qk_dim is None:
-            return
-        if KINDS[self.kind].asks == "image":
-            raise ValueError("qk_dim does not apply to the published kind, which asks with the UNet's own queries")
-        before = KINDS[self.kind].apply is None
-        heads = {prompt_heads(self.cross_dim)} if before else {heads for _, heads in self.layers}
-        if self.qk_dim < 1 or any(self.qk_dim % h for h in heads):
-            raise ValueError(
-                f"qk_dim {self.qk_dim} is no positive multiple of the heads of every layer ({sorted(heads)})"
-            )
-
-    @classmethod
-    def for_unet(
-        cls, unet: UNetConfig, *, user_dim: int, kind: str = "text", tokens: int = 4, qk_dim: int | None = None
-    ) -> "AdapterConfig":
-        """The adapter that fits a UNet."""
-        return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim)
-
-
-def prompt_heads(cross_dim: int) -> int:
-    """Heads of the `prompt` kind: the most, up to 8, that divide the width."""
-    return next(h for h in range(PROMPT_HEADS, 0, -1) if not cross_dim % h)
 
 
 class UserProjection(nnx.Module):
@@ -152,39 +99,8 @@ def _concept(layer, context, text, z, heads, scale):
     return context._replace(user=UserQuery(z @ layer.to_k[...], value, layer.to_q[...].T))  # UserQuery holds [out, in]
 
 
-class Kind(NamedTuple):
-    """How an adapter kind acts.
-
-    Attributes:
-      asks: who asks the user tokens: the UNet's "image" queries, the "text" states, or the "answer" of the layer.
-      apply: (layer, context, text, z, heads, scale) -> context; None for a kind that acts once, before the UNet.
-    """
-
-    asks: str
-    apply: Callable[..., CrossContext] | None
-
-
-KINDS = {
-    "published": Kind("image", _published),
-    "text": Kind("text", _text),
-    "concept": Kind("answer", _concept),
-    "prompt": Kind("text", None),
-}
-
-
-def layer_shapes(config: AdapterConfig, width: int) -> dict[str, tuple[int, int]]:
-    """Kernels of one layer as name -> [in, out]."""
-    cross = config.cross_dim
-    qk = width if config.qk_dim is None else config.qk_dim
-    shapes = {"to_v": (cross, width)}
-    if config.tokens > 1:
-        shapes["to_k"] = (cross, qk)
-        asks = KINDS[config.kind].asks
-        if asks != "image":
-            shapes["to_q"] = (width if asks == "answer" else cross, qk)
-    if KINDS[config.kind].apply is None:
-        shapes["to_out"] = (width, cross)
-    return shapes
+_APPLY: dict[str, Callable[..., CrossContext]] = {"published": _published, "text": _text, "concept": _concept}
+"""Kind → (layer, context, text, z, heads, scale) -> context, for those that act in the cross-attentions."""
 
 
 class Adapter(nnx.Module):
@@ -193,10 +109,9 @@ class Adapter(nnx.Module):
     def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.user_proj = UserProjection(config, rngs=rngs)
-        before = KINDS[config.kind].apply is None
-        widths = [config.cross_dim] if before else [width for width, _ in config.layers]
+        zero = "to_out" if config.before_unet else "to_v"
         self.layers = nnx.List(
-            [UserAttention(layer_shapes(config, width), "to_out" if before else "to_v", rngs=rngs) for width in widths]
+            [UserAttention(config.projections(width), zero, rngs=rngs) for width, _ in config.placed]
         )
 
     def __call__(
@@ -217,15 +132,16 @@ class Adapter(nnx.Module):
           base: `unet.context(text)` if it is known already.
         """
         # Users differ little in their embeddings, so that W_p and its norm are not rounded.
-        kind, z = KINDS[self.config.kind], self.user_proj(user).astype(text.dtype)
+        z = self.user_proj(user).astype(text.dtype)
         layers = jax.tree.map(lambda leaf: leaf.astype(text.dtype), self.layers)
         scale = scale.astype(text.dtype)
-        if kind.apply is None:
-            layer = layers[0]
-            answer = _answer(layer, text, z, prompt_heads(self.config.cross_dim)) @ layer.to_out[...]
+        if self.config.before_unet:
+            (layer,), ((_, heads),) = layers, self.config.placed
+            answer = _answer(layer, text, z, heads) @ layer.to_out[...]
             return unet.context(text + scale[:, None, None] * answer)
         base = unet.context(text) if base is None else base
+        apply = _APPLY[self.config.kind]
         return tuple(
-            kind.apply(layer, context, text, z, heads, scale)
+            apply(layer, context, text, z, heads, scale)
             for layer, context, (_, heads) in zip(layers, base, self.config.layers, strict=True)
         )

@@ -20,8 +20,9 @@ from flax import nnx
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import abstract_model, config_json
-from psa_jax.interop.native import adapter_arrays, to_file
-from psa_jax.models.adapter import KINDS, Adapter, AdapterConfig
+from psa_jax.interop.native import to_file
+from psa_jax.models.adapter import Adapter
+from psa_jax.models.adapter_config import KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 
@@ -122,7 +123,6 @@ def _torch_ways(config: UNetConfig, side: int, adapters: dict[str, Adapter]) -> 
         import torch
         from diffusers import UNet2DConditionModel
 
-        from psa_jax.torch.adapter import AdapterConfig as TorchConfig
         from psa_jax.torch.adapter import attach, cross_attentions, empty_adapter
     except ImportError as error:
         raise PSAError(f"psa-jax bench generate compares with torch ({error}); pip install 'psa_jax[torch]'") from error
@@ -146,9 +146,8 @@ def _torch_ways(config: UNetConfig, side: int, adapters: dict[str, Adapter]) -> 
 
     ways = {"base": functools.partial(step, plain, text)}
     for kind, adapter in adapters.items():
-        c = adapter.config
-        ours = empty_adapter(TorchConfig(c.kind, c.tokens, c.user_dim, c.cross_dim, c.layers, c.qk_dim))
-        tensors = {n: torch.from_numpy(t.copy()) for n, t in to_file(adapter_arrays(adapter), c).items()}
+        ours = empty_adapter(adapter.config)
+        tensors = {n: torch.from_numpy(t.copy()) for n, t in to_file(adapter).items()}
         ours.load_state_dict(tensors, assign=True)
         with torch.inference_mode():
             made = ours(text, users, scale)

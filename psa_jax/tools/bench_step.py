@@ -84,7 +84,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     import ml_collections
 
     from psa_jax.interop.diffusers import load_stable_diffusion
-    from psa_jax.models.adapter import AdapterConfig
+    from psa_jax.models.adapter_config import AdapterConfig
     from psa_jax.preference.objective import Objective
     from psa_jax.preference.pairs import batch_arrays
     from psa_jax.training.optimizer import make_optimizer

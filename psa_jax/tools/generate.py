@@ -17,8 +17,9 @@ import psa_jax
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
+from psa_jax.interop.adapter_file import read_metadata
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
-from psa_jax.interop.native import load_adapter, read_metadata
+from psa_jax.interop.native import load_adapter
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.files import write_private

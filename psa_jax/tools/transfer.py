@@ -14,17 +14,24 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.adapter_file import (
+    ADAPTER_FILE,
+    Tensors,
+    fitting_config,
+    read_metadata,
+    read_tensors,
+    write_native,
+)
 from psa_jax.interop.baked import bake
 from psa_jax.interop.card import model_card
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion, save_stable_diffusion, weights_hash
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
-from psa_jax.interop.native import Tensors, fitting_config, load_adapter, read_metadata, read_tensors, write_native
+from psa_jax.interop.native import load_adapter
 from psa_jax.interop.parts import read_config
 from psa_jax.interop.upstream import as_published, read_bin, write_bin
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.tools.generate import user_embedding
-from psa_jax.training.loop import ADAPTER_FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +53,7 @@ def export(args: Namespace) -> int:
     if not about:
         raise PSAError(f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import first")
     tensors = read_tensors(path)
-    layers = tuple((width, heads) for width, heads in about["layers"])
-    source = Source(path, about, fitting_config(path, tensors, about, layers, about["cross_dim"]), tensors)
+    source = Source(path, about, fitting_config(path, tensors, about), tensors)
     report = _report(args)
     name, write = FORMATS[args.format]
     if args.out.suffix in (".safetensors", ".bin"):

@@ -10,7 +10,6 @@
 o is the text attention's answer, e the text states, s the scale. Parameters have the names of the native file.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,21 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psa_jax.errors import PSAError
-
-KINDS = ("published", "text", "concept", "prompt")
-PROMPT_HEADS = 8
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Sizes of an adapter: kind, T, D, C, (width, heads) of each cross-attention, and the width of W_q and W_k."""
-
-    kind: str
-    tokens: int
-    user_dim: int
-    cross_dim: int
-    layers: tuple[tuple[int, int], ...]
-    qk_dim: int | None = None
+from psa_jax.models.adapter_config import AdapterConfig
 
 
 class Context(NamedTuple):
@@ -84,23 +69,20 @@ class UserAdapter(nn.Module):
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.config = config
-        self.is_prompt = config.kind == "prompt"
+        self.is_prompt = config.before_unet
         self.user_proj = UserProjection(config)
+        places = [_projections(config, width) for width, _ in config.placed]
         if self.is_prompt:
-            self.prompt_adapter = nn.ModuleDict({f"{n}_user": m for n, m in _projections(config, config.cross_dim)})
-            self.prompt_adapter["to_out"] = nn.Linear(config.cross_dim, config.cross_dim, bias=False)
-            self._heads = next(h for h in range(PROMPT_HEADS, 0, -1) if not config.cross_dim % h)
+            (self.prompt_adapter,) = places
         else:
-            self.psa_adapter = nn.ModuleList(
-                nn.ModuleDict({f"{name}_user": nn.Sequential(m) for name, m in _projections(config, width)})
-                for width, _ in config.layers
-            )
+            self.psa_adapter = nn.ModuleList(places)
         self.requires_grad_(False)
 
     def forward(self, text: Tensor, user: Tensor, scale: Tensor) -> list[Context] | Tensor:
         z, s = self.user_proj(user), scale[:, None, None]
         if self.is_prompt:
-            return text + s * self.prompt_adapter["to_out"](_answer(self.prompt_adapter, text, z, self._heads))
+            ((_, heads),) = self.config.placed
+            return text + s * self.prompt_adapter["to_out"](_answer(self.prompt_adapter, text, z, heads))
         return [
             self._context(layer, text, z, s, heads)
             for layer, (_, heads) in zip(self.psa_adapter, self.config.layers, strict=True)
@@ -114,16 +96,12 @@ class UserAdapter(nn.Module):
         return Context(value=s * layer["to_v_user"](z), key=key, query=query)
 
 
-def _projections(config: AdapterConfig, width: int) -> list[tuple[str, nn.Linear]]:
-    """W_v, and W_k and W_q where the kind and the number of tokens need them."""
-    qk = config.qk_dim or width
-    found = [("to_v", nn.Linear(config.cross_dim, width, bias=False))]
-    if config.tokens > 1:
-        found.append(("to_k", nn.Linear(config.cross_dim, qk, bias=False)))
-        if config.kind != "published":
-            asks = width if config.kind == "concept" else config.cross_dim
-            found.append(("to_q", nn.Linear(asks, qk, bias=False)))
-    return found
+def _projections(config: AdapterConfig, width: int) -> nn.ModuleDict:
+    """Those of one place, under the file's names: all but `to_out` belong to the user."""
+    linear = {name: nn.Linear(*sizes, bias=False) for name, sizes in config.projections(width).items()}
+    if config.before_unet:
+        return nn.ModuleDict({name if name == "to_out" else f"{name}_user": m for name, m in linear.items()})
+    return nn.ModuleDict({f"{name}_user": nn.Sequential(m) for name, m in linear.items()})
 
 
 def _answer(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:

@@ -20,9 +20,10 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch.adapter import Context, attach, cross_attentions
-from psa_jax.torch.files import ADAPTER_FILE, adapter_file, load_adapter
+from psa_jax.torch.files import adapter_file, load_adapter
 
 OLDEST_DIFFUSERS = (0, 35)
 UNCONDITIONAL = ("off", "zeros", "same")

@@ -20,9 +20,10 @@ from psa_jax.data.validation import validation_batches
 from psa_jax.diffusion.generate import Generator, picture_grid
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
+from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
 from psa_jax.interop.native import save_adapter, with_arrays
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective, describe_beta
 from psa_jax.preference.pairs import batch_arrays
 from psa_jax.profiles.table import EmbeddingTable
@@ -36,8 +37,6 @@ from psa_jax.training.reference import reference_table, stored_or_none
 from psa_jax.training.sharding import by_rows, check_batch, make_mesh, of_file, replicated, shardings
 from psa_jax.training.speed import StepClock, peak_flops, step_flops
 from psa_jax.training.step import Metrics, init_state, make_step
-
-ADAPTER_FILE = "psa_adapter.safetensors"
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None = None) -> Path:

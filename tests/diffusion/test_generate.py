@@ -10,7 +10,7 @@ from torch_models import tensor
 
 from psa_jax.diffusion.generate import Generator, initial_latents, picture_grid, to_bytes
 from psa_jax.errors import PSAError
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 
 PROMPTS = ["a cat", "cat on a cat, at last", "c"]
 SEEDS = [1, 2, 3]

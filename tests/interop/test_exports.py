@@ -15,9 +15,9 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.baked import bake
 from psa_jax.interop.card import model_card
 from psa_jax.interop.ip_adapter import to_ip_adapter
-from psa_jax.interop.native import adapter_arrays, to_file
+from psa_jax.interop.native import to_file
 from psa_jax.interop.upstream import as_published, read_bin, write_bin
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 
@@ -27,7 +27,7 @@ WHERE = Path("a.safetensors")
 
 def make(kind: str, tokens: int):
     adapter = random_adapter(AdapterConfig(kind, tokens, 7, 20, LAYERS), seed=tokens)
-    return adapter, to_file(adapter_arrays(adapter), adapter.config)
+    return adapter, to_file(adapter)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from torch_adapters import random_adapter
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.native import FORMAT, adapter_arrays, load_adapter, read_metadata, save_adapter, with_arrays
-from psa_jax.models.adapter import KINDS, AdapterConfig
+from psa_jax.interop.adapter_file import FORMAT, read_metadata
+from psa_jax.interop.native import adapter_arrays, load_adapter, save_adapter, with_arrays
+from psa_jax.models.adapter_config import KINDS, AdapterConfig
 
 LAYERS = ((16, 2), (24, 3), (16, 2))
 CROSS = 20
@@ -234,6 +235,7 @@ def test_tensors_that_do_not_belong(saved, change, says):
         ("[]", "not of psa_jax.adapter/1"),
         ('{"format": "psa_jax.adapter/2"}', "not of psa_jax.adapter/1"),
         (json.dumps({"format": FORMAT, "kind": "loud"}), "'loud' is unknown"),
+        (json.dumps({"format": FORMAT, "layers": [16, 24, 16]}), "metadata cannot be read"),
     ],
 )
 def test_metadata_that_cannot_be(saved, psa, says):

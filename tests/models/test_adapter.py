@@ -24,7 +24,8 @@ from torch_adapters import (
 from torch_models import FAST_COMPILE, TOLERANCE, difference, nhwc, randomise, tensor, to_flax
 
 from psa_jax.interop.native import adapter_arrays, adapter_shapes, with_arrays
-from psa_jax.models.adapter import KINDS, Adapter, AdapterConfig, AdapterParam, UserProjection
+from psa_jax.models.adapter import Adapter, AdapterParam, UserProjection
+from psa_jax.models.adapter_config import KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 

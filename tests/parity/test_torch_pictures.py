@@ -12,8 +12,8 @@ from torch_models import FAST_COMPILE, nhwc, tensor
 from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
-from psa_jax.interop.native import adapter_arrays, save_adapter, to_file
-from psa_jax.models.adapter import KINDS, AdapterConfig, prompt_heads
+from psa_jax.interop.native import save_adapter, to_file
+from psa_jax.models.adapter_config import KINDS, AdapterConfig, prompt_heads
 from psa_jax.torch import AdaptedUNet, load_adapter, load_psa
 
 # diffusers gives torch tensors to numpy in a way that numpy 2 warns about.
@@ -126,7 +126,7 @@ def test_stock_diffusers_with_the_ip_adapter(request, tmp_path, family, tokens):
     model, pipe = load_stable_diffusion(folder), open_pipeline(PIPELINES[family], folder)
     config = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, kind="published", tokens=tokens)
     adapter = random_adapter(config)
-    tensors = to_ip_adapter(to_file(adapter_arrays(adapter), config), config, tmp_path)
+    tensors = to_ip_adapter(to_file(adapter), config, tmp_path)
     save_file(tensors, tmp_path / WEIGHT_NAME)
     latents, user = tensor(1, 4, 8, 8, seed=4), USERS[:1]
     options = {"steps": 4, "guidance": 5.0, "scale": 0.37, "unconditional": "zeros"}

@@ -10,7 +10,8 @@ from PIL import Image
 from psa_jax.cli import main
 from psa_jax.interop.diffusers import weights_hash
 from psa_jax.interop.native import save_adapter
-from psa_jax.models.adapter import Adapter, AdapterConfig
+from psa_jax.models.adapter import Adapter
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable

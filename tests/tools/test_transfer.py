@@ -12,10 +12,11 @@ from diffusers import StableDiffusionPipeline
 from torch_adapters import random_adapter
 
 from psa_jax.cli import main
+from psa_jax.interop.adapter_file import read_metadata
 from psa_jax.interop.diffusers import weights_hash
-from psa_jax.interop.native import read_metadata, save_adapter
+from psa_jax.interop.native import save_adapter
 from psa_jax.interop.single_file import CONFIGS
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population

@@ -13,9 +13,8 @@ from torch_models import tensor
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_unet
 from psa_jax.interop.native import save_adapter
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.torch import AdaptedUNet, UserAdapter, export_unet, load_adapter
-from psa_jax.torch.adapter import AdapterConfig as TorchConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +92,6 @@ def test_torch_export(request, tmp_path, family, kind):
 
 
 def test_export_to_another_name(tmp_path):
-    config = TorchConfig("text", 2, 3, 8, ((4, 2),))
+    config = AdapterConfig("text", 2, 3, 8, ((4, 2),))
     with pytest.raises(PSAError, match=r"name it \.pt2"):
         export_unet(torch.nn.Identity(), UserAdapter(config), tmp_path / "a.onnx")

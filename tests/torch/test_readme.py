@@ -11,7 +11,7 @@ from torch_adapters import random_adapter
 from psa_jax.cli import main
 from psa_jax.interop.diffusers import TINY, load_unet
 from psa_jax.interop.native import save_adapter
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable

@@ -11,8 +11,8 @@ from torch_models import tensor
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.ip_adapter import to_ip_adapter
-from psa_jax.interop.native import adapter_arrays, save_adapter, to_file
-from psa_jax.models.adapter import KINDS, AdapterConfig
+from psa_jax.interop.native import save_adapter, to_file
+from psa_jax.models.adapter_config import KINDS, AdapterConfig
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
@@ -91,7 +91,7 @@ def test_stock_diffusers_mixes_them(pipe, small_pipeline, table, tmp_path):
     """Why there is a runtime at all: huggingface/diffusers#9813."""
     config = AdapterConfig.for_unet(small_pipeline[1].unet.config, user_dim=ENCODER.dim, kind="published")
     adapter = random_adapter(config)
-    native = to_file(adapter_arrays(adapter), config)
+    native = to_file(adapter)
     arrays = {n: torch.from_numpy(t.copy()) for n, t in to_ip_adapter(native, config, tmp_path).items()}
     state = {
         group: {n.removeprefix(f"{group}."): t for n, t in arrays.items() if n.startswith(f"{group}.")}

@@ -13,7 +13,7 @@ from flax import nnx
 from torch_adapters import random_adapter
 
 from psa_jax.interop.native import adapter_arrays
-from psa_jax.models.adapter import AdapterConfig
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 from psa_jax.preference.objective import Objective

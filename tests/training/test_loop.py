@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.adapter_file import ADAPTER_FILE, read_metadata
 from psa_jax.interop.diffusers import load_stable_diffusion
-from psa_jax.interop.native import read_metadata
 from psa_jax.tools.mini_data import prepare
 from psa_jax.training import loop
-from psa_jax.training.loop import ADAPTER_FILE, train
+from psa_jax.training.loop import train
 
 STEPS = 40
 

@@ -1,0 +1,173 @@
+"""The native adapter file: one safetensors with torch's names and orientation, and what is needed to use it rightly.
+
+Imports neither JAX nor torch, so that what is refused does not depend on who reads.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from psa_jax.errors import PSAError
+from psa_jax.models.adapter_config import AdapterConfig, Layers
+
+FORMAT = "psa_jax.adapter/1"
+ADAPTER_FILE = "psa_adapter.safetensors"
+Tensors = dict[str, np.ndarray]
+
+
+def tensor_name(projection: str, index: int, *, before_unet: bool) -> str:
+    """Name in the file of a projection's kernel in the adapter's place of this number."""
+    if before_unet:
+        return f"prompt_adapter.{projection if projection == 'to_out' else projection + '_user'}.weight"
+    return f"psa_adapter.{index}.{projection}_user.0.weight"
+
+
+def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the file's tensors, which are [out, in]."""
+    width = config.cross_dim
+    shapes = {
+        "user_proj.proj.weight": (config.tokens * width, config.user_dim),
+        "user_proj.proj.bias": (config.tokens * width,),
+        "user_proj.norm.weight": (width,),
+        "user_proj.norm.bias": (width,),
+    }
+    for index, (width, _) in enumerate(config.placed):
+        for projection, (inner, outer) in config.projections(width).items():
+            shapes[tensor_name(projection, index, before_unet=config.before_unet)] = (outer, inner)
+    return shapes
+
+
+def constant_keys(config: AdapterConfig) -> dict[str, tuple[int, int]]:
+    """Shapes of the W_k that the torch original stores where one token needs none."""
+    if config.kind != "published" or config.tokens > 1:
+        return {}
+    return {
+        tensor_name("to_k", index, before_unet=False): (width, config.cross_dim)
+        for index, (width, _) in enumerate(config.layers)
+    }
+
+
+def write_native(tensors: Tensors, config: AdapterConfig, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes the native file, whole or not at all.
+
+    Args:
+      tensors: float32, as `tensor_shapes` says, with or without `constant_keys`.
+      metadata: JSON values: how it was trained, for which base model and encoder. No profile attributes.
+
+    Raises:
+      PSAError: a tensor is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise PSAError(f"{path}: not written: {name} has values that are not finite; train again")
+    described = {
+        **metadata,
+        "format": FORMAT,
+        "kind": config.kind,
+        "tokens": config.tokens,
+        "user_dim": config.user_dim,
+        "cross_dim": config.cross_dim,
+        "layers": config.layers,
+        "qk_dim": config.qk_dim,
+    }
+    # One key: safetensors writes several in an order that changes from call to call.
+    content = save(tensors, {"psa": json.dumps(described, sort_keys=True)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a native file; empty for a file of the torch original."""
+    if not path.is_file():
+        raise PSAError(f"{path}: no such adapter file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise PSAError(f"{path}: not a whole safetensors file ({error})") from error
+    if "psa" not in metadata:
+        return {}
+    try:
+        about = json.loads(metadata["psa"])
+    except ValueError as error:
+        raise PSAError(f"{path}: its metadata cannot be read; the file is damaged, export the adapter again") from error
+    if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
+        raise PSAError(f"{path}: its metadata are not of {FORMAT}; read it with the version of psa_jax that wrote it")
+    return about
+
+
+def read_tensors(path: Path, framework: str = "numpy") -> dict[str, Any]:
+    """Every tensor of a safetensors file, as it is there; those of torch with `framework="pt"`."""
+    try:
+        with safe_open(path, framework=framework) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise PSAError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def fitting_config(
+    where: Path,
+    tensors: Mapping[str, Any],
+    about: Mapping[str, Any],
+    layers: Layers | None = None,
+    cross_dim: int | None = None,
+) -> AdapterConfig:
+    """The configuration of the tensors of a native file, after checking that they are whole and fit the base model.
+
+    Args:
+      where: the file, for errors.
+      tensors: numpy's, or torch's on the CPU.
+      about: its metadata; without them the file is the torch original's: `published`, T from its shapes.
+      layers, cross_dim: the base model's; without them the file's own are taken.
+
+    Raises:
+      PSAError: for another base model, or with missing, extra, misshapen or non-finite tensors.
+    """
+    try:
+        own = tuple((width, heads) for width, heads in about.get("layers", layers or ()))
+    except (TypeError, ValueError) as error:
+        raise PSAError(f"{where}: its metadata cannot be read; the file is damaged, export it again") from error
+    own_dim = about.get("cross_dim", cross_dim)
+    if not own or own_dim is None:
+        raise PSAError(f"{where}: does not say which base model it is for; bring it in with psa-jax import first")
+    if own_dim != (cross_dim or own_dim) or own != (layers or own):
+        raise PSAError(
+            f"{where}: the adapter is for another base model: {len(own)} cross-attentions of width {own_dim}, this one "
+            f"has {len(layers or own)} of width {cross_dim or own_dim}, or others in between"
+        )
+    projection = tensors.get("user_proj.proj.weight")
+    if projection is None or projection.ndim != 2 or projection.shape[0] % own_dim:
+        raise PSAError(
+            f"{where}: user_proj.proj.weight is missing or does not fit a cross-attention width of {own_dim}"
+        )
+    tokens, user_dim = projection.shape[0] // own_dim, projection.shape[1]
+    try:
+        config = AdapterConfig(about.get("kind", "published"), tokens, user_dim, own_dim, own, about.get("qk_dim"))
+    except ValueError as error:
+        raise PSAError(f"{where}: {error}") from error
+    if about.get("tokens", tokens) != tokens:
+        raise PSAError(f"{where}: user_proj.proj.weight holds {tokens} tokens, its metadata say {about['tokens']}")
+    wanted, spare = tensor_shapes(config), constant_keys(config)
+    for what, names in (
+        ("missing", wanted.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - wanted.keys() - spare.keys()),
+    ):
+        if names:
+            raise PSAError(f"{where}: {what} tensor {min(names)}; the adapter is for another base model or damaged")
+    for name, tensor in tensors.items():
+        shape, needed = tuple(tensor.shape), (wanted | spare)[name]
+        if shape != needed:
+            raise PSAError(f"{where}: {name} has shape {shape}, the base model needs {needed}")
+        if not np.isfinite(np.asarray(tensor)).all():
+            raise PSAError(f"{where}: {name} has values that are not finite; the file is damaged, export it again")
+    return config

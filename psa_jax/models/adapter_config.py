@@ -1,0 +1,100 @@
+"""Kinds and sizes of user adapters. Imports neither JAX nor torch: both build their modules from what is said here."""
+
+import dataclasses
+from typing import NamedTuple
+
+from psa_jax.models.config import UNetConfig
+
+PROMPT_HEADS = 8
+Layers = tuple[tuple[int, int], ...]
+"""(width, heads) of every cross-attention, in diffusers' `attn_processors` order."""
+
+
+class Kind(NamedTuple):
+    """How an adapter kind acts.
+
+    Attributes:
+      asks: who asks the user tokens: the UNet's "image" queries, the "text" states, or the "answer" of the layer.
+      before_unet: it acts once, on the text states; the others act in every cross-attention.
+    """
+
+    asks: str
+    before_unet: bool = False
+
+
+KINDS = {
+    "published": Kind("image"),
+    "text": Kind("text"),
+    "concept": Kind("answer"),
+    "prompt": Kind("text", before_unet=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Sizes of an adapter.
+
+    Attributes:
+      kind: a key of `KINDS`.
+      tokens: user tokens T.
+      user_dim: length D of a user embedding.
+      cross_dim: cross-attention width C of the base model.
+      layers: the base model's.
+      qk_dim: width of W_q and W_k; None for full width.
+    """
+
+    kind: str
+    tokens: int
+    user_dim: int
+    cross_dim: int
+    layers: Layers
+    qk_dim: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"adapter kind {self.kind!r} is unknown (one of {', '.join(KINDS)})")
+        if self.tokens < 1:
+            raise ValueError(f"adapter tokens must be at least 1, got {self.tokens}")
+        if self.qk_dim is None:
+            return
+        if KINDS[self.kind].asks == "image":
+            raise ValueError("qk_dim does not apply to the published kind, which asks with the UNet's own queries")
+        heads = {heads for _, heads in self.placed}
+        if self.qk_dim < 1 or any(self.qk_dim % h for h in heads):
+            raise ValueError(
+                f"qk_dim {self.qk_dim} is no positive multiple of the heads of every layer ({sorted(heads)})"
+            )
+
+    @classmethod
+    def for_unet(
+        cls, unet: UNetConfig, *, user_dim: int, kind: str = "text", tokens: int = 4, qk_dim: int | None = None
+    ) -> "AdapterConfig":
+        """The adapter that fits a UNet."""
+        return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim)
+
+    @property
+    def before_unet(self) -> bool:
+        return KINDS[self.kind].before_unet
+
+    @property
+    def placed(self) -> Layers:
+        """(width, heads) of every place where the adapter has projections."""
+        return ((self.cross_dim, prompt_heads(self.cross_dim)),) if self.before_unet else self.layers
+
+    def projections(self, width: int) -> dict[str, tuple[int, int]]:
+        """Kernels of the projections in a place of this width, as name -> (in, out)."""
+        qk = width if self.qk_dim is None else self.qk_dim
+        found = {"to_v": (self.cross_dim, width)}
+        if self.tokens > 1:
+            found["to_k"] = (self.cross_dim, qk)
+            asks = KINDS[self.kind].asks
+            if asks != "image":
+                found["to_q"] = (width if asks == "answer" else self.cross_dim, qk)
+        if self.before_unet:
+            found["to_out"] = (width, self.cross_dim)
+        return found
+
+
+def prompt_heads(cross_dim: int) -> int:
+    """Heads of the `prompt` kind: the most, up to 8, that divide the width."""
+    return next(h for h in range(PROMPT_HEADS, 0, -1) if not cross_dim % h)
