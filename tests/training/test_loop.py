@@ -16,12 +16,12 @@ from psa_jax.tools.mini_data import prepare
 from psa_jax.training import loop
 from psa_jax.training.loop import train
 
-STEPS = 40
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def settings():
-    return {"steps": STEPS, "checkpoint_every": 20, "log_every": 1, "optimizer.warmup_steps": 2}
+    return {"steps": STEPS, "checkpoint_every": 6, "log_every": 1, "optimizer.warmup_steps": 2}
 
 
 @pytest.fixture
