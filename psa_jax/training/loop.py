@@ -36,7 +36,7 @@ from psa_jax.training.preemption import StopSignal, Watchdog
 from psa_jax.training.reference import reference_table, stored_or_none
 from psa_jax.training.sharding import by_rows, check_batch, make_mesh, of_file, replicated, shardings
 from psa_jax.training.speed import StepClock, peak_flops, step_flops
-from psa_jax.training.step import Metrics, init_state, make_step
+from psa_jax.training.step import Metrics, compiled, init_state, make_step
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None = None) -> Path:
@@ -194,9 +194,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
             with clock.data():
                 batch = next(iterator) | empty
             numbers, done = batch.pop("rows"), number + 1
-            if number == start and peak is not None:
-                step_fn = step_fn.lower(state, frozen, batch, key).compile()
-                clock = StepClock(config.batch_size, step_flops(step_fn, config.accumulate), peak)
+            if number == start:
+                step_fn = compiled(step_fn, state, frozen, batch, key)
+                if peak is not None:
+                    clock = StepClock(config.batch_size, step_flops(step_fn, config.accumulate), peak)
             with jax.transfer_guard("disallow"):  # what a step needs is on the devices before it starts
                 state, metrics = step_fn(state, frozen, batch, key)
             running.append((done, metrics, numbers))
