@@ -31,7 +31,7 @@ from psa_jax.profiles.files import write_private
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.distributed import any_process, leads
 from psa_jax.training.sharding import by_rows, replicated
-from psa_jax.training.step import Frozen, compiler_options, opened
+from psa_jax.training.step import SAME_ROUNDING, Frozen, opened
 
 _FORMAT = "psa_jax.reference/1"
 _CHUNK_BATCHES = 32
@@ -140,7 +140,8 @@ def _run(stored, model, objective, frozen, shards, table, mesh, empty, batch_siz
         draws = of_rows(stored, objective, base.schedule, batch, jnp.broadcast_to(number, batch["row"].shape))
         return reference_errors(base, batch, draws)
 
-    measure = jax.jit(measure, out_shardings=replicated(mesh), compiler_options=compiler_options(model, mesh))
+    options = None if model.unet.conv_in.kernel.dtype == jnp.float32 else SAME_ROUNDING
+    measure = jax.jit(measure, out_shardings=replicated(mesh), compiler_options=options)
     place = to_devices(by_rows(mesh), batch_arrays(len(model.text_encoders), True)[0])
     each = jax.device_put(np.arange(stored.count, dtype=np.int32), replicated(mesh))
     processes = jax.process_index(), jax.process_count()

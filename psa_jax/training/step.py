@@ -29,11 +29,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 # Left to itself, XLA rounds to bfloat16 only between operations that it does not fuse, and it fuses the policy, whose
 # intermediate results the backward pass needs, otherwise than the reference. Less of the rounding then cancels.
-_SAME_ROUNDING = {"xla_allow_excess_precision": False}
-
-# Left to itself on a CPU, XLA orders a program so that much of it can run side by side, and what waits holds memory:
-# 1.9 GB beside the weights of SD1.5 at 256 px with everything rematerialised, in place of 0.5.
-_ONE_BY_ONE = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+SAME_ROUNDING = {"xla_allow_excess_precision": False}
 
 
 class TrainState(NamedTuple):
@@ -60,13 +56,6 @@ class Frozen(NamedTuple):
 
 Opened = Callable[[Frozen], Base]
 Step = Callable[[TrainState, Frozen, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
-
-
-def compiler_options(model: StableDiffusion, mesh: Mesh) -> dict[str, bool]:
-    """For what runs the UNet in training."""
-    exact = model.unet.conv_in.kernel.dtype == jnp.float32
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return ({} if exact else _SAME_ROUNDING) | (_ONE_BY_ONE if on_cpu else {})
 
 
 def init_state(
@@ -185,7 +174,7 @@ def make_step(
         in_shardings=(state_at, frozen_at, batch_at, whole),
         out_shardings=(state_at, whole),
         donate_argnums=0,
-        compiler_options=compiler_options(model, mesh),
+        compiler_options=None if model.unet.conv_in.kernel.dtype == jnp.float32 else SAME_ROUNDING,
     )
     return jitted, held
 
