@@ -138,7 +138,7 @@ def fitting_config(
     except (TypeError, ValueError) as error:
         raise PSAError(f"{where}: its metadata cannot be read; the file is damaged, export it again") from error
     own_dim = about.get("cross_dim", cross_dim)
-    if not own or own_dim is None:
+    if not own or not own_dim:
         raise PSAError(f"{where}: does not say which base model it is for; bring it in with psa-jax import first")
     if own_dim != (cross_dim or own_dim) or own != (layers or own):
         raise PSAError(
