@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from psa_jax.diffusion.conditioning import encode_text, size_ids
@@ -15,6 +16,8 @@ from psa_jax.diffusion.scheduler_config import sampler_from_config
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter import Adapter
+from psa_jax.models.attention import Attend, Computing
+from psa_jax.models.fused_attention import devices_of, fused_attention
 from psa_jax.models.unet import AddedConditions
 
 UNCONDITIONAL = ("off", "zeros", "same")
@@ -97,7 +100,12 @@ class Generator:
         self._graph, self._params = nnx.split((*self._parts, adapter))
         self._draw = jax.jit(
             functools.partial(
-                _draw, graph=self._graph, size=(height, width), guided=guidance > 1.0, unconditional=unconditional
+                _draw,
+                graph=self._graph,
+                attend=fused_attention(devices_of(model.unet.conv_in.kernel[...]), PartitionSpec()),
+                size=(height, width),
+                guided=guidance > 1.0,
+                unconditional=unconditional,
             )
         )
 
@@ -197,11 +205,13 @@ def _draw(
     guidance: tuple[Float[Array, ""], Float[Array, ""]],
     *,
     graph: nnx.GraphDef,
+    attend: Attend,
     size: tuple[int, int],
     guided: bool,
     unconditional: str,
 ) -> Float[Array, "b height width 3"]:
     unet, vae, encoders, adapter = nnx.merge(graph, params)
+    unet.computing = Computing(attend=attend)
     if guided:  # the unconditional half comes first, as in diffusers
         ids = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), negative_ids, ids)
     text = encode_text(encoders, ids)

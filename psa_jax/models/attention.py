@@ -36,13 +36,18 @@ products and convolutions; the same without those of attention, which are the la
 """
 
 
-def remat(block: Callable[..., Array], name: str) -> Callable[..., Array]:
-    """A module (whose weights become an argument) to be stored for the backward pass as `REMAT[name]` says."""
-    if name == "none":
-        return block
+def remat(block: Callable[..., Array], name: str, **settings: Any) -> Callable[..., Array]:
+    """A module (whose weights become an argument) to be stored for the backward pass as `REMAT[name]` says.
+
+    Args:
+      settings: what it is called with besides arrays.
+    """
 
     def call(block: Callable[..., Array], *inputs: Any) -> Array:
-        return block(*inputs)
+        return block(*inputs, **settings)
+
+    if name == "none":
+        return lambda *inputs: call(block, *inputs)
 
     checkpointed = jax.checkpoint(call, policy=REMAT[name])
     return lambda *inputs: checkpointed(block, *inputs)
@@ -68,6 +73,9 @@ class CrossContext(NamedTuple):
     user: UserQuery | None = None
 
 
+Attend = Callable[[Float[Array, "b n d"], Float[Array, "b m d"], Float[Array, "b m v"], int], Float[Array, "b n v"]]
+
+
 def attend(
     query: Float[Array, "b n d"], key: Float[Array, "b m d"], value: Float[Array, "b m v"], heads: int
 ) -> Float[Array, "b n v"]:
@@ -81,6 +89,13 @@ def attend(
     weights = jax.nn.softmax(logits * head_dim**-0.5, axis=-1).astype(value.dtype)
     out = jnp.einsum("BHNM,BMHD->BNHD", weights, split(value))
     return out.reshape(*out.shape[:2], -1)
+
+
+class Computing(NamedTuple):
+    """How a UNet computes: it changes speed and memory, and the result only as far as rounding goes."""
+
+    remat: str = "none"  # what training stores of each block for the backward pass, a key of `REMAT`
+    attend: Attend = attend  # of self-attention; see `psa_jax.models.fused_attention`
 
 
 class Attention(nnx.Module):
@@ -98,7 +113,9 @@ class Attention(nnx.Module):
         """Keys and values of `states`."""
         return CrossContext(self.to_k(states), self.to_v(states))
 
-    def __call__(self, x: Float[Array, "b n d"], context: CrossContext | None = None) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], context: CrossContext | None = None, attend: Attend = attend
+    ) -> Float[Array, "b n d"]:
         context = self.context(x) if context is None else context
         query = self.to_q(x)
         out = attend(query, context.key, context.value, self.heads)
@@ -176,8 +193,10 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = layer_norm(dim, rngs)
         self.ff = FeedForward(dim, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n d"], context: CrossContext) -> Float[Array, "b n d"]:
-        x = x + self.attn1(self.norm1(x))
+    def __call__(
+        self, x: Float[Array, "b n d"], context: CrossContext, attend: Attend = attend
+    ) -> Float[Array, "b n d"]:
+        x = x + self.attn1(self.norm1(x), attend=attend)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -212,18 +231,22 @@ class Transformer2D(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b h w d"], contexts: tuple[CrossContext, ...], kept: str = "none"
+        self, x: Float[Array, "b h w d"], contexts: tuple[CrossContext, ...], computing: Computing
     ) -> Float[Array, "b h w d"]:
         b, h, w, d = x.shape
+
+        def run(block: BasicTransformerBlock, hidden: Array, context: CrossContext) -> Array:
+            return remat(block, computing.remat, attend=computing.attend)(hidden, context)
+
         hidden = self.proj_in(self.norm(x)).reshape(b, h * w, d)
         if self.depth == 1:  # a loop of one step would hide the block from the compiler
             (context,) = contexts
             block = jax.tree.map(lambda leaf: leaf.squeeze(0), self.transformer_blocks)
-            hidden = remat(block, kept)(hidden, context)
+            hidden = run(block, hidden, context)
         else:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts)
             hidden, _ = jax.lax.scan(
-                lambda hidden, step: (remat(step[0], kept)(hidden, step[1]), None),
+                lambda hidden, step: (run(step[0], hidden, step[1]), None),
                 hidden,
                 (self.transformer_blocks, stacked),
             )

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from psa_jax.errors import PSAError
-from psa_jax.models.attention import CrossContext, Transformer2D, group_norm, remat
+from psa_jax.models.attention import Computing, CrossContext, Transformer2D, group_norm, remat
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv3x3
 
@@ -103,12 +103,12 @@ class UNet(nnx.Module):
     """Predicts noise (or v) from noisy latents, timesteps and the contexts of its cross-attentions.
 
     Attributes:
-      remat: what training stores of each block for the backward pass, a key of `REMAT`; set it before a gradient.
+      computing: what is stored for a backward pass and how self-attention is worked out; set it before a call.
     """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.remat = "none"
+        self.computing = Computing()
         widths = config.block_out_channels
         last = len(widths) - 1
         self.conv_in = conv3x3(config.in_channels, widths[0], rngs)
@@ -200,24 +200,24 @@ class UNet(nnx.Module):
         time = self._time(timesteps, added, latents.dtype)
         hidden = self.conv_in(latents)
         path = self._down_path()[: self._first_attention()]
-        return _down(path, Started(time, hidden, (hidden,)), iter(()), self.remat)
+        return _down(path, Started(time, hidden, (hidden,)), iter(()), self.computing)
 
     def from_text(self, started: "Started", contexts: tuple[CrossContext, ...]) -> Float[Array, "b h w o"]:
         """The rest of the prediction."""
         stack_contexts = self._in_call_order(contexts)
         path = self._down_path()[self._first_attention() :]
-        time, hidden, skips = _down(path, started, stack_contexts, self.remat)
+        time, hidden, skips = _down(path, started, stack_contexts, self.computing)
 
-        before, after = (remat(resnet, self.remat) for resnet in self.mid_block.resnets)
+        before, after = (remat(resnet, self.computing.remat) for resnet in self.mid_block.resnets)
         hidden = before(hidden, time)
-        hidden = after(self.mid_block.attentions[0](hidden, next(stack_contexts), self.remat), time)
+        hidden = after(self.mid_block.attentions[0](hidden, next(stack_contexts), self.computing), time)
 
         skips = list(skips)
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                hidden = remat(resnet, self.remat)(jnp.concatenate([hidden, skips.pop()], axis=-1), time)
+                hidden = remat(resnet, self.computing.remat)(jnp.concatenate([hidden, skips.pop()], axis=-1), time)
                 if block.attentions:
-                    hidden = block.attentions[i](hidden, next(stack_contexts), self.remat)
+                    hidden = block.attentions[i](hidden, next(stack_contexts), self.computing)
             for upsample in block.upsamplers:
                 hidden = upsample(hidden, skips[-1].shape[1:3])
 
@@ -250,15 +250,15 @@ def _down(
     path: list[tuple[ResnetBlock | Transformer2D | Downsample, bool]],
     started: Started,
     contexts: Iterator[tuple[CrossContext, ...]],
-    stored: str,
+    computing: Computing,
 ) -> Started:
-    """Runs layers; `stored` is what of them is kept for a backward pass, a key of `REMAT`."""
+    """Runs layers."""
     time, hidden, skips = started
     for layer, skip in path:
         if isinstance(layer, ResnetBlock):
-            hidden = remat(layer, stored)(hidden, time)
+            hidden = remat(layer, computing.remat)(hidden, time)
         elif isinstance(layer, Transformer2D):
-            hidden = layer(hidden, next(contexts), stored)
+            hidden = layer(hidden, next(contexts), computing)
         else:
             hidden = layer(hidden)
         if skip:

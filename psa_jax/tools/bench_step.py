@@ -1,7 +1,8 @@
 """`psa-jax bench step`: seconds and peak memory of a training step, here and the torch way, on random data.
 
-Each way runs in a process of its own, one after the other, so that its peak memory is its own. Here a step starts from
-cached VAE moments and holds one UNet; the torch way (`bench_torch`) encodes pictures anew and holds two.
+Each way runs in a process of its own, one after the other, on the same device, so that its peak memory is its own: of
+the process on a CPU, of the allocator on an accelerator. Here a step starts from cached VAE moments and holds one UNet;
+the torch way (`bench_torch`) encodes pictures anew and holds two.
 """
 
 import importlib.util
@@ -35,6 +36,7 @@ def run(args: Namespace) -> int:
         "adapter": config.adapter.to_dict(),
         "objective": config.objective.to_dict(),
         "optimizer": config.optimizer.to_dict(),
+        "dtype": config.dtype,
         "remat": config.remat,
         "draws": config.reference.draws,
         "pairs": args.pairs or config.batch_size,
@@ -45,14 +47,20 @@ def run(args: Namespace) -> int:
     result = {"ours_seconds": ours["seconds"], "ours_peak_bytes": ours["peak_bytes"]}
     if args.against == "torch":
         torch = _measure("torch", spec)
+        if torch["device"] != ours["device"]:
+            raise PSAError(
+                f"bench step: JAX ran on {ours['device']} and torch on {torch['device']}, which compares devices; "
+                "install both for the same one, or set JAX_PLATFORMS or CUDA_VISIBLE_DEVICES"
+            )
         result |= {
             "torch_seconds": torch["seconds"],
             "torch_peak_bytes": torch["peak_bytes"],
             "ratio_time": round(torch["seconds"] / ours["seconds"], 3),  # above 1: faster than torch
             "ratio_memory": round(ours["peak_bytes"] / torch["peak_bytes"], 3),  # below 1: lighter than torch
         }
-    about = {name: spec[name] for name in ("model", "pairs", "resolution", "steps")}
-    result |= about | {"kind": config.adapter.kind, "stored_draws": config.reference.draws, "cores": os.cpu_count()}
+    about = {name: spec[name] for name in ("model", "pairs", "resolution", "steps", "dtype", "remat")}
+    about |= {"kind": config.adapter.kind, "stored_draws": config.reference.draws}
+    result |= about | {"device": ours["device"], "cores": os.cpu_count()}
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
@@ -75,8 +83,30 @@ def _main(way: str, spec: dict[str, Any]) -> None:
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
-    print(json.dumps({"seconds": float(np.median(seconds)), "peak_bytes": peak}))
+    device, peak = {"ours": _our_device, "torch": _torch_device}[way]()
+    print(json.dumps({"seconds": float(np.median(seconds)), "peak_bytes": peak, "device": device}))
+
+
+def _process_peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+
+
+def _our_device() -> tuple[str, int]:
+    """Its name and the most bytes that were held at once."""
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return "cpu", _process_peak()
+    return device.device_kind, device.memory_stats()["peak_bytes_in_use"]
+
+
+def _torch_device() -> tuple[str, int]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu", _process_peak()
+    return torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
 
 
 def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
@@ -92,7 +122,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
     from psa_jax.training.step import compiled, init_state, make_step
 
-    model, mesh = load_stable_diffusion(spec["model"], vae_weights=False), make_mesh(1)
+    model, mesh = load_stable_diffusion(spec["model"], dtype=spec["dtype"], vae_weights=False), make_mesh(1)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=_USER_DIM, **spec["adapter"])
     optimizer = make_optimizer(ml_collections.ConfigDict(spec["optimizer"]), 10_000)
     objective = Objective(**spec["objective"])
@@ -150,6 +180,7 @@ def _torch_step(spec: dict[str, Any]) -> Callable[[], float]:
     size, blocks = read_json(folder / "unet" / "config.json")["sample_size"], read_json(folder / "vae" / "config.json")
     return make_step(
         folder,
+        dtype=spec["dtype"],
         pairs=spec["pairs"],
         resolution=_resolution(spec, size, 2 ** (len(blocks["block_out_channels"]) - 1)),
         user_dim=_USER_DIM,

@@ -1,7 +1,8 @@
 """The torch way of one training step, for `psa-jax bench step`: what the original does, written on diffusers.
 
 Two UNets, the policy's with user attention in every cross-attention (kind `published`: K, V and an attention in each
-layer), and pictures and prompts encoded anew in every step. Needs the `torch` extra.
+layer), and pictures and prompts encoded anew in every step. It runs on a GPU where torch sees one; with bfloat16,
+frozen weights are in it and the rest is left to autocast. Needs the `torch` extra.
 """
 
 from collections.abc import Callable
@@ -59,41 +60,48 @@ class Adapter(torch.nn.Module):
 
 
 def make_step(
-    folder: Path, *, pairs: int, resolution: int, user_dim: int, tokens: int, beta: float, sft_weight: float
+    folder: Path, *, dtype: str, pairs: int, resolution: int, user_dim: int, tokens: int, beta: float, sft_weight: float
 ) -> Callable[[], float]:
     """A training step on random pictures, prompts and users, which returns its loss."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    device, number = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, dtype)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as JAX does
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(device, number)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)
-    reference = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False)
+    reference = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False).to(device, number)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    adapter = Adapter(pipe.unet, user_dim, tokens)
+    adapter = Adapter(pipe.unet, user_dim, tokens).to(device)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, weight_decay=1e-2)
     torch.manual_seed(0)
     length = pipe.tokenizer.model_max_length
 
-    def step() -> float:
-        pixels = torch.rand(2 * pairs, 3, resolution, resolution) * 2 - 1
-        ids = torch.randint(0, pipe.text_encoder.config.vocab_size, (pairs, length))
+    @torch.autocast(device.type, number, enabled=number != torch.float32)
+    def loss_of_batch() -> torch.Tensor:
+        pixels = torch.rand(2 * pairs, 3, resolution, resolution, dtype=number, device=device) * 2 - 1
+        ids = torch.randint(0, pipe.text_encoder.config.vocab_size, (pairs, length), device=device)
         with torch.no_grad():
             latents = pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config.scaling_factor
             text = pipe.text_encoder(ids).last_hidden_state.repeat(2, 1, 1)
         noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
-        times = torch.randint(0, scheduler.config.num_train_timesteps, (pairs,)).repeat(2)
+        times = torch.randint(0, scheduler.config.num_train_timesteps, (pairs,), device=device).repeat(2)
         noisy = scheduler.add_noise(latents, noise, times)
         target = (
             noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, times)
         )
-        adapter(torch.randn(pairs, user_dim).repeat(2, 1))
+        adapter(torch.randn(pairs, user_dim, device=device).repeat(2, 1))
 
         def errors(unet):
-            return F.mse_loss(unet(noisy, times, text).sample, target, reduction="none").mean((1, 2, 3)).chunk(2)
+            found = unet(noisy, times, text).sample
+            return F.mse_loss(found.float(), target.float(), reduction="none").mean((1, 2, 3)).chunk(2)
 
         with torch.no_grad():
             rw, rl = errors(reference)
         pw, pl = errors(pipe.unet)
         z = 0.5 * beta * ((pl - rl) - (pw - rw))
-        loss = (-F.logsigmoid(z) + sft_weight * (pw - rw)).mean()
+        return (-F.logsigmoid(z) + sft_weight * (pw - rw)).mean()
+
+    def step() -> float:
+        loss = loss_of_batch()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()

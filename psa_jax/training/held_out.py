@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import with_arrays
@@ -22,14 +23,20 @@ class HeldOut:
     """Measures an adapter on held-out pairs.
 
     Args:
-      batches: on their devices, all of one size and without rows that only fill up, as `validation_batches` makes
+      batches: on the mesh's devices, all of one size and without rows that only fill up, as `validation_batches` makes
         them, with what the training step takes; they are kept.
     """
 
     def __init__(
-        self, model: StableDiffusion, config: AdapterConfig, objective: Objective, batches: Iterable[Batch], key: Any
+        self,
+        model: StableDiffusion,
+        config: AdapterConfig,
+        objective: Objective,
+        mesh: Mesh,
+        batches: Iterable[Batch],
+        key: Any,
     ):
-        base_of = opened(model)
+        base_of = opened(model, mesh)
         quiet = dataclasses.replace(objective, text_dropout=0.0, user_dropout=0.0)
 
         def measure(params: dict[str, Any], frozen: Frozen, batch: Batch, key: Any) -> Metrics:

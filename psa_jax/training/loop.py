@@ -124,7 +124,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     held_out = None
     if config.validate.every:
         batches = held_out_batches(config, open_shards(shards, "val", vae), table, model, by_rows(mesh))
-        held_out = HeldOut(model, adapter_config, objective, [batch | empty for batch in batches], key)
+        held_out = HeldOut(model, adapter_config, objective, mesh, [batch | empty for batch in batches], key)
 
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.hang_timeout))

@@ -133,7 +133,7 @@ def reference_table(
 
 def _run(stored, model, objective, frozen, shards, table, mesh, empty, batch_size, numbers):
     """[b, K, 2] for one batch of rows after the other, on the host."""
-    base_of = opened(model)
+    base_of = opened(model, mesh)
 
     def measure(frozen: Frozen, batch: Batch, number: Any):
         base = base_of(frozen)

@@ -17,7 +17,8 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import adapter_arrays, with_arrays
 from psa_jax.models.adapter import Adapter
 from psa_jax.models.adapter_config import AdapterConfig
-from psa_jax.models.attention import REMAT
+from psa_jax.models.attention import REMAT, Computing
+from psa_jax.models.fused_attention import fused_attention
 from psa_jax.preference.draws import Batch, Stored, draw, draw_stored
 from psa_jax.preference.losses import LOSSES
 from psa_jax.preference.objective import Objective
@@ -68,13 +69,16 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
-def opened(model: StableDiffusion) -> Opened:
-    """What makes the base model out of frozen weights, inside a jitted function."""
+def opened(model: StableDiffusion, mesh: Mesh, remat: str = "none") -> Opened:
+    """What makes the base model out of frozen weights, inside a jitted function whose batches are split over a mesh."""
+    computing = Computing(remat, fused_attention(mesh, by_rows(mesh).spec))
     graph, _ = nnx.split((model.unet, model.text_encoders))
     prediction, vae = NoiseSchedule.from_config(model.scheduler_config).prediction, model.vae.config
 
     def base(frozen: Frozen) -> Base:
-        return Base(*nnx.merge(graph, frozen.weights), NoiseSchedule(frozen.alphas_cumprod, prediction), vae)
+        unet, text_encoders = nnx.merge(graph, frozen.weights)
+        unet.computing = computing
+        return Base(unet, text_encoders, NoiseSchedule(frozen.alphas_cumprod, prediction), vae)
 
     return base
 
@@ -111,7 +115,7 @@ def make_step(
         raise PSAError(f"optimizer.ema = {ema}; give a decay from 0 (none) to below 1")
     if accumulate > 1 and LOSSES[objective.loss].whole_batch:
         raise PSAError(f"accumulate = {accumulate}: {objective.loss} compares pairs of a batch; set accumulate to 1")
-    base_of, weights = opened(model), nnx.state((model.unet, model.text_encoders))
+    base_of, weights = opened(model, mesh, remat), nnx.state((model.unet, model.text_encoders))
     whole, rows = replicated(mesh), by_rows(mesh)
     frozen_at = Frozen(shardings(weights, mesh, frozen), whole, None if stored is None else whole)
     schedule = NoiseSchedule.from_config(model.scheduler_config)
@@ -135,7 +139,6 @@ def make_step(
         def loss(params, part):
             pairs, draws, known = part
             base = base_of(held)
-            base.unet.remat = remat
             inputs = pairs | {name: batch[name] for name in of_all}
             adapter = with_arrays(config, params)
             found = pair_losses(objective, adapter, base, inputs, draws, known)

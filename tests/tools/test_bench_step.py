@@ -13,11 +13,11 @@ from psa_jax.tools.configs import read_config
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-@pytest.mark.parametrize("way", ["ours", "torch"])
-def test_the_step_is_one_of_dpo(sd1, way):
+@pytest.mark.parametrize(("way", "dtype"), [("ours", "float32"), ("torch", "float32"), ("torch", "bfloat16")])
+def test_the_step_is_one_of_dpo(sd1, way, dtype):
     config = read_config(f"{CONFIGS}/tiny.py", [("optimizer.warmup_steps", "0"), ("adapter.tokens", "2")])
     spec = {name: config[name].to_dict() for name in ("adapter", "objective", "optimizer")}
-    spec |= {"model": str(sd1[0]), "remat": "none", "draws": 0, "pairs": 2, "resolution": None}
+    spec |= {"model": str(sd1[0]), "dtype": dtype, "remat": "none", "draws": 0, "pairs": 2, "resolution": None}
     step = {"ours": bench_step._our_step, "torch": bench_step._torch_step}[way](spec)
     with torch.enable_grad():  # torch_models turns it off
         assert step() == pytest.approx(math.log(2), abs=1e-5)
