@@ -7,10 +7,11 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
@@ -134,7 +135,7 @@ def load_stable_diffusion(
     tokenizer: str | Path | None = None,
     config: str | Path | None = None,
     sharding: Shardings | None = None,
-    vae_weights: bool = True,
+    abstract: Collection[str] = (),
 ) -> StableDiffusion:
     """Reads a pipeline. Everything but the weights is read and checked first, then one tensor at a time.
 
@@ -147,7 +148,7 @@ def load_stable_diffusion(
       tokenizer: for a single file, which holds none: a folder with vocab.json and merges.txt (or with `tokenizer/`).
       config: for a single file: a diffusers folder whose JSON files and tokenizers replace the known ones.
       sharding: (path, shape) of a parameter -> where it lives; each process reads only the parts it holds.
-      vae_weights: False leaves the VAE abstract, for what neither encodes nor decodes.
+      abstract: models, such as "vae", whose weights are not read: they are shapes (in `dtype`), for what needs no more.
 
     Raises:
       PSAError: anything missing, of another kind, or not matching its config.
@@ -171,11 +172,11 @@ def load_stable_diffusion(
         merged = merge_lora(parts.tensors["unet"], Path(lora), lora_scale)
         parts = dataclasses.replace(parts, tensors=parts.tensors | {"unet": merged})
     models = {
-        name: _load(name, parts.configs[name], tensors, dtype, sharding)
+        name: _shapes(name, parts.configs[name], dtype)
+        if name in abstract
+        else _load(name, parts.configs[name], tensors, dtype, sharding)
         for name, tensors in parts.tensors.items()
-        if vae_weights or name != "vae"
     }
-    models.setdefault("vae", abstract_model(VAE, parts.configs["vae"]))
     return StableDiffusion(
         folder=source,
         scheduler_config=parts.scheduler,
@@ -189,6 +190,11 @@ def load_stable_diffusion(
 def _load(name: str, config: Config, tensors: Tensors, dtype: Any, sharding: Shardings | None = None):
     kind = MODELS[name]
     return load_weights(abstract_model(kind.model, config), tensors, kind.name, dtype=dtype, sharding=sharding)
+
+
+def _shapes(name: str, config: Config, dtype: Any):
+    shapes = abstract_model(MODELS[name].model, config)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
 def open_folder(folder: Path, variant: str | None = None) -> Parts:

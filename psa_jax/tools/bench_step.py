@@ -21,7 +21,7 @@ import numpy as np
 
 from psa_jax.errors import PSAError
 
-_USER_DIM = 35  # of the `features` encoder
+USER_DIM = 35  # of the `features` encoder
 
 
 def run(args: Namespace) -> int:
@@ -122,8 +122,8 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
     from psa_jax.training.step import compiled, init_state, make_step
 
-    model, mesh = load_stable_diffusion(spec["model"], dtype=spec["dtype"], vae_weights=False), make_mesh(1)
-    adapter = AdapterConfig.for_unet(model.unet.config, user_dim=_USER_DIM, **spec["adapter"])
+    model, mesh = load_stable_diffusion(spec["model"], dtype=spec["dtype"], abstract=("vae",)), make_mesh(1)
+    adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **spec["adapter"])
     optimizer = make_optimizer(ml_collections.ConfigDict(spec["optimizer"]), 10_000)
     objective = Objective(**spec["objective"])
     stored = stored_or_none(spec["draws"], 0, objective, flips=False)
@@ -135,7 +135,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     state = init_state(adapter, optimizer, 0)
     state = jax.device_put(state, shardings(state, mesh))
     of_pairs, of_all = batch_arrays(len(model.text_encoders), stored is not None)
-    rows = _random_rows(model, spec)
+    rows = random_rows(model, spec["pairs"], spec["resolution"])
     batch = jax.device_put({name: rows[name] for name in of_pairs}, by_rows(mesh))
     empty = (ids[0] for ids in model.token_ids([""]))
     batch |= jax.device_put(dict(zip(of_all, empty, strict=True)), replicated(mesh))
@@ -150,17 +150,16 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     return run
 
 
-def _random_rows(model: Any, spec: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What shards would give."""
-    pairs, rng = spec["pairs"], np.random.default_rng(0)
-    factor = model.vae.config.downscale
-    side = _resolution(spec, model.unet.config.sample_size, factor) // factor
+def random_rows(model: Any, pairs: int, resolution: int | None = None) -> dict[str, np.ndarray]:
+    """What shards would give: so many pairs of pictures of so many pixels on a side (default: the model's own)."""
+    rng, factor = np.random.default_rng(0), model.vae.config.downscale
+    side = (resolution or model.unet.config.sample_size * factor) // factor
     moments = (pairs, side, side, 2 * model.vae.config.latent_channels)
     ids = model.token_ids(["a picture"] * pairs)
     return {
         "chosen": rng.normal(size=moments).astype(np.float16),
         "rejected": rng.normal(size=moments).astype(np.float16),
-        "user": rng.normal(size=(pairs, _USER_DIM)).astype(np.float32),
+        "user": rng.normal(size=(pairs, USER_DIM)).astype(np.float32),
         "banned": rng.integers(2, size=pairs).astype(bool),
         "kind": rng.integers(2, size=pairs).astype(np.int32),
         "row": np.arange(pairs, dtype=np.int32),
@@ -182,16 +181,12 @@ def _torch_step(spec: dict[str, Any]) -> Callable[[], float]:
         folder,
         dtype=spec["dtype"],
         pairs=spec["pairs"],
-        resolution=_resolution(spec, size, 2 ** (len(blocks["block_out_channels"]) - 1)),
-        user_dim=_USER_DIM,
+        resolution=spec["resolution"] or size * 2 ** (len(blocks["block_out_channels"]) - 1),
+        user_dim=USER_DIM,
         tokens=spec["adapter"]["tokens"],
         beta=spec["objective"]["beta"],
         sft_weight=spec["objective"]["sft_weight"],
     )
-
-
-def _resolution(spec: dict[str, Any], sample_size: int, downscale: int) -> int:
-    return spec["resolution"] or sample_size * downscale
 
 
 if __name__ == "__main__":

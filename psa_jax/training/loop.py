@@ -62,7 +62,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config.batch_size, mesh, config.accumulate)
     where, drawing = of_file(mesh, config.mesh.frozen), config.sample_every > 0
-    model = load_stable_diffusion(config.model, dtype=config.dtype, sharding=where, vae_weights=drawing)
+    model = load_stable_diffusion(
+        config.model, dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",)
+    )
     base_hash = weights_hash(model.folder)
     shards, table = Path(config.data.shards), EmbeddingTable.load(Path(config.data.table))
     adapter_config = AdapterConfig.for_unet(

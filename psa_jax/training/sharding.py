@@ -1,6 +1,7 @@
 """Where arrays live: a mesh (data, fsdp), batches split over both axes, everything else by a table of rules."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,9 +26,9 @@ RULES = {
 """
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """A mesh of data × fsdp devices; `data` = −1 takes all that there are."""
-    available = jax.devices()
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of data × fsdp devices (default: of all processes); `data` = −1 takes all that there are."""
+    available = jax.devices() if devices is None else list(devices)
     if fsdp < 1:
         raise PSAError(f"mesh.fsdp = {fsdp}; give 1 or more devices")
     rows = len(available) // fsdp if data == -1 else data

@@ -119,7 +119,10 @@ def make_step(
     whole, rows = replicated(mesh), by_rows(mesh)
     frozen_at = Frozen(shardings(weights, mesh, frozen), whole, None if stored is None else whole)
     schedule = NoiseSchedule.from_config(model.scheduler_config)
-    held = Frozen(_placed(weights, frozen_at.weights), jax.device_put(schedule.alphas_cumprod, whole))
+    alphas = schedule.alphas_cumprod
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weights)):
+        alphas = jax.ShapeDtypeStruct(alphas.shape, alphas.dtype)
+    held = jax.tree.map(_placed, Frozen(weights, alphas), frozen_at._replace(reference=None))
     state_at = shardings(jax.eval_shape(lambda: init_state(config, optimizer, 0, ema=ema)), mesh)
     of_pairs, of_all = batch_arrays(len(model.text_encoders), stored is not None)
 
@@ -191,15 +194,11 @@ def compiled(step: Step, *inputs: Any) -> Step:
     return found
 
 
-def _placed(tree: PyTree, where: PyTree[NamedSharding]) -> PyTree:
-    """Arrays put where they belong; shapes told where they would be."""
-
-    def place(leaf: Any, sharding: NamedSharding) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return jax.device_put(leaf, sharding)
-
-    return jax.tree.map(place, tree, where)
+def _placed(leaf: Any, where: NamedSharding) -> Any:
+    """An array put where it belongs; a shape told where it would be."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.device_put(leaf, where)
 
 
 def _parts(tree: PyTree[Array], count: int, mesh: Mesh) -> PyTree[Array]:
