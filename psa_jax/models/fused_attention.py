@@ -17,19 +17,26 @@ from psa_jax.models.attention import Attend, attend
 
 _LONG = 1024  # pixels from which the weights are worth a kernel: 32 × 32
 _BLOCKS = (512, 384, 256, 128)  # rows of a TPU's tile; the first that divides the pixels
-_CUDNN_WIDTH = 128  # cuDNN's widest head on every GPU that it supports
+_AMPERE, _CUDNN_WIDTH = 8.0, 128  # the first GPU that cuDNN's kernel supports, and its widest head on all of them
 
 
 def fused_attention(devices: Mesh, rows: PartitionSpec) -> Attend:
     """`attend` for these devices.
 
-    A kernel takes 16-bit numbers and 1,024 pixels or more; for others, and on a CPU, this is `attend` itself.
+    A kernel takes 16-bit numbers and 1,024 pixels or more; for others, and elsewhere, this is `attend` itself.
 
     Args:
       rows: how the rows of a batch are divided over the devices.
     """
-    platform = devices.devices.flat[0].platform
-    return {"gpu": _on_gpu, "tpu": functools.partial(_on_tpu, devices, rows)}.get(platform, attend)
+    device = devices.devices.flat[0]
+    if device.platform == "tpu":
+        return functools.partial(_on_tpu, devices, rows)
+    return _on_gpu if _has_cudnn(getattr(device, "compute_capability", "")) else attend
+
+
+def _has_cudnn(compute_capability: str) -> bool:
+    """Whether a GPU has cuDNN's kernel: an H100 is 9.0, a T4 7.5, which is too old; AMD's start with letters."""
+    return compute_capability[:1].isdigit() and float(compute_capability) >= _AMPERE
 
 
 def devices_of(array: Array) -> Mesh:

@@ -80,7 +80,7 @@ def fit(parser: ArgumentParser) -> None:
     parser.set_defaults(takes_config=True)
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="as it would be trained")
     parser.add_argument(
-        "--topology", metavar="SLICE", help="a TPU slice such as v5e:2x4 or v4:2x2x1 (default: the devices at hand)"
+        "--topology", metavar="SLICE", help="a TPU slice such as v5e:2x4 or v5p:2x2x1 (default: the devices at hand)"
     )
     parser.add_argument("--resolution", type=int, metavar="PX", help="of the shards (default: the model's own)")
 

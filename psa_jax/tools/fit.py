@@ -66,6 +66,10 @@ def run(args: Namespace) -> int:
             "raise accumulate, set remat to full, or divide the frozen weights (mesh.fsdp, mesh.frozen = split)"
         ) from error
     found = compiled.memory_analysis()
+    if not found.temp_size_in_bytes:  # as for a TPU v4; no step is without
+        raise PSAError(
+            f"fit: the compiler for {devices[0].device_kind} does not tell its temporaries; try another slice"
+        )
     result = {
         "arguments_bytes": found.argument_size_in_bytes,  # frozen weights, adapter and optimizer, batch
         "temporaries_bytes": found.temp_size_in_bytes,
@@ -93,8 +97,10 @@ def _slice(name: str) -> Sequence[jax.Device]:
     jax.config.update("jax_platforms", "cpu")  # what is not compiled only runs here
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no machine of Google's is asked what it is
     try:
-        return topologies.get_topology_desc(name, platform="tpu").devices
+        devices = topologies.get_topology_desc(name, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
         raise PSAError(
-            f"fit: libtpu knows no slice {name!r} ({error}); give one such as v5e:2x4 or v4:2x2x1"
+            f"fit: libtpu knows no slice {name!r} ({error}); give one such as v5e:2x4 or v5p:2x2x1"
         ) from error
+    one_each = name.startswith(("v2", "v3"))  # later chips' cores are one device to JAX, here too
+    return [device for device in devices if one_each or device.core_on_chip == 0]

@@ -65,6 +65,11 @@ def test_a_tpu_gets_the_kernel_where_it_fits(mesh, pixels, dtype, kernels):
     assert program.count("tpu_custom_call") == kernels
 
 
+def test_gpus_with_a_kernel():
+    capabilities = ("8.0", "9.0", "10.3", "7.5", "gfx90a", "")
+    assert [fused_attention._has_cudnn(each) for each in capabilities] == [True, True, True, False, False, False]
+
+
 def test_a_cpu_computes_plainly(mesh):
     assert fused_attention.fused_attention(mesh, ROWS) is attend
 

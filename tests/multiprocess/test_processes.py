@@ -121,8 +121,8 @@ def test_four_processes(runs, alone, tmp_path):
 def test_the_real_loss(real_runs, really_alone, tmp_path, processes: int):
     found = group(real_runs, tmp_path, processes)
     assert [run.code() for run in found] == [0] * processes, "".join(run.output for run in found)
-    # With one pair to a device XLA convolves otherwise, and AdamW makes more of the rounding with every step: one process
-    # with four devices is as far away.
+    # With one pair to a device XLA convolves otherwise, and AdamW makes more of the rounding with every step: one
+    # process with four devices is as far away.
     assert_same_losses(rows(tmp_path), really_alone, atol=1e-5 if processes == 2 else 6e-5)
     assert len(rows(tmp_path)) == 6
 
