@@ -12,8 +12,8 @@ of SAGE_DIR.
 for SD2.x. --config=configs/sd21.py:smoke is three steps of one pair.
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
-its learning rate and β are untried on real weights. Memory and time of a step: not measured. The frozen UNet and text
-encoder have 1,206 million parameters, 2.41 GB in bfloat16.
+its learning rate and β are untried on real weights. Time of a step: not measured; psa-jax fit tells its memory. The
+frozen UNet and text encoder have 1,206 million parameters, 2.41 GB in bfloat16.
 """
 
 from . import common

@@ -67,7 +67,7 @@ def _on_tpu(
     value: Float[Array, "b m d"],
     heads: int,
 ) -> Float[Array, "b n d"]:
-    tiles = [next((rows for rows in _BLOCKS if x.shape[1] % rows == 0), None) for x in (query, key)]
+    tiles = [next((block for block in _BLOCKS if x.shape[1] % block == 0), None) for x in (query, key)]
     if not _long(query, key) or None in tiles:
         return attend(query, key, value, heads)
 

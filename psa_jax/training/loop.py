@@ -9,7 +9,6 @@ import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 from tqdm import tqdm
 
 import psa_jax
@@ -17,7 +16,6 @@ from psa_jax.data.latents import Preprocess, fingerprint
 from psa_jax.data.pipeline import make_pipeline, to_devices
 from psa_jax.data.shards import Shards, open_shards, read_info
 from psa_jax.data.validation import validation_batches
-from psa_jax.diffusion.generate import Generator, picture_grid
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
 from psa_jax.interop.adapter_file import ADAPTER_FILE
@@ -34,6 +32,7 @@ from psa_jax.training.metrics import MetricsWriter, Row, require_finite
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.preemption import StopSignal, Watchdog
 from psa_jax.training.reference import reference_table, stored_or_none
+from psa_jax.training.samples import Samples
 from psa_jax.training.sharding import by_rows, check_batch, make_mesh, of_file, replicated, shardings
 from psa_jax.training.speed import StepClock, peak_flops, step_flops
 from psa_jax.training.step import Metrics, compiled, init_state, make_step
@@ -149,7 +148,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
                 wandb=json.loads(config.to_json_best_effort()) if config.wandb else None,
             )
         )
-        samples = _Samples(config, model, table, workdir) if config.sample_every and leads() else None
+        samples = Samples(config, model, table, workdir) if config.sample_every and leads() else None
         stop = stack.enter_context(StopSignal())
         stack.enter_context(lost_peers_named())
 
@@ -304,33 +303,3 @@ def adapter_metadata(
         "seed": config.seed,
         "versions": {"psa_jax": psa_jax.__version__, "jax": jax.__version__},
     }
-
-
-class _Samples:
-    """Draws the same few cells now and then: rows are prompts, columns users, the first the base model."""
-
-    def __init__(self, config: ml_collections.ConfigDict, model: StableDiffusion, table: EmbeddingTable, workdir: Path):
-        shards = open_shards(Path(config.data.shards), "val")
-        rng = np.random.default_rng(config.seed)
-        unsafe = np.flatnonzero(shards.columns.unsafe)
-        rows = [shards[int(i)] for i in rng.choice(unsafe, size=min(4, len(unsafe)), replace=False)]
-        users = sorted(set(shards.columns.user_ids))[:4]
-        self._prompts = [row["caption"].decode() for row in rows]
-        self._users = table.lookup(users)
-        self._model, self._folder = model, workdir / "samples"
-        self._generator = None
-
-    def draw(self, adapter, step: int) -> None:
-        """Writes `samples/<step>.png`."""
-        count = len(self._users) + 1
-        prompts = [prompt for prompt in self._prompts for _ in range(count)]
-        seeds = [i for i in range(len(self._prompts)) for _ in range(count)]
-        users = np.concatenate([np.zeros_like(self._users[:1]), self._users])
-        scales = np.float32([0.0] + [1.0] * len(self._users))
-        if self._generator is None:
-            self._generator = Generator(self._model, adapter, batch_size=len(prompts))
-        pictures = self._generator.with_adapter(adapter)(
-            prompts, seeds, np.tile(users, (len(self._prompts), 1)), scale=np.tile(scales, len(self._prompts))
-        )
-        self._folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture_grid(pictures, count)).save(self._folder / f"{step:06d}.png")

@@ -9,12 +9,14 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
+from psa_jax.data.shards import RowColumns
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE, read_metadata
 from psa_jax.interop.diffusers import load_stable_diffusion
 from psa_jax.tools.mini_data import prepare
 from psa_jax.training import loop
 from psa_jax.training.loop import train
+from psa_jax.training.samples import by_strictness
 
 STEPS = 12
 
@@ -93,9 +95,24 @@ def test_a_divided_run_is_resumed_and_exports_the_average(training_config, tmp_p
 
 
 def test_samples_are_drawn(training_config, tmp_path):
-    train(training_config(steps=1, **{"sample_every": 1, "optimizer.warmup_steps": 0}), tmp_path)
+    """On one of the two devices that train."""
+    settings = {"sample_every": 1, "optimizer.warmup_steps": 0, "mesh.data": 2}
+    train(training_config(steps=1, **settings), tmp_path)
     assert (tmp_path / "samples" / "000001.png").read_bytes().startswith(b"\x89PNG")
     assert any((tmp_path / "tensorboard").iterdir())
+
+    divided = training_config(steps=1, **settings | {"mesh.data": 1, "mesh.fsdp": 2, "mesh.frozen": "split"})
+    with pytest.raises(PSAError, match="sample_every = 1 draws on one device"):
+        train(divided, tmp_path / "divided")
+
+
+def test_samples_are_for_users_from_the_least_to_the_most_strict():
+    users = ["c"] * 4 + ["a"] * 4 + ["b"] * 3 + ["d"] * 2  # ban 3 of 3, 1 of 4, 1 of 2 and nothing that is unsafe
+    unsafe = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0], bool)
+    banned = np.array([1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 1], bool)
+    columns = RowColumns(users, np.zeros(len(users), np.int32), unsafe, banned)
+    assert by_strictness(columns, 9) == ["d", "a", "b", "c"]
+    assert by_strictness(columns, 2) == ["d", "c"]
 
 
 def test_held_out_accuracy(training_config, tmp_path):
