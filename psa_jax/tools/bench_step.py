@@ -59,6 +59,7 @@ def run(args: Namespace) -> int:
             "ratio_memory": round(ours["peak_bytes"] / torch["peak_bytes"], 3),  # below 1: lighter than torch
         }
     about = {name: spec[name] for name in ("model", "pairs", "resolution", "steps", "dtype", "remat")}
+    about["first_loss"] = ours["first_loss"]  # ln 2 for the sigmoid: an untrained adapter changes nothing
     about |= {"kind": config.adapter.kind, "stored_draws": config.reference.draws}
     result |= about | {"device": ours["device"], "cores": os.cpu_count()}
     if args.json is not None:
@@ -77,14 +78,15 @@ def _measure(way: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 def _main(way: str, spec: dict[str, Any]) -> None:
     step = {"ours": _our_step, "torch": _torch_step}[way](spec)
-    step()  # allocates
+    first = step()  # allocates
     seconds = []
     for _ in range(spec["steps"]):
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
     device, peak = {"ours": _our_device, "torch": _torch_device}[way]()
-    print(json.dumps({"seconds": float(np.median(seconds)), "peak_bytes": peak, "device": device}))
+    found = {"seconds": float(np.median(seconds)), "peak_bytes": peak, "first_loss": first, "device": device}
+    print(json.dumps(found))
 
 
 def _process_peak() -> int:
