@@ -58,10 +58,14 @@ def run(args: Namespace) -> int:
             "ratio_time": round(torch["seconds"] / ours["seconds"], 3),  # above 1: faster than torch
             "ratio_memory": round(ours["peak_bytes"] / torch["peak_bytes"], 3),  # below 1: lighter than torch
         }
-    about = {name: spec[name] for name in ("model", "pairs", "resolution", "steps", "dtype", "remat")}
-    about["first_loss"] = ours["first_loss"]  # ln 2 for the sigmoid: an untrained adapter changes nothing
-    about |= {"kind": config.adapter.kind, "stored_draws": config.reference.draws}
-    result |= about | {"device": ours["device"], "cores": os.cpu_count()}
+    result |= {name: spec[name] for name in ("model", "pairs", "resolution", "steps", "dtype", "remat")}
+    result |= {
+        "kind": config.adapter.kind,
+        "stored_draws": config.reference.draws,
+        "first_loss": ours["first_loss"],  # ln 2 for the sigmoid: an untrained adapter changes nothing
+        "device": ours["device"],
+        "cores": os.cpu_count(),
+    }
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))

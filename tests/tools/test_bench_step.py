@@ -1,5 +1,6 @@
 """Both ways of `psa-jax bench step` train: the first loss is ln 2, and later ones are not. Times are not tested."""
 
+import json
 import math
 from pathlib import Path
 
@@ -27,3 +28,14 @@ def test_the_step_is_one_of_dpo(sd1, way, dtype):
 def test_a_configuration_that_leaves_the_model_open(capsys):
     assert main(["bench", "step", f"--config={CONFIGS}/sd15.py"]) == 1
     assert "--config.model=DIR" in capsys.readouterr().err
+
+
+def test_two_devices_are_not_compared(capsys, monkeypatch):
+    found = {"seconds": 1.0, "peak_bytes": 1, "first_loss": 0.7}
+    devices = {"ours": "cpu", "torch": "NVIDIA H100 80GB HBM3"}
+    monkeypatch.setattr(bench_step, "_measure", lambda way, spec: found | {"device": devices[way]})
+    assert main(["bench", "step", f"--config={CONFIGS}/tiny.py", "--against=torch"]) == 1
+    assert "JAX ran on cpu and torch on NVIDIA H100" in capsys.readouterr().err
+    devices["torch"] = "cpu"
+    assert main(["bench", "step", f"--config={CONFIGS}/tiny.py", "--against=torch"]) == 0
+    assert json.loads(capsys.readouterr().out)["ratio_time"] == 1.0

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from psa_jax.cli import main
+from psa_jax.interop import diffusers
 from psa_jax.interop.diffusers import MODELS, load_stable_diffusion
 from psa_jax.models.adapter import Adapter
 from psa_jax.models.adapter_config import AdapterConfig
@@ -35,7 +36,11 @@ def test_the_arguments_of_a_step(sd1, capsys):
     assert (found["device"], found["mesh"], found["remat"]) == ("cpu", {"data": 1, "fsdp": 1}, "full")
 
 
-def test_no_weight_is_read(sd1, tmp_path):
+def test_no_weight_is_read(sd1, monkeypatch):
+    def read(*args, **settings):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(diffusers, "load_weights", read)
     model = load_stable_diffusion(sd1[0], dtype=jnp.bfloat16, abstract=MODELS)
     leaves = jax.tree.leaves(nnx.state((model.unet, model.vae, model.text_encoder)))
     assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) and leaf.dtype == jnp.bfloat16 for leaf in leaves)
