@@ -61,6 +61,7 @@ def test_what_cannot_be_told(flags, words, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("fits", [True, False])
 def test_a_slice_that_is_not_here(fits, capsys):
     """libtpu compiles for it: a quarter of the frozen weights on each device; or the line that says it is too much."""
