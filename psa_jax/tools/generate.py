@@ -25,6 +25,7 @@ from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.seeds import PICTURE_BITS, check_seed
 from psa_jax.tools.prompts import read_prompts
 
 _FILES = ("model", "adapter", "vae", "lora", "tokenizer", "model_config")
@@ -101,9 +102,11 @@ def _wanted(args: Namespace) -> list[_Picture]:
     if args.images < 1:
         raise PSAError(f"--images {args.images}: give a number from 1 up")
     wanted = []
+    check_seed(args.seed, "--seed", PICTURE_BITS)
     for index, prompt in enumerate(read_prompts(args)):
         negative = args.negative if prompt.negative is None else prompt.negative
         first = args.seed if prompt.seed is None else prompt.seed
+        check_seed(first + args.images - 1, f"seed {first} with --images {args.images}: the last seed", PICTURE_BITS)
         wanted += [
             _Picture(f"{index:05d}_{seed}.png", prompt.text, negative, seed)
             for seed in range(first, first + args.images)

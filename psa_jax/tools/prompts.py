@@ -2,11 +2,13 @@
 
 import csv
 import io
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 from psa_jax.errors import PSAError
+from psa_jax.seeds import PICTURE_BITS, check_seed
 
 
 class Prompt(NamedTuple):
@@ -54,6 +56,8 @@ def _row(row: dict[str, str], where: str) -> Prompt:
     if not row["prompt"].strip():
         raise PSAError(f"{where}: empty prompt; remove the line")
     seed = row.get("seed") or None
-    if seed is not None and not seed.isdecimal():
-        raise PSAError(f"{where}: seed {seed!r} is not a whole number from 0 up")
-    return Prompt(row["prompt"].strip(), row.get("negative") or None, None if seed is None else int(seed))
+    if seed is not None:
+        if not re.fullmatch("[0-9]{1,20}", seed):  # 2^64 has 20 digits
+            raise PSAError(f"{where}: seed {seed[:40]!r}: give a whole number from 0 to {2**PICTURE_BITS - 1}")
+        seed = check_seed(int(seed), f"{where}: seed", PICTURE_BITS)
+    return Prompt(row["prompt"].strip(), row.get("negative") or None, seed)
