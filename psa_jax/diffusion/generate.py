@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from psa_jax.seeds import PICTURE_BITS, check_seed, seed_words
 
 UNCONDITIONAL = ("off", "zeros", "same")
 
+_log = logging.getLogger(__name__)
+
 
 def to_bytes(pixels: Float[np.ndarray, "*s"]) -> UInt8[np.ndarray, "*s"]:
     """[−1, 1] to bytes, clipped and rounded as diffusers does."""
@@ -38,6 +41,13 @@ def picture_keys(seeds: list[int]) -> Key[Array, " b"]:
     words = np.asarray([seed_words(seed) for seed in seeds], np.uint32)
     # Named, as the default may be set to another generator, and a seed is to mean the same noise everywhere.
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
+def truncation(kind: str, prompt: str, length: int, lost: str) -> str:
+    """What is said of a prompt that is too long, in diffusers' words."""
+    known = f"{kind} {prompt[:40] + ('…' if len(prompt) > 40 else '')!r}"
+    because = f"CLIP can only handle sequences up to {length} tokens"
+    return f"{known}: the following part of your input was truncated because {because}: {lost}"
 
 
 def initial_latents(seeds: list[int], shape: tuple[int, int, int]) -> Float[Array, "b h w c"]:
@@ -107,6 +117,7 @@ class Generator:
             model.scheduler_config, steps, sampler, eta=eta, karras=karras, where=f"{model.folder}: scheduler"
         )
         self._guidance = jnp.float32(guidance), jnp.float32(rescale)
+        self._told: set[str] = set()
         vae = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.vae)
         self._parts = (model.unet, vae, model.text_encoders)
         self._graph, self._params = nnx.split((*self._parts, adapter))
@@ -170,6 +181,8 @@ class Generator:
         if len(negatives) != count:
             raise PSAError(f"{len(negatives)} negative prompts for {count} prompts: give one, or one for each")
         zeros = np.array([n is None and self._model.force_zeros_for_empty_prompt for n in negatives])
+        for line in self.truncated([*prompts, *(n for n in negatives if n)]):
+            _log.warning(line)
         scales = np.broadcast_to(np.asarray(scale, np.float32), (count,))
         ids, negative_ids = self._model.token_ids(prompts), self._model.token_ids([n or "" for n in negatives])
         pictures = []
@@ -190,6 +203,14 @@ class Generator:
             )
             pictures.append(np.asarray(drawn)[: count - start])
         return np.concatenate(pictures)
+
+    def truncated(self, prompts: list[str]) -> list[str]:
+        """A line for each prompt that is longer than the text encoders take, with what is lost; each once for all."""
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._told]
+        self._told.update(fresh)
+        lost = zip(fresh, self._model.truncated(fresh), strict=True) if fresh else ()
+        length = self._model.text_encoder.config.max_position_embeddings
+        return [truncation("prompt", prompt, length, part) for prompt, part in lost if part]
 
     def _check(self, prompts, seeds, users, scale, latents) -> None:
         count = len(prompts)

@@ -169,7 +169,7 @@ def generate(parser: ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompts")
     prompt.add_argument("--prompt", action="append", help="may be given several times")
     prompt.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or .csv with columns prompt, negative, seed"
+        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or .csv/.tsv with columns prompt, negative, seed"
     )
     prompt.add_argument("--negative", metavar="PROMPT", help="negative prompt")
     prompt.add_argument(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import read_metadata
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
+from psa_jax.interop.diffusers import StableDiffusion, check_text, load_stable_diffusion, weights_hash
 from psa_jax.interop.native import load_adapter
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import get_encoder
@@ -72,6 +73,9 @@ def run(args: Namespace) -> int:
         "version": psa_jax.__version__,
     }
     _claim(args, settings, user)
+    cut = generator.truncated([text for picture in wanted for text in (picture.prompt, picture.negative or "")])
+    for line in cut:
+        print(f"psa-jax: {line}", file=sys.stderr)
     missing = [picture for picture in wanted if not _is_whole(args.out / picture.name, picture)]
     for start in tqdm(range(0, len(missing), batch), desc="batches", disable=None):
         part = missing[start : start + batch]
@@ -84,7 +88,8 @@ def run(args: Namespace) -> int:
         )
         for pixels, picture in zip(drawn, part, strict=True):
             _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
-    print(json.dumps({"pictures": [str(args.out / picture.name) for picture in wanted], "drawn": len(missing)}))
+    paths = [str(args.out / picture.name) for picture in wanted]
+    print(json.dumps({"pictures": paths, "drawn": len(missing), "truncated": len(cut)}))
     return 0
 
 
@@ -103,6 +108,7 @@ def _wanted(args: Namespace) -> list[_Picture]:
         raise PSAError(f"--images {args.images}: give a number from 1 up")
     wanted = []
     check_seed(args.seed, "--seed", PICTURE_BITS)
+    check_text(args.negative or "", "--negative", "the terminal must send UTF-8; or give --prompts FILE.csv with it")
     for index, prompt in enumerate(read_prompts(args)):
         negative = args.negative if prompt.negative is None else prompt.negative
         first = args.seed if prompt.seed is None else prompt.seed
