@@ -72,11 +72,11 @@ def canonical(requirement: str) -> str:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path: Path) -> None:
     parts = path.relative_to(PACKAGE).parts
-    # What lies beside the folders (the command line) may import everything; errors.py is everybody's.
+    # What lies beside the folders (the command line) may import everything; errors.py and seeds.py are everybody's.
     allowed = ORDER if len(parts) == 1 else SIDES.get(parts[0]) or ORDER[: ORDER.index(parts[0]) + 1]
     ours = {name for name in imported(ast.parse(path.read_text())) if name.startswith("psa_jax.")}
     above = {("__main__.py",): ["cli"], ("tools", "bench_generate.py"): ["torch"]}.get(parts, [])
-    prefixes = tuple(f"psa_jax.{name}." for name in [*allowed, *above, "errors", "__version__"])
+    prefixes = tuple(f"psa_jax.{name}." for name in [*allowed, *above, "errors", "seeds", "__version__"])
     assert [name for name in ours if not f"{name}.".startswith(prefixes)] == []
 
 

@@ -6,6 +6,7 @@ The same entry reads single-file checkpoints (`psa_jax.interop.single_file`), pu
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -51,6 +52,7 @@ __all__ = [
     "TINY",
     "StableDiffusion",
     "abstract_model",
+    "check_text",
     "config_json",
     "load_stable_diffusion",
     "load_text_encoder",
@@ -117,11 +119,33 @@ class StableDiffusion:
             raise PSAError(f"{self.folder}: a {self.family} model has one text encoder; tokenize_2 is for SDXL")
         return _ids(self.tokenizer_2, self.text_encoder_2.config, prompts)
 
+    def truncated(self, prompts: list[str]) -> list[str]:
+        """Of each prompt what does not fit into the text encoders, "" where all does; as diffusers tells it."""
+        lost = [_lost(self.tokenizer, self.text_encoder.config, prompts)]
+        if self.text_encoder_2 is not None:
+            lost.append(_lost(self.tokenizer_2, self.text_encoder_2.config, prompts))
+        return [max(of_prompt, key=len) for of_prompt in zip(*lost, strict=True)]
+
 
 def _ids(tokenizer: Any, config: CLIPTextConfig, prompts: list[str]) -> Int[np.ndarray, "n s"]:
+    for number, prompt in enumerate(prompts, start=1):
+        check_text(prompt, f"prompt {number} of {len(prompts)}", "give whole characters")
     length = config.max_position_embeddings
     ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True)["input_ids"]
     return np.asarray(ids, dtype=np.int32)
+
+
+def _lost(tokenizer: Any, config: CLIPTextConfig, prompts: list[str]) -> list[str]:
+    length = config.max_position_embeddings
+    whole = tokenizer(prompts, verbose=False)["input_ids"]
+    # The last place is the end token's.
+    return [tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else "" for ids in whole]
+
+
+def check_text(text: str, what: str, advice: str) -> None:
+    """Refuses half characters (lone surrogates): no tokenizer takes them, and Python makes them of foreign bytes."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise PSAError(f"{what}: character {half.start() + 1} is {half[0]!r}, no Unicode character; {advice}")
 
 
 def load_stable_diffusion(
