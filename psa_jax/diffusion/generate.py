@@ -83,8 +83,7 @@ class Generator:
         if unconditional not in UNCONDITIONAL:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
         factor = model.vae.config.downscale
-        side = model.unet.config.sample_size * factor
-        height, width = (side, side) if size is None else size
+        height, width = model.picture_size if size is None else size
         if height % factor or width % factor or min(height, width) <= 0:
             raise PSAError(f"picture size {height}x{width}: both sides must be positive multiples of {factor}")
         self._model, self._batch, self.size = model, batch_size, (height, width)
