@@ -28,6 +28,7 @@ from psa_jax.interop.parts import (
     check_parts_fit,
     load_tokenizer,
     read_config,
+    read_scheduler,
 )
 from psa_jax.interop.single_file import open_single_file, open_vae_file
 from psa_jax.interop.weights import (
@@ -211,7 +212,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Parts:
     return Parts(
         where=folder,
         pipeline=pipeline,
-        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=read_scheduler(folder),
         tokenizers={name: load_tokenizer(folder, name) for name in PIPELINES[pipeline].values()},
         configs={name: read_config(name, folder / name / "config.json") for name in names},
         tensors={name: open_tensors(find_weights(folder / name, MODELS[name].stem, variant)) for name in names},

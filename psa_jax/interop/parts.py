@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.weights import Tensors, read_json
+from psa_jax.interop.weights import Tensors
+from psa_jax.json_input import read_json
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
@@ -94,7 +95,15 @@ class Parts:
 
 def read_config(kind: str, path: Path) -> Config:
     """The configuration of a model (a name of `MODELS`) from its `config.json`."""
-    return MODELS[kind].config.from_json(read_json(path), str(path))
+    config = read_json(path)
+    if MODELS[kind].config is CLIPTextConfig:  # diffusers goes by the class in model_index.json
+        config["architectures"] = [MODELS[kind].class_name]
+    return MODELS[kind].config.from_json(config, str(path))
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The scheduler's configuration in a diffusers folder, in which diffusers itself writes infinities."""
+    return read_json(folder / "scheduler" / "scheduler_config.json", constants=True)
 
 
 def load_tokenizer(folder: Path, name: str = "tokenizer"):

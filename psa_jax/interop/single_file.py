@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.parts import PIPELINES, SD, SDXL, Config, Parts, read_config, read_tokenizer
+from psa_jax.interop.parts import PIPELINES, SD, SDXL, Config, Parts, read_config, read_scheduler, read_tokenizer
 from psa_jax.interop.weights import Index, Tensor, Tensors, open_tensors, read_json, shown
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 
@@ -257,7 +257,7 @@ def open_single_file(path: Path, tokenizer: Path | None, config: Path | None) ->
         if index.get("_class_name") != pipeline:
             raise PSAError(f"{config}: is for {index.get('_class_name')}, but {path} holds a {pipeline}")
         configs = {part: read_config(part, config / part / "config.json") for part in prefixes}
-        scheduler = read_json(config / "scheduler" / "scheduler_config.json")
+        scheduler = read_scheduler(config)
         force_zeros = force_zeros and bool(index.get("force_zeros_for_empty_prompt", True))
     return Parts(
         where=path,

@@ -6,6 +6,7 @@ Every tensor of a file is used exactly once and has exactly the expected shape; 
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,12 @@ from psa_jax.tensor_file import Entry, all_finite, read_header, require_floats
 _RENAMED = {"to_out_0": "to_out.0", "net_0": "net.0", "net_2": "net.2"}
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _STACK = "transformer_blocks"
-BUFFERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")  # in old CLIP files: 0, 1, 2, …
+# What diffusers and transformers do not read where it is not a parameter of the model: constants of old files (0, 1, 2,
+# …, and frequencies), and the rest of a whole CLIP.
+UNUSED = re.compile(
+    r"(text_model\.)?embeddings\.position_ids|.*\.rotary_emb\.inv_freq"
+    r"|logit_scale|text_projection\.weight|visual_projection\.weight|vision_model\..*"
+)
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -180,18 +186,29 @@ def _tensor(path: Path, name: str, entry: Entry) -> Tensor:
     return Tensor(entry.shape, read)
 
 
-def _open_index(path: Path) -> dict[str, Tensor]:
+def shards_of(path: Path) -> list[str]:
+    """Names of the files that an index lists, in order; they lie beside it."""
+    return sorted(set(_read_index(path).values()))
+
+
+def _read_index(path: Path) -> dict[str, str]:
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise PSAError(f"{path}: no weight_map from tensor names to files; download it again")
-    shards = sorted({file.removeprefix("./") for file in files.values()})
-    for shard in shards:
+    files = {name: file.removeprefix("./") for name, file in files.items()}
+    for shard in sorted(set(files.values())):
         if os.path.basename(shard) != shard or not shard.endswith(".safetensors"):
             raise PSAError(f"{path}: {shard!r} is not the name of a safetensors file beside it")
         if not (path.parent / shard).is_file():
             raise PSAError(f"{path.parent / shard}: not found, but {path.name} lists it; download it again")
-    found: dict[str, Tensor] = {}
-    for shard in shards:  # as diffusers and transformers do: all of each file, whichever of them the index says
+    return files
+
+
+def _open_index(path: Path) -> dict[str, Tensor]:
+    files, found = _read_index(path), dict[str, Tensor]()
+    for shard in sorted(
+        set(files.values())
+    ):  # as diffusers and transformers do: all of each file, whichever of them the index says
         tensors = _open_file(path.parent / shard)
         if twice := tensors.keys() & found.keys():
             raise PSAError(f"{path.parent / shard}: {shown(twice)} is in another file, too; download the files again")
@@ -227,10 +244,11 @@ def load_weights(
       PSAError: missing, extra or misshapen tensors, numbers that are not finite in `dtype`, or an unreadable file.
     """
     tensors = (open_tensors(source) if isinstance(source, Path) else source).renamed(rename)
-    where, by_name = tensors.where, {name: t for name, t in tensors.by_name.items() if name not in BUFFERS}
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     expected = {name for path, variable in flat for name in torch_names(path, variable.shape)}
+    where = tensors.where
+    by_name = {name: t for name, t in tensors.by_name.items() if name in expected or not UNUSED.fullmatch(name)}
     for what, names in (("missing", expected - by_name.keys()), ("unexpected", by_name.keys() - expected)):
         if names:
             raise PSAError(f"{where}: {what} tensors: {shown(names)}; the file does not belong to its config.json")
