@@ -16,6 +16,7 @@ MAX_BYTES = 16 << 20
 """More than any configuration, index or report has; the tokenizer files of language models have 11 MB."""
 MAX_DEPTH = 100
 """Levels of lists and objects. Configurations have under 10; Python itself fails somewhere below 1,000."""
+MAX_DIGITS = 1000
 
 _BOM = b"\xef\xbb\xbf"
 _NAMES = {dict: "object", list: "list"}
@@ -73,7 +74,7 @@ def parse_json(
     Args:
       where: the file, or what of it this is, for errors.
       kind, limit, bom, constants: as for `read_json`.
-      quote: an error may name a key of the text; not where keys may tell about a person.
+      quote: an error may quote from the text; not where the text may tell about a person.
 
     Raises:
       PSAError: not UTF-8, not JSON, another kind of value, too large, nested too deep, a key twice in one object,
@@ -95,24 +96,28 @@ def parse_json(
 
     def number(digits: str) -> float:
         value = float(digits)
-        return value if math.isfinite(value) else constant(f"{digits[:20]} (beyond a float)")
+        return value if math.isfinite(value) else constant(f"{digits[:20] if quote else 'a number'} (beyond a float)")
+
+    def whole(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise _Refused(f"a number of {len(digits):,} digits")
+        return int(digits)
 
     try:
         if len(text) > limit:
             raise _Refused(f"it is larger than {limit:,} bytes")
         text = _decoded(text, bom)
-        value = json.loads(
-            text, object_pairs_hook=unique, parse_constant=constant, parse_float=None if constants else number
-        )
+        floats = None if constants else number
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=whole, parse_float=floats)
         _check_depth(text, value)
         if _SURROGATE.search(text):
             _check_surrogates(value)
     except RecursionError:
         raise PSAError(f"{where}: not valid JSON (nested deeper than {MAX_DEPTH} levels)") from None
-    except ValueError as error:  # also of JSONDecodeError, UnicodeDecodeError, and whole numbers of 4,301 digits
+    except ValueError as error:  # what is no JSON
         raise PSAError(f"{where}: not valid JSON ({error})") from error
     if kind is not None and not isinstance(value, kind):
-        raise PSAError(f"{where}: expected a JSON {_NAMES[kind]}, found {_describe(value)}")
+        raise PSAError(f"{where}: expected a JSON {_NAMES[kind]}, found {_describe(value, quote)}")
     return value
 
 
@@ -149,9 +154,7 @@ def _check_surrogates(value: Any) -> None:
         raise _Refused("half a character (a lone surrogate); write it as valid Unicode") from None
 
 
-def _describe(value: Any) -> str:
-    return (
-        f"a{'n' if isinstance(value, dict) else ''} {_NAMES[type(value)]}"
-        if type(value) in _NAMES
-        else repr(value)[:40]
-    )
+def _describe(value: Any, quote: bool) -> str:
+    if type(value) in _NAMES:
+        return f"a{'n' if isinstance(value, dict) else ''} {_NAMES[type(value)]}"
+    return repr(value)[:40] if quote else f"a value of type {type(value).__name__}"

@@ -49,6 +49,8 @@ def read_header(path: Path) -> Header:
     Raises:
       PSAError: not a whole safetensors file, or one with two tensors, or two metadata, of one name.
     """
+    if not Path(path).is_file():
+        raise PSAError(f"{path}: file not found; check the path")
     try:
         with safe_open(path, framework="numpy"):  # checks the header's types, every offset and the file's length
             pass
@@ -81,8 +83,11 @@ def require_floats(path: Path, name: str, dtype: str) -> None:
         )
 
 
-def read_float32(path: Path, name: str, entry: Entry) -> np.ndarray:
+def read_float32(path: Path, name: str, entry: Entry, *, finite: bool = True) -> np.ndarray:
     """A tensor in float32, a copy.
+
+    Args:
+      finite: refuses NaN and infinities; else the caller looks for them.
 
     Raises:
       PSAError: of another type, or with numbers that are not finite in float32.
@@ -96,7 +101,8 @@ def read_float32(path: Path, name: str, entry: Entry) -> np.ndarray:
         raw = (raw.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):  # beyond float32: infinite, and refused
         values = raw.astype(np.float32, copy=False)
-    require_finite(path, name, values)
+    if finite:
+        require_finite(path, name, values)
     try:
         return values.reshape(entry.shape)
     except ValueError as error:  # numpy has at most 64 axes

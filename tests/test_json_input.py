@@ -95,6 +95,8 @@ def test_what_may_be_asked_for():
     assert found["a"] == -math.inf and found["b"] == math.inf and math.isnan(found["c"])
     line = refused('{"religion": 1, "religion": 2}', quote=False)
     assert "religion" not in line and "twice" in line
+    for text in ('"female"', '{"age": 9e999}'):
+        assert "9" not in (line := refused(text, quote=False)) and "female" not in line
 
 
 def test_the_libraries_that_read_these_files_take_no_byte_order_mark_either(tmp_path):

@@ -141,6 +141,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 f"{path}: {name} in its metadata is {str(value)[:40]!r}, not {_METADATA[name].what}; "
                 "the file is damaged, export the adapter again"
             )
+    if "encoder_fingerprint" in about and "encoder" not in about:
+        raise PSAError(f"{path}: its metadata name no encoder; the file is damaged, export the adapter again")
     return about
 
 

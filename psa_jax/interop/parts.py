@@ -73,6 +73,16 @@ PIPELINES = {
 }
 
 
+MAX_TOKENIZER = 64 << 20
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """A pipeline whose weights are open but not read.
@@ -119,11 +129,24 @@ def read_tokenizer(path: Path, **settings: Any):
         raise PSAError(f"{path}: tokenizer files not found (vocab.json and merges.txt)")
     if not (path / "tokenizer.json").is_file() and not (path / "merges.txt").is_file():
         raise PSAError(f"{path / 'merges.txt'}: file not found; a tokenizer needs it beside vocab.json")
+    return open_tokenizer(CLIPTokenizer, "CLIP", path, **settings)
+
+
+def open_tokenizer(tokenizer: Any, name: str, folder: Path, **settings: Any) -> Any:
+    """A tokenizer of transformers from its files, whose JSON is looked at first.
+
+    Args:
+      tokenizer: the class.
+      name: what to call it in an error.
+    """
+    for file in _TOKENIZER_FILES:
+        if (folder / file).is_file():
+            read_json(folder / file, limit=MAX_TOKENIZER)
     try:
-        return CLIPTokenizer.from_pretrained(path, local_files_only=True, **settings)
+        return tokenizer.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # the tokenizers library raises plain Exception
-        reason = " ".join(str(error).split())
-        raise PSAError(f"{path}: not a CLIP tokenizer ({reason}); download it again") from error
+        reason = " ".join(str(error).split())[:300]
+        raise PSAError(f"{folder}: not a {name} tokenizer ({reason}); download it again") from error
 
 
 def check_parts_fit(parts: Parts) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.parts import open_tokenizer
 from psa_jax.interop.weights import (
     Shardings,
     Tensor,
@@ -62,7 +63,11 @@ class LanguageModel:
         if self.tokenizer.chat_template is None:
             return text
         messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, which can fail in any way
+            reason = " ".join(str(error).split())[:200]
+            raise PSAError(f"{self.folder}: its chat template fails ({reason}); download the folder again") from error
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; nothing is cut off."""
@@ -167,9 +172,4 @@ def _read_tokenizer(folder: Path):
                 raise PSAError(
                     f"{folder / name}: file not found; a tokenizer is tokenizer.json or vocab.json, merges.txt"
                 )
-    try:
-        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise PSAError(
-            f"{folder}: not a Qwen2 tokenizer ({' '.join(str(error).split())}); download it again"
-        ) from error
+    return open_tokenizer(Qwen2Tokenizer, "Qwen2", folder)
