@@ -24,7 +24,16 @@ UNCONDITIONAL = ("off", "zeros", "same")
 
 
 def to_bytes(pixels: Float[np.ndarray, "*s"]) -> UInt8[np.ndarray, "*s"]:
-    """[−1, 1] to bytes, clipped and rounded as diffusers does."""
+    """[−1, 1] to bytes, clipped and rounded as diffusers does.
+
+    Raises:
+      PSAError: a pixel is not finite: as a byte it would be black, and nobody would know.
+    """
+    if not np.isfinite(pixels).all():
+        raise PSAError(
+            "a picture is not finite and was not made: numbers went beyond their type while it was drawn; draw in "
+            "float32 (--dtype=float32), or with a smaller --scale or --guidance"
+        )
     return (np.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).round().astype(np.uint8)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.parts import CLASSES, MODELS, PIPELINES, SD, SDXL, TOKENIZERS, Config, read_config
-from psa_jax.interop.weights import read_json
+from psa_jax.interop.parts import CLASSES, MODELS, PIPELINES, SD, SDXL, TOKENIZERS, Config, read_config, read_scheduler
+from psa_jax.json_input import read_json
 from psa_jax.models.config import UNetConfig
 
 
@@ -48,7 +48,7 @@ def read_folder(folder: Path) -> Described:
     listed = {name: _entry(folder, index, name, pipeline, *expected) for name, expected in classes.items()}
     files = {name: folder / name / "config.json" for name in names}
     configs = {name: read_config(name, file) for name, file in files.items()}
-    scheduler = _scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), listed["scheduler"])
+    scheduler = _scheduler(read_scheduler(folder), listed["scheduler"])
     if pipeline == SD:
         configs["unet"] = _at_least_64(configs["unet"], files["unet"])
         scheduler = _corrected(scheduler)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.weights import Tensors, read_json
+from psa_jax.interop.weights import Tensors
+from psa_jax.json_input import read_json
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
@@ -80,6 +81,16 @@ PIPELINES = {
 }
 
 
+MAX_TOKENIZER = 64 << 20
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """A pipeline whose weights are open but not read.
@@ -102,7 +113,15 @@ class Parts:
 
 def read_config(kind: str, path: Path) -> Config:
     """The configuration of a model (a name of `MODELS`) from its `config.json`."""
-    return MODELS[kind].config.from_json(read_json(path), str(path))
+    config = read_json(path)
+    if MODELS[kind].config is CLIPTextConfig:  # diffusers goes by the class in model_index.json
+        config["architectures"] = [MODELS[kind].class_name]
+    return MODELS[kind].config.from_json(config, str(path))
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The scheduler's configuration in a diffusers folder, in which diffusers itself writes infinities."""
+    return read_json(folder / "scheduler" / "scheduler_config.json", constants=True)
 
 
 def load_tokenizer(folder: Path, name: str = "tokenizer", class_name: str = TOKENIZERS[0]):
@@ -118,12 +137,25 @@ def read_tokenizer(path: Path, class_name: str = TOKENIZERS[0], **settings: Any)
         raise PSAError(f"{path}: tokenizer files not found (vocab.json and merges.txt)")
     if not (path / "tokenizer.json").is_file() and not (path / "merges.txt").is_file():
         raise PSAError(f"{path / 'merges.txt'}: file not found; a tokenizer needs it beside vocab.json")
+    tokenizer = PreTrainedTokenizerFast if class_name in _GENERAL else CLIPTokenizer
+    return open_tokenizer(tokenizer, "CLIP", path, **settings)
+
+
+def open_tokenizer(tokenizer: Any, name: str, folder: Path, **settings: Any) -> Any:
+    """A tokenizer of transformers from its files, whose JSON is looked at first.
+
+    Args:
+      tokenizer: the class.
+      name: what to call it in an error.
+    """
+    for file in _TOKENIZER_FILES:
+        if (folder / file).is_file():
+            read_json(folder / file, limit=MAX_TOKENIZER)
     try:
-        tokenizer = PreTrainedTokenizerFast if class_name in _GENERAL else CLIPTokenizer
-        return tokenizer.from_pretrained(path, local_files_only=True, **settings)
+        return tokenizer.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # the tokenizers library raises plain Exception
-        reason = " ".join(str(error).split())
-        raise PSAError(f"{path}: not a CLIP tokenizer ({reason}); download it again") from error
+        reason = " ".join(str(error).split())[:300]
+        raise PSAError(f"{folder}: not a {name} tokenizer ({reason}); download it again") from error
 
 
 def picture_size(unet: UNetConfig, vae: VAEConfig, where: Path) -> tuple[int, int]:
