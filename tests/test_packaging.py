@@ -20,6 +20,8 @@ ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "tr
 SIDES = {"torch": ["torch", "profiles", "interop.adapter_file", "models.adapter_config"]}
 """The torch runtime imports no JAX, so only what needs none; nothing imports it."""
 
+EVERYBODYS = ["errors", "seeds", "json_input", "tensor_file"]
+
 DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""
 
@@ -72,11 +74,11 @@ def canonical(requirement: str) -> str:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path: Path) -> None:
     parts = path.relative_to(PACKAGE).parts
-    # What lies beside the folders (the command line) may import everything; errors.py and seeds.py are everybody's.
+    # The command line may import everything.
     allowed = ORDER if len(parts) == 1 else SIDES.get(parts[0]) or ORDER[: ORDER.index(parts[0]) + 1]
     ours = {name for name in imported(ast.parse(path.read_text())) if name.startswith("psa_jax.")}
     above = {("__main__.py",): ["cli"], ("tools", "bench_generate.py"): ["torch"]}.get(parts, [])
-    prefixes = tuple(f"psa_jax.{name}." for name in [*allowed, *above, "errors", "seeds", "__version__"])
+    prefixes = tuple(f"psa_jax.{name}." for name in [*allowed, *above, *EVERYBODYS, "__version__"])
     assert [name for name in ours if not f"{name}.".startswith(prefixes)] == []
 
 

@@ -3,7 +3,6 @@
 Errors name files, lines, ids and fields, never a value of a profile.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from psa_jax.errors import PSAError
+from psa_jax.json_input import parse_json
 from psa_jax.profiles.policy import is_banned
 from psa_jax.profiles.schema import (
     AGE_GROUPS,
@@ -196,25 +196,9 @@ def _read_row(text: str) -> SageRecord:
 
 def _parse_json(text: str) -> dict[str, object]:
     try:
-        row = json.loads(text, object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
-    except RowError:
-        raise
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, and numbers of thousands of digits
-        raise RowError("json", f"not a JSON object ({error}); write one object a line") from error
-    if not isinstance(row, dict):
-        raise RowError("json", f"holds a JSON {type(row).__name__}; write one object a line")
-    return row
-
-
-def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):  # JSON would keep the last one in silence
-        raise RowError("json", "a key is given twice; give it once")
-    return mapping
-
-
-def _refuse_constant(name: str) -> object:
-    raise RowError("json", f"holds {name}, which is no JSON value; give the real one")
+        return parse_json(text, "row", quote=False)
+    except PSAError as error:
+        raise RowError("json", f"{str(error).removeprefix('row: ')}; write one object a line") from error
 
 
 def _check_keys(mapping: dict, expected: Iterable[str], what: str) -> None:

@@ -1,6 +1,5 @@
 """Folders of shards, read: by row number, with facts about all rows in memory. `builder` makes them."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,13 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Int32
 
 from psa_jax.errors import PSAError
+from psa_jax.json_input import read_json
 from psa_jax.profiles.schema import CATEGORIES
 
 FORMAT = "psa_jax.shards/2"
 VERSION = "1.0.0"
 INFO_FILE = "fingerprint.json"
+_MAX_BYTES = 1 << 30  # 25 bytes a row
 _INFO_FIELDS = {
     "format",
     "fingerprint",
@@ -127,11 +128,31 @@ def read_info(out: Path) -> dict[str, Any]:
     """
     path = Path(out) / INFO_FILE
     info = _read_json(path)
-    if not isinstance(info, dict) or info.keys() != _INFO_FIELDS or info["format"] != FORMAT:
+    if info.keys() != _INFO_FIELDS or info["format"] != FORMAT or not _is_info(info):
         raise PSAError(f"{path}: not the description of psa_jax shards ({FORMAT}); build the shards again")
     if not re.fullmatch(r"[a-z0-9]+_[0-9]+", f"{info['family']}_{info['resolution']}"):  # it becomes a path
         raise PSAError(f"{path}: family or resolution is no plain name; build the shards again")
     return info
+
+
+def _is_info(info: dict[str, Any]) -> bool:
+    """Whether the types are right of what is read again."""
+
+    def whole(*values: Any) -> bool:
+        return all(type(value) is int and value >= 0 for value in values)
+
+    splits, files, shape = info["splits"], info["files"], info["latent_shape"]
+    return (
+        isinstance(splits, dict)
+        and whole(*splits.values(), info["resolution"])
+        and isinstance(files, dict)
+        and all(isinstance(facts, dict) and whole(facts.get("bytes")) for facts in files.values())
+        and isinstance(shape, list)
+        and len(shape) == 3
+        and whole(*shape)
+        and all(isinstance(info[name], str) for name in ("fingerprint", "family"))
+        and isinstance(info["flips"], bool)
+    )
 
 
 def columns_file(split: str) -> str:
@@ -143,12 +164,11 @@ def _read_columns(path: Path, rows: int) -> RowColumns:
     columns = _read_json(path)
     names = ("user_id", "category", "unsafe", "banned")
     if (
-        not isinstance(columns, dict)
-        or tuple(columns) != names
+        tuple(columns) != names
         or not all(isinstance(columns[name], list) and len(columns[name]) == rows for name in names)
         or not all(isinstance(user_id, str) for user_id in columns["user_id"])
-        or not all(value in range(len(CATEGORIES)) for value in columns["category"])
-        or not all(value in (0, 1) for name in ("unsafe", "banned") for value in columns[name])
+        or not all(type(value) is int and value in range(len(CATEGORIES)) for value in columns["category"])
+        or not all(type(value) is int and value in (0, 1) for name in ("unsafe", "banned") for value in columns[name])
     ):
         raise PSAError(f"{path}: does not describe the {rows} rows of this split; build the shards again")
     return RowColumns(
@@ -161,9 +181,9 @@ def _read_columns(path: Path, rows: int) -> RowColumns:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise PSAError(f"{path}: cannot be read ({_first_line(error)}); give a folder of complete shards") from error
+        return read_json(path, limit=_MAX_BYTES)
+    except PSAError as error:
+        raise PSAError(f"{error}; give a folder of complete shards") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,7 +28,16 @@ _log = logging.getLogger(__name__)
 
 
 def to_bytes(pixels: Float[np.ndarray, "*s"]) -> UInt8[np.ndarray, "*s"]:
-    """[−1, 1] to bytes, clipped and rounded as diffusers does."""
+    """[−1, 1] to bytes, clipped and rounded as diffusers does.
+
+    Raises:
+      PSAError: a pixel is not finite: as a byte it would be black, and nobody would know.
+    """
+    if not np.isfinite(pixels).all():
+        raise PSAError(
+            "a picture is not finite and was not made: numbers went beyond their type while it was drawn; draw in "
+            "float32 (--dtype=float32), or with a smaller --scale or --guidance"
+        )
     return (np.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).round().astype(np.uint8)
 
 
@@ -105,8 +114,7 @@ class Generator:
         if unconditional not in UNCONDITIONAL:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
         factor = model.vae.config.downscale
-        side = model.unet.config.sample_size * factor
-        height, width = (side, side) if size is None else size
+        height, width = model.picture_size if size is None else size
         if height % factor or width % factor or min(height, width) <= 0:
             raise PSAError(f"picture size {height}x{width}: both sides must be positive multiples of {factor}")
         self._model, self._batch, self.size = model, batch_size, (height, width)

@@ -17,12 +17,13 @@ import ml_collections
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from psa_jax.data.mini import BACKGROUNDS, BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS, SUBJECTS, Scene, render
 from psa_jax.errors import PSAError
+from psa_jax.json_input import parse_json
 from psa_jax.seeds import check_seed
+from psa_jax.tensor_file import read_float32, read_header
 from psa_jax.training.pretrain import fit
 
 DEBRIS = NO_PICTOGRAM + 1
@@ -97,11 +98,14 @@ def load_oracle(path: Path) -> OracleNet:
     if not path.is_file():
         raise PSAError(f"{path}: oracle weights not found; make them with psa-jax pretrain")
     graph, state = nnx.split(nnx.eval_shape(lambda: OracleNet(rngs=nnx.Rngs(0))))
-    with safe_open(path, framework="numpy") as file:
-        if json.loads(file.metadata()["pictograms"]) != list(PICTOGRAMS):
-            raise PSAError(f"{path}: trained for other pictograms; train it again with psa-jax pretrain")
-        flat = {p: v.replace(jnp.asarray(file.get_tensor(_name(p)), jnp.float32)) for p, v in nnx.to_flat_state(state)}
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+    header, flat = read_header(path), nnx.to_flat_state(state)
+    if parse_json(header.metadata.get("pictograms", "[]"), f"{path}: its pictograms", list) != list(PICTOGRAMS):
+        raise PSAError(f"{path}: trained for other pictograms; train it again with psa-jax pretrain")
+    wanted, found = {_name(p): v.shape for p, v in flat}, {name: e.shape for name, e in header.tensors.items()}
+    if wanted != found:
+        raise PSAError(f"{path}: not the tensors of the oracle; make them with psa-jax pretrain")
+    tensors = {name: jnp.asarray(read_float32(path, name, entry)) for name, entry in header.tensors.items()}
+    return nnx.merge(graph, nnx.from_flat_state({p: v.replace(tensors[_name(p)]) for p, v in flat}))
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -4,20 +4,59 @@ Imports neither JAX nor torch, so that what is refused does not depend on who re
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from psa_jax.errors import PSAError
+from psa_jax.json_input import parse_json
 from psa_jax.models.adapter_config import AdapterConfig, Layers
+from psa_jax.tensor_file import MAX_HEADER, all_finite, read_float32, read_header, require_finite
 
 FORMAT = "psa_jax.adapter/1"
 ADAPTER_FILE = "psa_adapter.safetensors"
 Tensors = dict[str, np.ndarray]
+
+
+class _Rule(NamedTuple):
+    """What a value of the metadata must be."""
+
+    holds: Callable[[Any], bool]
+    what: str
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 24
+
+
+def _are_layers(value: Any) -> bool:
+    pairs = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    return pairs and len(value) > 0 and all(_is_size(size) for pair in value for size in pair)
+
+
+_TEXT = _Rule(lambda value: isinstance(value, str), "a text")
+_SIZE = _Rule(_is_size, "a whole number above zero")
+_OBJECT = _Rule(lambda value: isinstance(value, dict), "an object")
+_METADATA = {
+    "kind": _TEXT,
+    "tokens": _SIZE,
+    "user_dim": _SIZE,
+    "cross_dim": _SIZE,
+    "layers": _Rule(_are_layers, "a list of pairs of whole numbers above zero"),
+    "qk_dim": _Rule(lambda value: value is None or _is_size(value), "null or a whole number above zero"),
+    "base_model": _TEXT,
+    "family": _TEXT,
+    "encoder": _TEXT,
+    "encoder_fingerprint": _TEXT,
+    "standardised": _Rule(lambda value: isinstance(value, bool), "true or false"),
+    "steps": _Rule(lambda value: type(value) is int, "a whole number"),
+    "objective": _OBJECT,
+    "versions": _OBJECT,
+}
+"""Keys that are read somewhere; others may be there."""
 
 
 def tensor_name(projection: str, index: int, *, before_unet: bool) -> str:
@@ -63,7 +102,7 @@ def write_native(tensors: Tensors, config: AdapterConfig, path: Path, metadata: 
       PSAError: a tensor is not finite.
     """
     for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise PSAError(f"{path}: not written: {name} has values that are not finite; train again")
     described = {
         **metadata,
@@ -90,29 +129,35 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a native file; empty for a file of the torch original."""
     if not path.is_file():
         raise PSAError(f"{path}: no such adapter file")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise PSAError(f"{path}: not a whole safetensors file ({error})") from error
+    metadata = read_header(path).metadata
     if "psa" not in metadata:
         return {}
-    try:
-        about = json.loads(metadata["psa"])
-    except ValueError as error:
-        raise PSAError(f"{path}: its metadata cannot be read; the file is damaged, export the adapter again") from error
-    if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
+    about = parse_json(metadata["psa"], f"{path}: its metadata", limit=MAX_HEADER)
+    if about.pop("format", None) != FORMAT:
         raise PSAError(f"{path}: its metadata are not of {FORMAT}; read it with the version of psa_jax that wrote it")
+    for name, value in about.items():
+        if name in _METADATA and not _METADATA[name].holds(value):
+            raise PSAError(
+                f"{path}: {name} in its metadata is {str(value)[:40]!r}, not {_METADATA[name].what}; "
+                "the file is damaged, export the adapter again"
+            )
+    if "encoder_fingerprint" in about and "encoder" not in about:
+        raise PSAError(f"{path}: its metadata name no encoder; the file is damaged, export the adapter again")
     return about
 
 
 def read_tensors(path: Path, framework: str = "numpy") -> dict[str, Any]:
-    """Every tensor of a safetensors file, as it is there; those of torch with `framework="pt"`."""
-    try:
-        with safe_open(path, framework=framework) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise PSAError(f"{path}: not a whole safetensors file ({error})") from error
+    """Every tensor of an adapter's safetensors file in float32; torch's with `framework="pt"`.
+
+    Raises:
+      PSAError: damaged, or a tensor of another type than floats of 16 to 64 bits, or not finite in float32.
+    """
+    tensors = {name: read_float32(path, name, entry) for name, entry in read_header(path).tensors.items()}
+    if framework == "pt":
+        import torch
+
+        return {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    return tensors
 
 
 def fitting_config(
@@ -126,17 +171,15 @@ def fitting_config(
 
     Args:
       where: the file, for errors.
-      tensors: numpy's, or torch's on the CPU.
-      about: its metadata; without them the file is the torch original's: `published`, T from its shapes.
+      tensors: numpy's, or torch's on the CPU, in float32.
+      about: its metadata, checked by `read_metadata`; without them the file is the torch original's: `published`,
+        T from its shapes.
       layers, cross_dim: the base model's; without them the file's own are taken.
 
     Raises:
       PSAError: for another base model, or with missing, extra, misshapen or non-finite tensors.
     """
-    try:
-        own = tuple((width, heads) for width, heads in about.get("layers", layers or ()))
-    except (TypeError, ValueError) as error:
-        raise PSAError(f"{where}: its metadata cannot be read; the file is damaged, export it again") from error
+    own = tuple((width, heads) for width, heads in about.get("layers", layers or ()))
     own_dim = about.get("cross_dim", cross_dim)
     if not own or not own_dim:
         raise PSAError(f"{where}: does not say which base model it is for; bring it in with psa-jax import first")
@@ -155,8 +198,9 @@ def fitting_config(
         config = AdapterConfig(about.get("kind", "published"), tokens, user_dim, own_dim, own, about.get("qk_dim"))
     except ValueError as error:
         raise PSAError(f"{where}: {error}") from error
-    if about.get("tokens", tokens) != tokens:
-        raise PSAError(f"{where}: user_proj.proj.weight holds {tokens} tokens, its metadata say {about['tokens']}")
+    for name, found in (("tokens", tokens), ("user_dim", user_dim)):
+        if about.get(name, found) != found:
+            raise PSAError(f"{where}: user_proj.proj.weight holds {found} {name}, its metadata say {about[name]}")
     wanted, spare = tensor_shapes(config), constant_keys(config)
     for what, names in (
         ("missing", wanted.keys() - tensors.keys()),
@@ -168,6 +212,5 @@ def fitting_config(
         shape, needed = tuple(tensor.shape), (wanted | spare)[name]
         if shape != needed:
             raise PSAError(f"{where}: {name} has shape {shape}, the base model needs {needed}")
-        if not np.isfinite(np.asarray(tensor)).all():
-            raise PSAError(f"{where}: {name} has values that are not finite; the file is damaged, export it again")
+        require_finite(where, name, np.asarray(tensor))
     return config

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.folder import read_folder
 from psa_jax.interop.lora import merge_lora
 from psa_jax.interop.parts import (
     MODELS,
@@ -28,7 +29,9 @@ from psa_jax.interop.parts import (
     Parts,
     check_parts_fit,
     load_tokenizer,
+    picture_size,
     read_config,
+    square_side,
 )
 from psa_jax.interop.single_file import open_single_file, open_vae_file
 from psa_jax.interop.weights import (
@@ -103,6 +106,16 @@ class StableDiffusion:
     def text_encoders(self) -> tuple[CLIPText, ...]:
         """One, or SDXL's two."""
         return tuple(each for each in (self.text_encoder, self.text_encoder_2) if each is not None)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels of its pictures unless another size is asked for."""
+        return picture_size(self.unet.config, self.vae.config, self.folder)
+
+    @property
+    def square_side(self) -> int:
+        """The same where pictures must be square."""
+        return square_side(self.unet.config, self.vae.config, self.folder)
 
     def token_ids(self, prompts: list[str]) -> tuple[Int[np.ndarray, "n s"], ...]:
         """Token ids for each text encoder."""
@@ -226,38 +239,18 @@ def open_folder(folder: Path, variant: str | None = None) -> Parts:
     if not folder.is_dir():
         way_out = "make it with psa-jax pretrain" if folder == TINY else "give a folder in diffusers' layout"
         raise PSAError(f"{folder}: no such model folder; {way_out}")
-    index = read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise PSAError(f"{folder}: pipeline class {pipeline!r} is not supported (only {', '.join(PIPELINES)})")
-    names = ["text_encoder", *(["text_encoder_2"] if pipeline == SDXL else []), "vae", "unet"]
-    _check_classes(folder, index, names, pipeline)
+    described = read_folder(folder)
     return Parts(
         where=folder,
-        pipeline=pipeline,
-        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
-        tokenizers={name: load_tokenizer(folder, name) for name in PIPELINES[pipeline].values()},
-        configs={name: read_config(name, folder / name / "config.json") for name in names},
-        tensors={name: open_tensors(find_weights(folder / name, MODELS[name].stem, variant)) for name in names},
-        force_zeros=pipeline == SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
+        pipeline=described.pipeline,
+        scheduler=described.scheduler,
+        tokenizers={name: load_tokenizer(folder, name, kind) for name, kind in described.tokenizers.items()},
+        configs=described.configs,
+        tensors={
+            name: open_tensors(find_weights(folder / name, MODELS[name].stem, variant)) for name in described.configs
+        },
+        force_zeros=described.force_zeros,
     )
-
-
-_NOT_USED = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}
-
-
-def _check_classes(folder: Path, index: dict[str, Any], names: list[str], pipeline: str) -> None:
-    """The parts that `model_index.json` lists must be of the classes that are built here."""
-    listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
-    known = {name: (MODELS[name].class_name,) for name in names}
-    known |= dict.fromkeys(PIPELINES[pipeline].values(), ("CLIPTokenizer", "CLIPTokenizerFast"))
-    for name, (_, class_name) in listed.items():
-        if name not in known and name not in _NOT_USED:
-            raise PSAError(f"{folder}: part {name!r} ({class_name}) is not one that {pipeline} has here")
-        if name in known and class_name not in known[name]:
-            raise PSAError(f"{folder}: {name} is of class {class_name!r}, not supported (only {known[name][0]})")
-    if missing := sorted(known.keys() - listed.keys()):
-        raise PSAError(f"{folder}: model_index.json lists no {missing[0]}, which a {pipeline} needs")
 
 
 def _open_vae(path: Path, config: VAEConfig, variant: str | None) -> tuple[VAEConfig, Tensors]:
@@ -339,9 +332,14 @@ def _write_parts(model: StableDiffusion, out: Path, dtype: Any | None) -> None:
     for name in PIPELINES[pipeline].values():
         index[name] = ["transformers", "CLIPTokenizer"]
         getattr(model, name).save_pretrained(out / name)
-    _write_json(out / "scheduler" / "scheduler_config.json", model.scheduler_config)
+    settings = dict(model.scheduler_config)
+    for key in settings.pop("_use_default_values", ()):  # what the pipeline put in; it will do so again
+        del settings[key]
+    _write_json(out / "scheduler" / "scheduler_config.json", settings)
     source = model.folder / "model_index.json"
     index |= read_json(source) if source.is_file() else {}
+    if isinstance(index["_class_name"], list):  # a class in a file of the source that is not written
+        index["_class_name"] = pipeline
     if scheduler := model.scheduler_config.get("_class_name"):
         index["scheduler"] = ["diffusers", scheduler]
     # A safety checker of the source is not written, so it must not be listed.

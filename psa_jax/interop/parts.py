@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.weights import Tensors, read_json
+from psa_jax.interop.weights import Tensors
+from psa_jax.json_input import read_json
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
@@ -65,11 +66,29 @@ MODELS = {
     "text_encoder_2": ModelKind("transformers", "CLIPTextModelWithProjection", *_TEXT),
 }
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+# The pipelines of diffusers that have just these parts, by the one that draws from text alone.
+CLASSES = {
+    SD: (SD, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    SDXL: (SDXL, "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+}
+# The general classes read what a folder's tokenizer.json says and know nothing of CLIP.
+_GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", *_GENERAL)
 # Pipeline class -> the tokenizer of each text encoder it has.
 PIPELINES = {
     SD: {"text_encoder": "tokenizer"},
     SDXL: {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
 }
+
+
+MAX_TOKENIZER = 64 << 20
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,27 +113,66 @@ class Parts:
 
 def read_config(kind: str, path: Path) -> Config:
     """The configuration of a model (a name of `MODELS`) from its `config.json`."""
-    return MODELS[kind].config.from_json(read_json(path), str(path))
+    config = read_json(path)
+    if MODELS[kind].config is CLIPTextConfig:  # diffusers goes by the class in model_index.json
+        config["architectures"] = [MODELS[kind].class_name]
+    return MODELS[kind].config.from_json(config, str(path))
 
 
-def load_tokenizer(folder: Path, name: str = "tokenizer"):
-    """The CLIP tokenizer of a diffusers folder (no network is used)."""
-    return read_tokenizer(folder / name)
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The scheduler's configuration in a diffusers folder, in which diffusers itself writes infinities."""
+    return read_json(folder / "scheduler" / "scheduler_config.json", constants=True)
 
 
-def read_tokenizer(path: Path, **settings: Any):
+def load_tokenizer(folder: Path, name: str = "tokenizer", class_name: str = TOKENIZERS[0]):
+    """The CLIP tokenizer of a diffusers folder (no network is used); `class_name` is one of TOKENIZERS."""
+    return read_tokenizer(folder / name, class_name)
+
+
+def read_tokenizer(path: Path, class_name: str = TOKENIZERS[0], **settings: Any):
     """The CLIP tokenizer whose files are in a folder; `settings` replace what its tokenizer_config.json says."""
-    from transformers import CLIPTokenizer  # imported late: slow to import
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast  # imported late: slow to import
 
     if not (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
         raise PSAError(f"{path}: tokenizer files not found (vocab.json and merges.txt)")
     if not (path / "tokenizer.json").is_file() and not (path / "merges.txt").is_file():
         raise PSAError(f"{path / 'merges.txt'}: file not found; a tokenizer needs it beside vocab.json")
+    tokenizer = PreTrainedTokenizerFast if class_name in _GENERAL else CLIPTokenizer
+    return open_tokenizer(tokenizer, "CLIP", path, **settings)
+
+
+def open_tokenizer(tokenizer: Any, name: str, folder: Path, **settings: Any) -> Any:
+    """A tokenizer of transformers from its files, whose JSON is looked at first.
+
+    Args:
+      tokenizer: the class.
+      name: what to call it in an error.
+    """
+    for file in _TOKENIZER_FILES:
+        if (folder / file).is_file():
+            read_json(folder / file, limit=MAX_TOKENIZER)
     try:
-        return CLIPTokenizer.from_pretrained(path, local_files_only=True, **settings)
+        return tokenizer.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # the tokenizers library raises plain Exception
-        reason = " ".join(str(error).split())
-        raise PSAError(f"{path}: not a CLIP tokenizer ({reason}); download it again") from error
+        reason = " ".join(str(error).split())[:300]
+        raise PSAError(f"{folder}: not a {name} tokenizer ({reason}); download it again") from error
+
+
+def picture_size(unet: UNetConfig, vae: VAEConfig, where: Path) -> tuple[int, int]:
+    """Height and width in pixels that a pipeline draws at unless it is told otherwise."""
+    if unet.sample_size is None:
+        raise PSAError(f"{where}: the UNet has no sample_size; give the size of pictures (--size or --resolution)")
+    size = unet.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * vae.downscale, width * vae.downscale
+
+
+def square_side(unet: UNetConfig, vae: VAEConfig, where: Path) -> int:
+    """The same where pictures must be square."""
+    height, width = picture_size(unet, vae, where)
+    if height != width:
+        raise PSAError(f"{where}: the UNet draws {height}x{width} pictures; give a side in pixels (--resolution)")
+    return height
 
 
 def check_parts_fit(parts: Parts) -> None:

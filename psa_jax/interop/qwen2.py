@@ -13,8 +13,21 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.weights import Shardings, abstract_model, find_weights, load_weights, open_tensors, read_json
+from psa_jax.interop.parts import open_tokenizer
+from psa_jax.interop.weights import (
+    Shardings,
+    Tensor,
+    Tensors,
+    abstract_model,
+    find_weights,
+    load_weights,
+    open_tensors,
+    shards_of,
+)
+from psa_jax.json_input import read_json
 from psa_jax.models.qwen2 import Qwen2, Qwen2Config
+
+_HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +63,11 @@ class LanguageModel:
         if self.tokenizer.chat_template is None:
             return text
         messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, which can fail in any way
+            reason = " ".join(str(error).split())[:200]
+            raise PSAError(f"{self.folder}: its chat template fails ({reason}); download the folder again") from error
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; nothing is cut off."""
@@ -93,9 +110,8 @@ def load_qwen2(folder: str | Path, *, dtype: Any = jnp.float32, sharding: Shardi
     if len(tokenizer) > config.vocab_size:
         raise PSAError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, vocab_size is {config.vocab_size}")
     weights = find_weights(folder, "model")
-    model = load_weights(
-        abstract_model(Qwen2, config), open_tensors(weights), qwen2_name, dtype=dtype, sharding=sharding
-    )
+    config, tensors = _tied(config, open_tensors(weights).renamed(qwen2_name))
+    model = load_weights(abstract_model(Qwen2, config), tensors, dtype=dtype, sharding=sharding)
     return LanguageModel(folder, model, tokenizer, _stop_tokens(folder, config), weights)
 
 
@@ -104,10 +120,35 @@ def qwen2_name(name: str) -> str:
     return re.sub(r"^layers\.", "transformer_blocks.", name.removeprefix("model."))
 
 
+def _tied(config: Qwen2Config, tensors: Tensors) -> tuple[Qwen2Config, Tensors]:
+    """The tensors with the head only where it is another matrix than the embeddings, and a configuration that says so.
+
+    As transformers does it: of a tied model either may be in the file; both are when they are equal, and when they are
+    not, they are not tied, whatever config.json says.
+    """
+    by_name = dict(tensors.by_name)
+    if not config.tie_word_embeddings or _HEAD not in by_name:
+        return config, tensors
+    head = by_name.pop(_HEAD)
+    if _EMBEDDINGS not in by_name:
+        by_name[_EMBEDDINGS] = head
+    elif not _are_equal(head, by_name[_EMBEDDINGS]):
+        return dataclasses.replace(config, tie_word_embeddings=False), tensors
+    return config, Tensors(tensors.where, by_name)
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Read in parts: each is a gigabyte in a large model."""
+    if first.shape != second.shape or len(first.shape) != 2:
+        return False
+    rows = (slice(start, start + 4096) for start in range(0, first.shape[0], 4096))
+    return all(np.array_equal(first.read((part, slice(None))), second.read((part, slice(None)))) for part in rows)
+
+
 def _files(weights: Path) -> list[Path]:
     if weights.suffix != ".json":
         return [weights]
-    return [weights.parent / name for name in sorted(set(read_json(weights)["weight_map"].values()))]
+    return [weights.parent / name for name in shards_of(weights)]
 
 
 def _stop_tokens(folder: Path, config: Qwen2Config) -> tuple[int, ...]:
@@ -131,9 +172,4 @@ def _read_tokenizer(folder: Path):
                 raise PSAError(
                     f"{folder / name}: file not found; a tokenizer is tokenizer.json or vocab.json, merges.txt"
                 )
-    try:
-        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise PSAError(
-            f"{folder}: not a Qwen2 tokenizer ({' '.join(str(error).split())}); download it again"
-        ) from error
+    return open_tokenizer(Qwen2Tokenizer, "Qwen2", folder)

@@ -4,9 +4,9 @@ Every tensor of a file is used exactly once and has exactly the expected shape; 
 """
 
 import dataclasses
-import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,22 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from psa_jax.errors import PSAError
+from psa_jax.json_input import read_json
+from psa_jax.tensor_file import Entry, all_finite, read_header, require_floats
 
 # Attributes here that are list entries in the torch modules.
 _RENAMED = {"to_out_0": "to_out.0", "net_0": "net.0", "net_2": "net.2"}
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _STACK = "transformer_blocks"
-_BUFFERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")  # in old CLIP files: 0, 1, 2, …
+# What diffusers and transformers do not read where it is not a parameter of the model: constants of old files (0, 1, 2,
+# …, and frequencies), and the rest of a whole CLIP.
+UNUSED = re.compile(
+    r"(text_model\.)?embeddings\.position_ids|.*\.rotary_emb\.inv_freq"
+    r"|logit_scale|text_projection\.weight|visual_projection\.weight|vision_model\..*"
+)
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -163,67 +169,53 @@ def open_tensors(path: Path) -> Tensors:
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="numpy"):  # checks the header and that the file is whole
-            pass
-    except SafetensorError as error:
-        raise PSAError(f"{path}: not a whole safetensors file ({error}); download it again") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {name: _tensor(path, name, 8 + length, entry) for name, entry in header.items()}
+    return {name: _tensor(path, name, entry) for name, entry in read_header(path).tensors.items()}
 
 
-def _tensor(path: Path, name: str, start: int, entry: Mapping[str, Any]) -> Tensor:
-    shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
-
+def _tensor(path: Path, name: str, entry: Entry) -> Tensor:
     def read(index: Index) -> np.ndarray:
-        if entry["dtype"] not in _DTYPES:
-            raise PSAError(f"{path}: {name} is of dtype {entry['dtype']} (supported: {', '.join(_DTYPES)})")
-        dtype = np.dtype(_DTYPES[entry["dtype"]])
-        if not math.prod(shape):
-            return np.empty(shape, dtype)[index]
+        require_floats(path, name, entry.dtype)
+        dtype = np.dtype(_DTYPES[entry.dtype])
+        if not math.prod(entry.shape):
+            return np.empty(entry.shape, dtype)[index]
         # Mapped anew for each read: of a file that stays mapped, every page would go on counting as memory.
-        whole = np.memmap(path, np.uint8, "r", offset, math.prod(shape) * dtype.itemsize).view(np.ndarray)
-        return np.asarray(whole.view(dtype).reshape(shape)[index])
+        size = math.prod(entry.shape) * dtype.itemsize
+        whole = np.memmap(path, np.uint8, "r", entry.start, size).view(np.ndarray)
+        return np.asarray(whole.view(dtype).reshape(entry.shape)[index])
 
-    return Tensor(shape, read)
+    return Tensor(entry.shape, read)
 
 
-def _open_index(path: Path) -> dict[str, Tensor]:
+def shards_of(path: Path) -> list[str]:
+    """Names of the files that an index lists, in order; they lie beside it."""
+    return sorted(set(_read_index(path).values()))
+
+
+def _read_index(path: Path) -> dict[str, str]:
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise PSAError(f"{path}: no weight_map from tensor names to files; download it again")
-    shards = dict.fromkeys(sorted(set(files.values())))
-    for shard in shards:
+    files = {name: file.removeprefix("./") for name, file in files.items()}
+    for shard in sorted(set(files.values())):
         if os.path.basename(shard) != shard or not shard.endswith(".safetensors"):
             raise PSAError(f"{path}: {shard!r} is not the name of a safetensors file beside it")
-    for shard in shards:
         if not (path.parent / shard).is_file():
             raise PSAError(f"{path.parent / shard}: not found, but {path.name} lists it; download it again")
-        shards[shard] = _open_file(path.parent / shard)
-        listed = {name for name, file in files.items() if file == shard}
-        for what, names in (
-            ("missing tensors", listed - shards[shard].keys()),
-            ("tensors that the index places elsewhere or nowhere", shards[shard].keys() - listed),
-        ):
-            if names:
-                raise PSAError(f"{path.parent / shard}: {what}: {shown(names)}; download it and {path.name} again")
-    return {name: shards[file][name] for name, file in files.items()}
+    return files
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or one clear line."""
-    if not path.is_file():
-        raise PSAError(f"{path}: file not found; is this a diffusers folder?")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PSAError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise PSAError(f"{path}: expected a JSON object")
-    return value
+def _open_index(path: Path) -> dict[str, Tensor]:
+    files, found = _read_index(path), dict[str, Tensor]()
+    for shard in sorted(
+        set(files.values())
+    ):  # as diffusers and transformers do: all of each file, whichever of them the index says
+        tensors = _open_file(path.parent / shard)
+        if twice := tensors.keys() & found.keys():
+            raise PSAError(f"{path.parent / shard}: {shown(twice)} is in another file, too; download the files again")
+        found |= tensors
+    if missing := files.keys() - found.keys():
+        raise PSAError(f"{path}: missing tensors: {shown(missing)}; download it and the files that it lists again")
+    return found
 
 
 def shown(names: set[str]) -> str:
@@ -249,13 +241,14 @@ def load_weights(
       sharding: (path, shape) of a parameter -> where it lives; a process then reads only the parts it holds.
 
     Raises:
-      PSAError: missing, extra or misshapen tensors, or an unreadable file.
+      PSAError: missing, extra or misshapen tensors, numbers that are not finite in `dtype`, or an unreadable file.
     """
     tensors = (open_tensors(source) if isinstance(source, Path) else source).renamed(rename)
-    where, by_name = tensors.where, {name: t for name, t in tensors.by_name.items() if name not in _BUFFERS}
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     expected = {name for path, variable in flat for name in torch_names(path, variable.shape)}
+    where = tensors.where
+    by_name = {name: t for name, t in tensors.by_name.items() if name in expected or not UNUSED.fullmatch(name)}
     for what, names in (("missing", expected - by_name.keys()), ("unexpected", by_name.keys() - expected)):
         if names:
             raise PSAError(f"{where}: {what} tensors: {shown(names)}; the file does not belong to its config.json")
@@ -264,10 +257,10 @@ def load_weights(
         for name in torch_names(path, variable.shape):
             if by_name[name].shape != shape:
                 raise PSAError(f"{where}: {name} has shape {by_name[name].shape}, config.json asks for {shape}")
-    return nnx.merge(graph, nnx.from_flat_state(_filled(flat, by_name, np.dtype(dtype), sharding)))
+    return nnx.merge(graph, nnx.from_flat_state(_filled(flat, Tensors(where, by_name), np.dtype(dtype), sharding)))
 
 
-def _filled(flat, tensors: Mapping[str, Tensor], dtype: np.dtype, sharding) -> Iterator[tuple[ParameterPath, Any]]:
+def _filled(flat, tensors: Tensors, dtype: np.dtype, sharding) -> Iterator[tuple[ParameterPath, Any]]:
     for path, variable in flat:
 
         def read(index: Index, path=path, shape=variable.shape) -> np.ndarray:
@@ -280,10 +273,12 @@ def _filled(flat, tensors: Mapping[str, Tensor], dtype: np.dtype, sharding) -> I
         yield path, variable.replace(array)
 
 
-def _read(
-    tensors: Mapping[str, Tensor], path: ParameterPath, shape: tuple[int, ...], index: Index, dtype: np.dtype
-) -> np.ndarray:
-    """A part of a parameter, in the layout of this project: turned, stacked and cast in one pass over the bytes."""
+def _read(tensors: Tensors, path: ParameterPath, shape: tuple[int, ...], index: Index, dtype: np.dtype) -> np.ndarray:
+    """A part of a parameter, in the layout of this project: turned, stacked and cast in one pass over the bytes.
+
+    Raises:
+      PSAError: a number is not finite in `dtype`.
+    """
     names = torch_names(path, shape)
     part = np.empty([len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)], dtype)
     if is_stacked(path):
@@ -291,7 +286,13 @@ def _read(
     else:
         blocks = [part]
     for name, block in zip(names, blocks, strict=True):
-        block[...] = from_torch(tensors[name].read(torch_order(index, path)), path)
+        raw = tensors.by_name[name].read(torch_order(index, path))
+        with np.errstate(over="ignore"):  # infinite, and refused
+            block[...] = from_torch(raw, path)
+        if not all_finite(block):
+            damaged = not np.isfinite(raw).all()
+            way_out = "the file is damaged, download it again" if damaged else "take a type with a larger range"
+            raise PSAError(f"{tensors.where}: {name} has values that are not finite in {dtype.name}; {way_out}")
     return part
 
 

@@ -5,7 +5,7 @@ else is refused by name, so a folder never loads as a model that it is not.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -14,18 +14,25 @@ from psa_jax.errors import PSAError
 Config = TypeVar("Config", bound="FromJson")
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a parsed JSON value is of a field's type, no number negative; a whole number counts as a float."""
+MAX_SIZE = 1 << 24
+MAX_LAYERS = 200
+MAX_BLOCKS = 16
+_QUANTISED = dict.fromkeys(("quantization_config", "compression_config", "transformers_weights"), (None,))
+
+
+def _fits(value: Any, kind: Any, largest: int = MAX_SIZE) -> bool:
+    """Whether a parsed JSON value is of a field's type and no number is negative or huge; whole numbers are floats."""
     if get_origin(kind) is UnionType:
-        return any(_fits(value, option) for option in get_args(kind))
+        return any(_fits(value, option, largest) for option in get_args(kind))
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and len(value) > 0 and all(_fits(item, get_args(kind)[0]) for item in value)
+        few = isinstance(value, tuple) and 0 < len(value) <= MAX_BLOCKS
+        return few and all(_fits(item, get_args(kind)[0], largest) for item in value)
     if value is None:
         return kind is NoneType
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and value >= 0
+        return isinstance(value, (int, float) if kind is float else int) and 0 < value <= largest
     return isinstance(value, kind)
 
 
@@ -34,35 +41,45 @@ class FromJson:
 
     #: key -> the values with which the modules here compute the same as the original
     _fixed: Mapping[str, tuple[Any, ...]] = {}
-    #: keys that do not change what the model computes
-    _ignored: frozenset[str] = frozenset()
     #: what the original libraries take for an absent key, where it is not the default of the field here
     _absent: Mapping[str, Any] = {}
+    #: keys for which the original takes a list of equal numbers for the number, and how many
+    _repeated: Mapping[str, Callable[[Mapping[str, Any]], int]] = {}
 
     @classmethod
     def from_json(cls: type[Config], config: Mapping[str, Any], where: str = "config.json") -> Config:
         """Builds the configuration; raises PSAError naming the first key that is not supported as set."""
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+        fixed = _QUANTISED | cls._fixed
         values = dict(cls._absent)
         for key, value in config.items():
             if key in kinds:
-                values[key] = tuple(value) if isinstance(value, list) else value
-                zero = value == 0 and not isinstance(value, bool) and not key.endswith("_token_id")
-                if zero or not _fits(values[key], kinds[key]):
-                    expected = getattr(kinds[key], "__name__", kinds[key])
-                    raise PSAError(f"{where}: {key} = {value!r} is not supported (expected {expected}, above zero)")
-            elif key.startswith("_") or key in cls._ignored:
-                continue
-            elif key not in cls._fixed:
-                raise PSAError(
-                    f"{where}: unknown key {key!r} = {value!r}; this model is not one that psa_jax implements"
-                )
-            elif value not in cls._fixed[key]:
-                raise PSAError(f"{where}: {key} = {value!r} is not supported (only {cls._fixed[key][0]!r})")
+                kind = kinds[key]
+                value = tuple(value) if isinstance(value, list) else value
+                if key in cls._repeated and isinstance(value, tuple) and len(value) == cls._repeated[key](config):
+                    value = value[0] if all(item == value[0] for item in value) else value
+                if value is None and kind is bool:  # false to the original
+                    value = False
+                largest = MAX_LAYERS if "layers" in key else MAX_SIZE
+                # Which token begins or pads is the tokenizer's to say: −1 is a way to write that there is none.
+                token = key.endswith("_token_id") and type(value) is int and abs(value) <= MAX_SIZE
+                if not token and not _fits(value, kind, largest):
+                    raise PSAError(
+                        f"{where}: {key} = {_shown(config[key])} is not supported "
+                        f"(expected {getattr(kind, '__name__', kind)}, above zero and at most {largest})"
+                    )
+                values[key] = float(value) if kind is float else value
+            elif key in fixed and value not in fixed[key]:
+                raise PSAError(f"{where}: {key} = {_shown(value)} is not supported (only {fixed[key][0]!r})")
         try:
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise PSAError(f"{where}: {error}") from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +88,11 @@ class UNetConfig(FromJson):
 
     `attention_head_dim` is, by a diffusers quirk, the number of heads. `addition_embed_type` "text_time" is SDXL's:
     a pooled text and `time_ids`, each of these embedded in `addition_time_embed_dim` numbers, join the timestep;
-    `projection_class_embeddings_input_dim` is their width together.
+    `projection_class_embeddings_input_dim` is their width together. `sample_size` is the side of the latents, or their
+    height and width, or None for a model that has no size of its own.
     """
 
-    sample_size: int = 64
+    sample_size: int | tuple[int, ...] | None = 64
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -92,24 +110,23 @@ class UNetConfig(FromJson):
     norm_eps: float = 1e-5
 
     _fixed = {
-        "center_input_sample": (False,),
+        "center_input_sample": (False, None),
         "flip_sin_to_cos": (True,),
         "freq_shift": (0,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "only_cross_attention": (False,),
+        "only_cross_attention": (False, *([False] * blocks for blocks in range(1, MAX_BLOCKS + 1))),
         "downsample_padding": (1,),
         "mid_block_scale_factor": (1, 1.0),
-        "dropout": (0, 0.0),
         "act_fn": ("silu", "swish"),
         "reverse_transformer_layers_per_block": (None,),
         "encoder_hid_dim": (None,),
         "encoder_hid_dim_type": (None,),
         "num_attention_heads": (None,),
-        "dual_cross_attention": (False,),
+        "dual_cross_attention": (False, None),
         "class_embed_type": (None,),
         "num_class_embeds": (None,),
         "resnet_time_scale_shift": ("default",),
-        "resnet_skip_time_act": (False,),
+        "resnet_skip_time_act": (False, None),
         "resnet_out_scale_factor": (1.0, 1),
         "time_embedding_type": ("positional",),
         "time_embedding_dim": (None,),
@@ -119,15 +136,22 @@ class UNetConfig(FromJson):
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
         "attention_type": ("default",),
-        "class_embeddings_concat": (False,),
+        "class_embeddings_concat": (False, None),
         "mid_block_only_cross_attention": (None, False),
         "cross_attention_norm": (None,),
     }
-    _absent = {"cross_attention_dim": 1280}
-    # `upcast_attention` asks for a float32 softmax, which is how attention is always computed here.
-    _ignored = frozenset({"upcast_attention", "addition_embed_type_num_heads"})
+    _absent = {"cross_attention_dim": 1280, "sample_size": None}
+    _repeated = dict.fromkeys(
+        ("layers_per_block", "cross_attention_dim"),
+        lambda config: len(config.get("down_block_types", UNetConfig.down_block_types)),
+    )
+    # Read by the original and of no effect here: `upcast_attention` asks for a float32 softmax, which is how attention
+    # is always computed; `addition_embed_type_num_heads` is for embedding types that are refused; `dropout` is for
+    # training the UNet.
 
     def __post_init__(self):
+        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
+            raise ValueError(f"sample_size {self.sample_size} is not supported (a side, height and width, or null)")
         blocks = len(self.block_out_channels)
         if not len(self.down_block_types) == len(self.up_block_types) == blocks:
             raise ValueError(f"{blocks} block_out_channels need as many down_block_types and up_block_types")
@@ -200,7 +224,7 @@ class VAEConfig(FromJson):
 
     _fixed = {
         "act_fn": ("silu",),
-        "shift_factor": (None,),
+        "shift_factor": (None, 0),
         "latents_mean": (None,),
         "latents_std": (None,),
         "use_quant_conv": (True,),
@@ -208,17 +232,17 @@ class VAEConfig(FromJson):
         "mid_block_add_attention": (True,),
     }
     _absent = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
-    # Block types are checked below through their count; `force_upcast` asks for float32, in which the VAE always runs.
-    _ignored = frozenset({"down_block_types", "up_block_types", "force_upcast"})
+    _repeated = {"sample_size": lambda config: 2}
+    # `force_upcast`, which the original reads, asks for float32, in which the VAE always runs.
 
     @classmethod
     def from_json(cls: type[Config], config: Mapping[str, Any], where: str = "config.json") -> Config:
-        widths = config.get("block_out_channels", cls._absent["block_out_channels"])
+        made = super().from_json(config, where)
+        blocks = len(made.block_out_channels)
         for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            blocks = config.get(key, [known])
-            if not isinstance(blocks, list | tuple) or {*blocks} != {known} or len(blocks) != len(widths):
-                raise PSAError(f"{where}: {key} = {blocks!r} is not supported (only {known} at every resolution)")
-        return super().from_json(config, where)
+            if (types := config.get(key, [known])) != [known] * blocks:
+                raise PSAError(f"{where}: {key} = {_shown(types)} is not supported (only {known} at every resolution)")
+        return made
 
     def __post_init__(self):
         for width in self.block_out_channels:
@@ -254,80 +278,33 @@ class CLIPTextConfig(FromJson):
     projection_dim: int | None = None
 
     _fixed = {
-        "model_type": ("clip_text_model",),
-        "attention_dropout": (0.0, 0),
-        "dropout": (0.0, 0),
-        "is_decoder": (False,),
-        "is_encoder_decoder": (False,),
-        "add_cross_attention": (False,),
-        "pruned_heads": ({},),
+        "model_type": ("clip_text_model", "clip"),
+        "is_causal": (True,),
+        "is_decoder": (False, None),
+        "is_encoder_decoder": (False, None),
+        "add_cross_attention": (False, None),
+        "pruned_heads": ({}, None),
     }
     _absent = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "pad_token_id": 1}
-    # Initialisation, what is returned, classification and text generation: transformers writes these for every model.
-    _ignored = frozenset(
-        [
-            "initializer_factor",
-            "initializer_range",
-            "torch_dtype",
-            "dtype",
-            "transformers_version",
-            "tie_word_embeddings",
-            "return_dict",
-            "output_hidden_states",
-            "output_attentions",
-            "use_cache",
-            "chunk_size_feed_forward",
-            "id2label",
-            "label2id",
-            "problem_type",
-            "task_specific_params",
-            "finetuning_task",
-            "tokenizer_class",
-            "prefix",
-            "sep_token_id",
-            "decoder_start_token_id",
-            "cross_attention_hidden_size",
-            "tie_encoder_decoder",
-            "torchscript",
-            "use_bfloat16",
-            "tf_legacy_loss",
-            "max_length",
-            "min_length",
-            "do_sample",
-            "early_stopping",
-            "num_beams",
-            "num_beam_groups",
-            "diversity_penalty",
-            "temperature",
-            "top_k",
-            "top_p",
-            "typical_p",
-            "repetition_penalty",
-            "length_penalty",
-            "no_repeat_ngram_size",
-            "encoder_no_repeat_ngram_size",
-            "bad_words_ids",
-            "num_return_sequences",
-            "output_scores",
-            "return_dict_in_generate",
-            "forced_bos_token_id",
-            "forced_eos_token_id",
-            "remove_invalid_values",
-            "exponential_decay_length_penalty",
-            "suppress_tokens",
-            "begin_suppress_tokens",
-        ]
-    )
 
     @classmethod
     def from_json(cls: type[Config], config: Mapping[str, Any], where: str = "config.json") -> Config:
         # Every file has a `projection_dim`, but only the class named by `architectures` has the projection.
         architectures = config.get("architectures") or [_PLAIN]
         if architectures not in ([_PLAIN], [_PROJECTED]):
-            raise PSAError(f"{where}: architectures = {architectures!r} is not supported (only {_PLAIN}, {_PROJECTED})")
+            raise PSAError(
+                f"{where}: architectures = {_shown(architectures)} is not supported (only {_PLAIN}, {_PROJECTED})"
+            )
+        if "text_config" in config:  # of both towers: transformers takes what is about text
+            if not isinstance(config["text_config"], Mapping):
+                raise PSAError(
+                    f"{where}: text_config = {_shown(config['text_config'])} is not supported (only an object)"
+                )
+            config = config["text_config"]
         projection = config.get("projection_dim", 512) if architectures == [_PROJECTED] else None
-        values = {key: value for key, value in config.items() if key != "architectures"}
-        return super().from_json(values | {"projection_dim": projection}, where)
+        if architectures == [_PROJECTED] and projection is None:
+            raise PSAError(f"{where}: projection_dim = None is not supported (a {_PROJECTED} needs a number)")
+        return super().from_json({**config, "projection_dim": projection}, where)
 
     @property
     def architecture(self) -> str:

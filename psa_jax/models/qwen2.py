@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from psa_jax.errors import PSAError
-from psa_jax.models.config import CLIPTextConfig, FromJson
+from psa_jax.models.config import FromJson
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,36 +39,44 @@ class Qwen2Config(FromJson):
 
     _fixed = {
         "model_type": ("qwen2",),
-        "architectures": (["Qwen2ForCausalLM"], None),
-        "hidden_act": ("silu",),
-        "attention_dropout": (0.0, 0),
-        "rope_scaling": (None,),
-        "use_sliding_window": (False,),
-        "is_decoder": (False,),
-        "is_encoder_decoder": (False,),
-        "add_cross_attention": (False,),
-        "pruned_heads": ({},),
+        "architectures": (["Qwen2ForCausalLM"], [], None),
+        "hidden_act": ("silu", "swish"),
+        "partial_rotary_factor": (None, 1, 1.0),
+        "is_causal": (True,),
+        "is_decoder": (False, None),
+        "is_encoder_decoder": (False, None),
+        "add_cross_attention": (False, None),
+        "pruned_heads": ({}, None),
     }
-    # The width of a window counts only with `use_sliding_window`; the tokenizer says which tokens pad and begin.
-    _ignored = CLIPTextConfig._ignored | {"sliding_window", "max_window_layers", "bos_token_id", "pad_token_id"}
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], where: str = "config.json") -> "Qwen2Config":
-        values = dict(config)
-        if (rope := values.pop("rope_parameters", None)) is not None:  # how transformers 5 writes it
-            plain = isinstance(rope, dict) and rope.keys() <= {"rope_type", "rope_theta"}
-            if not plain or rope.get("rope_type", "default") != "default":
-                raise PSAError(f"{where}: rope_parameters = {rope!r} is not supported (only rope_type 'default')")
-            theta = rope.get("rope_theta", cls.rope_theta)
-            if values.setdefault("rope_theta", theta) != theta:
-                raise PSAError(f"{where}: rope_theta = {values['rope_theta']!r}, but rope_parameters has {theta!r}")
-        if (kinds := values.pop("layer_types", None)) is not None:
-            layers = values.get("num_hidden_layers", cls.num_hidden_layers)
-            if not isinstance(kinds, list) or len(kinds) != layers or set(map(str, kinds)) != {"full_attention"}:
-                raise PSAError(f"{where}: layer_types = {kinds!r} is not supported (only full_attention, each layer)")
+        # Where both are there, transformers takes `rope_scaling`, the older name.
+        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        rope, values = config.get(key), dict(config)
+        if rope is not None:
+            theta = _plain_rope(rope, f"{where}: {key}").get("rope_theta")
+            if theta is not None and values.setdefault("rope_theta", theta) != theta:
+                raise PSAError(f"{where}: rope_theta = {values['rope_theta']!r}, but {key} has {theta!r}")
         if values.get("num_key_value_heads", 0) is None:
             values["num_key_value_heads"] = values.get("num_attention_heads", cls.num_attention_heads)
-        return super().from_json(values, where)
+        made = super().from_json(values, where)
+        made._require_full_attention(values, where)
+        return made
+
+    def _require_full_attention(self, config: Mapping[str, Any], where: str) -> None:
+        """Refuses a model with a layer whose attention is of another kind, such as a sliding window in use."""
+        layers, kinds = self.num_hidden_layers, config.get("layer_types")
+        if kinds is not None:  # then the keys below count for nothing
+            if kinds != ["full_attention"] * layers:
+                raise PSAError(f"{where}: layer_types = {kinds!r} is not supported (only full_attention, each layer)")
+        elif config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
+            first = config.get("max_window_layers", 28)
+            if type(first) is not int or first < layers:
+                raise PSAError(
+                    f"{where}: use_sliding_window = {config['use_sliding_window']!r} is not supported: with "
+                    f"max_window_layers = {first!r} of {layers} layers the window is in use (only full attention)"
+                )
 
     @property
     def head_width(self) -> int:
@@ -82,6 +90,19 @@ class Qwen2Config(FromJson):
             )
         if self.head_width < 2 or self.head_width % 2:
             raise ValueError(f"a head is {self.head_width} wide: rotary positions need an even width")
+
+
+def _plain_rope(rope: Any, where: str) -> Mapping[str, Any]:
+    """Rotary parameters that mean plain rotation, whatever else they hold; the original reads no more of such.
+
+    Raises:
+      PSAError: of another type, such as a scaled one.
+    """
+    if isinstance(rope, Mapping):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default" and rope.get("partial_rotary_factor", 1) in (None, 1):
+            return rope
+    raise PSAError(f"{where} = {rope!r} is not supported (only rope_type 'default')")
 
 
 class KeyValue(NamedTuple):

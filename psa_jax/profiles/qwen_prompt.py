@@ -1,13 +1,13 @@
 """What a language model reads about a profile, and what its reply to a question about bans means."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from psa_jax.errors import PSAError
+from psa_jax.json_input import parse_json
 from psa_jax.profiles.files import read_bytes
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
@@ -127,11 +127,11 @@ def parse_categories(reply: str) -> tuple[str, ...] | None:
     if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL):
         text = fenced[1]
     try:
-        items = json.loads(text)
-    except (ValueError, RecursionError):
+        items = parse_json(text, "reply", list)
+    except PSAError:
         return None
     known = {category.lower(): category for category in CATEGORIES}
-    if not isinstance(items, list) or not all(isinstance(item, str) and item.lower() in known for item in items):
+    if not all(isinstance(item, str) and item.lower() in known for item in items):
         return None
     return tuple(sorted({known[item.lower()] for item in items}))
 

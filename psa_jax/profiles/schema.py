@@ -1,12 +1,12 @@
 """A user profile: closed sets of values, checked once, when it is made."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from psa_jax.errors import PSAError
+from psa_jax.json_input import parse_json
 
 # Name -> (youngest, oldest) in whole years, both included; in order of age.
 AGE_GROUPS: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -127,12 +127,9 @@ class UserProfile:
           PSAError: not JSON, a key given twice, or anything `from_mapping` refuses.
         """
         try:
-            parsed = json.loads(text, object_pairs_hook=_unique_pairs)
-        except PSAError:
-            raise
-        except (ValueError, RecursionError) as error:
-            example = '{"age": 9, "gender": "female"}'
-            raise PSAError(f"profile: not a JSON object ({error}); write it like {example}") from error
+            parsed = parse_json(text, "profile", limit=10_000, quote=False)
+        except PSAError as error:
+            raise PSAError(f'{error}; write it like {{"age": 9, "gender": "female"}}') from error
         return cls.from_mapping(parsed)
 
     def to_mapping(self) -> dict[str, str | int | None]:
@@ -181,14 +178,6 @@ def _check(values: Mapping[str, object]) -> None:
 def _parse_age(age: object) -> object:
     """CSV holds text: plain digits become an int, anything else is left for the check to refuse."""
     return int(age) if isinstance(age, str) and re.fullmatch("0|[1-9][0-9]{0,2}", age) else age
-
-
-def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """JSON lets a key repeat and keeps the last one; a profile must not."""
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        raise PSAError("profile: a key is given twice; give it once")
-    return mapping
 
 
 def _hint(field: str, value: object) -> str:

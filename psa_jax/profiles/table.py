@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from psa_jax.errors import PSAError
+from psa_jax.json_input import parse_json
 from psa_jax.profiles.encoders import Encoder
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile, check_user_id
+from psa_jax.tensor_file import MAX_HEADER, read_float32, read_header
 
 FORMAT = "psa_jax.embedding_table/1"
 # One key, because safetensors writes several in random order and equal tables must give equal files.
@@ -163,18 +164,12 @@ class EmbeddingTable:
         Raises:
           PSAError: missing, damaged, another kind of file, or a table that does not hold.
         """
-        try:
-            with safe_open(path, framework="np") as file:
-                text = (file.metadata() or {}).get(_METADATA_KEY)
-                names = list(file.keys())
-                if text is None or names != ["embeddings"] or file.get_slice("embeddings").get_dtype() != "F32":
-                    raise PSAError(f"{path}: not an embedding table of psa_jax; give one that it saved")
-                embeddings = file.get_tensor("embeddings")
-            metadata = json.loads(text)
-        except PSAError:
-            raise
-        except (OSError, SafetensorError, ValueError, RecursionError) as error:
-            raise PSAError(f"{path}: no readable embedding table there ({error}); check the path") from error
+        header = read_header(path)
+        text, entry = header.metadata.get(_METADATA_KEY), header.tensors.get("embeddings")
+        if text is None or len(header.tensors) != 1 or entry is None or entry.dtype != "F32":
+            raise PSAError(f"{path}: not an embedding table of psa_jax; give one that it saved")
+        metadata = parse_json(text, f"{path}: its metadata", limit=MAX_HEADER, quote=False)
+        embeddings = read_float32(path, "embeddings", entry, finite=False)  # a table says whose row it is
         if not _is_metadata(metadata):
             raise PSAError(f"{path}: its metadata is not that of {FORMAT}; write the table again")
         try:

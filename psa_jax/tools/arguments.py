@@ -178,7 +178,7 @@ def generate(parser: ArgumentParser) -> None:
     prompt.add_argument("--images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
     how = parser.add_argument_group("sampling")
     how.add_argument(
-        "--sampler", help="ddim, euler, euler-ancestral, dpmsolver++ or pndm (default: the folder's scheduler)"
+        "--sampler", help="ddim, euler, euler-ancestral, dpmsolver++, unipc or pndm (default: the folder's scheduler)"
     )
     how.add_argument("--steps", type=int, default=20, help="sampler steps (default: 20)")
     how.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5)")

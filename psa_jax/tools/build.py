@@ -31,7 +31,7 @@ def run(args: Namespace) -> int:
         model,
         args.sage_dir,
         args.out,
-        resolution=args.resolution or model.unet.config.sample_size * model.vae.config.downscale,
+        resolution=args.resolution or model.square_side,
         family="tiny" if args.model == "tiny" else model.family,
         flips=args.flips,
         text=args.text_embeddings,

@@ -21,6 +21,7 @@ from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
+from psa_jax.json_input import read_json
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.policy import banned_categories, is_banned
@@ -160,9 +161,7 @@ def _unpack(bits: dict[str, str]) -> Verdicts:
 
 def read_recorded(path: Path) -> dict:
     """The recorded verdicts of the comparison adapters."""
-    if not path.is_file():
-        raise PSAError(f"{path}: recorded comparison runs not found; run psa-jax demo --compare")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, hint="run psa-jax demo --compare")
 
 
 def recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts]:

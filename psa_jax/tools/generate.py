@@ -21,6 +21,7 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import read_metadata
 from psa_jax.interop.diffusers import StableDiffusion, check_text, load_stable_diffusion, weights_hash
 from psa_jax.interop.native import load_adapter
+from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.files import write_private
@@ -139,7 +140,7 @@ def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:
     now = json.loads(json.dumps({**files, **text, **settings, "user": digest}))
     path = args.out / ".settings.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         different = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
         if different:
             raise PSAError(f"{args.out}: holds pictures of other settings ({', '.join(different)}); give another --out")
@@ -157,9 +158,10 @@ def _is_whole(path: Path, picture: _Picture) -> bool:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            about = json.loads(image.text.get("psa_jax", "{}"))
-    except (OSError, SyntaxError):  # cut short or damaged: Pillow raises either
+            text = image.text.get("psa_jax", "{}")
+    except (OSError, SyntaxError, ValueError):  # cut short or damaged: Pillow raises any of these
         return False
+    about = parse_json(text, f"{path}: its text")
     if any(about.get(name) != value for name, value in picture._asdict().items()):
         raise PSAError(f"{path}: is a picture of another prompt or seed; give another --out")
     return True

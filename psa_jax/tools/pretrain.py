@@ -98,7 +98,7 @@ def decode_images(vae: VAE, moments: np.ndarray) -> np.ndarray:
     graph, params = nnx.split(vae, nnx.Param)
     decode = jax.jit(lambda p, z: nnx.merge(graph, p).decode(z))
     pixels = np.asarray(decode(params, np.split(moments, 2, axis=-1)[0]))
-    return np.clip((pixels + 1.0) * 127.5, 0, 255).round().astype(np.uint8)
+    return to_bytes(pixels)
 
 
 def _oracle(part, workdir: Path, vae: VAE, log) -> OracleNet:

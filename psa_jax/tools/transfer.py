@@ -29,6 +29,7 @@ from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
 from psa_jax.interop.native import load_adapter
 from psa_jax.interop.parts import read_config
 from psa_jax.interop.upstream import as_published, read_bin, write_bin
+from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.tools.generate import user_embedding
@@ -89,12 +90,12 @@ def _report(args: Namespace) -> dict[str, Any] | None:
     path = args.report or (args.adapter / "report.json" if args.adapter.is_dir() else None)
     if path is None or (args.report is None and not path.is_file()):
         return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PSAError(f"{path}: not a report in JSON ({error})") from error
-    if not isinstance(report, dict):
-        raise PSAError(f"{path}: not a report in JSON")
+    report = read_json(path, hint="give the report.json of psa-jax evaluate or demo")
+    for split in ("unseen", "seen"):
+        rates = report.get(split, {})
+        rates = rates.get("psa", {}) if isinstance(rates, dict) else rates
+        if not isinstance(rates, dict) or not all(type(value) in (int, float) for value in rates.values()):
+            raise PSAError(f"{path}: {split} does not hold rates, which are numbers; give a report that psa-jax wrote")
     return report
 
 

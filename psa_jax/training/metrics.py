@@ -12,6 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from psa_jax.errors import PSAError
+from psa_jax.json_input import parse_json
 from psa_jax.preference.measures import part_means
 from psa_jax.training.distributed import in_global_order, leads
 from psa_jax.training.step import Metrics
@@ -138,11 +139,18 @@ def _keep_rows(path: Path, step: int) -> list[Row]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+    rows = [row for row in (_row(path, line, text) for line, text in enumerate(lines, 1)) if row["step"] <= step]
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.write_text("".join(lines[: len(rows)]), encoding="utf-8")
     unfinished.replace(path)
     return rows
+
+
+def _row(path: Path, line: int, text: str) -> Row:
+    row = parse_json(text, f"{path}, line {line}", constants=True)
+    if type(row.get("step")) is not int:
+        raise PSAError(f"{path}, line {line}: no whole number as step; remove the line, or use another --workdir")
+    return row
 
 
 def _open_wandb(folder: Path, config: dict[str, Any]) -> Any:

@@ -177,6 +177,9 @@ def test_to_bytes():
     # 127.5 rounds to even; beyond the range is clipped.
     pixels = np.asarray([-1.0, 0.0, 1.0, -7.0, 7.0, 0.5], np.float32)
     np.testing.assert_array_equal(to_bytes(pixels), [0, 128, 255, 0, 255, 191])
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(PSAError, match="a picture is not finite and was not made"):
+            to_bytes(np.append(pixels, np.float32(bad)))
 
 
 def test_picture_grid():

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch_adapters import random_adapter
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.adapter_file import FORMAT, read_metadata
+from psa_jax.interop.adapter_file import FORMAT, read_metadata, read_tensors
 from psa_jax.interop.native import adapter_arrays, load_adapter, save_adapter, with_arrays
 from psa_jax.models.adapter_config import KINDS, AdapterConfig
 
@@ -221,6 +221,10 @@ def _set(name, value):
             lambda t: t.update({"user_proj.proj.weight": torch.zeros(2 * CROSS, 7)}),
             "holds 2 tokens, its metadata say 4",
         ),
+        (
+            lambda t: t.update({"user_proj.proj.weight": torch.zeros(4 * CROSS, 8)}),
+            "holds 8 user_dim, its metadata say 7",
+        ),
     ],
 )
 def test_tensors_that_do_not_belong(saved, change, says):
@@ -228,14 +232,114 @@ def test_tensors_that_do_not_belong(saved, change, says):
     assert says in refused(saved)
 
 
+NAME = "psa_adapter.1.to_v_user.0.weight"
+
+
+@pytest.mark.parametrize("framework", ["numpy", "pt"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_float_is_read_as_torch_casts_it(saved, dtype, framework):
+    rewrite(saved, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
+    found = read_tensors(saved, framework)
+    for name, tensor in safetensors.torch.load_file(saved).items():
+        assert str(found[name].dtype).removeprefix("torch.") == "float32"
+        np.testing.assert_array_equal(np.asarray(found[name]), tensor.float().numpy())
+    load_adapter(saved, LAYERS, CROSS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "word"),
+    [
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.int64, "I64"),
+        (torch.bool, "BOOL"),
+        (torch.complex64, "C64"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+    ],
+    ids=str,
+)
+def test_what_is_no_float_of_16_bits_or_more_is_refused(saved, dtype, word):
+    rewrite(saved, lambda tensors: tensors.update({NAME: tensors[NAME].to(dtype)}))
+    line = refused(saved)
+    assert line == f"{NAME} is of dtype {word} (supported: F64, F32, F16, BF16); " + line.rpartition("; ")[2]
+    for framework in ("numpy", "pt"):  # whoever reads
+        with pytest.raises(PSAError, match=f"{NAME} is of dtype {word}"):
+            read_tensors(saved, framework)
+
+
+def test_a_number_beyond_float32_is_refused(saved):
+    def change(tensors):
+        tensors[NAME] = tensors[NAME].double()
+        tensors[NAME][0, 0] = 1e300
+
+    rewrite(saved, change)
+    assert f"{NAME} has values that are not finite in float32" in refused(saved)
+    with pytest.raises(PSAError, match="not finite"):
+        read_tensors(saved, "pt")
+
+
+def with_header(path, change) -> None:
+    """Writes the file again with another header: `change` takes and gives its text."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = change(content[8 : 8 + length].decode()).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+def test_two_tensors_of_one_name_are_refused(saved):
+    """safetensors itself keeps the last of them, with whatever type and shape it claims."""
+    header = json.loads(saved.read_bytes()[8 : 8 + int.from_bytes(saved.read_bytes()[:8], "little")])
+    again = json.dumps(header[NAME] | {"dtype": "I32"})
+    with_header(saved, lambda text: text.rstrip()[:-1] + f', "{NAME}": {again}}}')
+    with safe_open(saved, framework="pt") as file:
+        assert file.get_tensor(NAME).dtype == torch.int32
+    assert f"the key '{NAME}' is given twice" in refused(saved)
+
+
+def test_two_metadata_of_one_name_are_refused(saved):
+    with_header(saved, lambda text: text.replace('{"psa":', '{"psa":"{}","psa":', 1))
+    with safe_open(saved, framework="pt") as file:
+        assert file.metadata().keys() == {"psa"}
+    assert "the key 'psa' is given twice" in refused(saved)
+
+
 @pytest.mark.parametrize(
     ("psa", "says"),
     [
-        ("{", "metadata cannot be read"),
-        ("[]", "not of psa_jax.adapter/1"),
+        ("{", "its metadata: not valid JSON"),
+        ("[]", "its metadata: expected a JSON object, found a list"),
         ('{"format": "psa_jax.adapter/2"}', "not of psa_jax.adapter/1"),
         (json.dumps({"format": FORMAT, "kind": "loud"}), "'loud' is unknown"),
-        (json.dumps({"format": FORMAT, "layers": [16, 24, 16]}), "metadata cannot be read"),
+        (json.dumps({"format": FORMAT, "layers": [16, 24, 16]}), "layers in its metadata is"),
+        ('{"a": ' * 9000 + "1" + "}" * 9000, "nested deeper"),
+        (f'{{"format": "{FORMAT}", "format": "{FORMAT}"}}', "'format' is given twice"),
+        (f'{{"format": "{FORMAT}", "tokens": NaN}}', "holds NaN"),
+        *(
+            (json.dumps({"format": FORMAT, name: value}), f"{name} in its metadata is")
+            for name, value in (
+                ("kind", ["text"]),
+                ("tokens", "4"),
+                ("tokens", True),
+                ("tokens", 1.5),
+                ("user_dim", -7),
+                ("cross_dim", "20"),
+                ("cross_dim", 1 << 40),
+                ("layers", {}),
+                ("layers", []),
+                ("layers", [[16, 0]]),
+                ("layers", [["16", 2]]),
+                ("qk_dim", "6"),
+                ("encoder", 3),
+                ("encoder_fingerprint", None),
+                ("base_model", ["x"]),
+                ("family", {}),
+                ("standardised", "no"),
+                ("steps", "1"),
+                ("objective", []),
+                ("versions", "1"),
+            )
+        ),
     ],
 )
 def test_metadata_that_cannot_be(saved, psa, says):

@@ -6,10 +6,12 @@ import json
 
 import jax
 import pytest
+import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from flax import nnx
 from torch_models import CLIPS, UNETS, VAES, torch_clip, torch_unet, torch_vae
 from transformers import CLIPTextConfig as TorchConfig
+from transformers import CLIPTextModel
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import config_json
@@ -342,9 +344,95 @@ def test_absent_keys_mean_what_the_original_libraries_take():
         (VAEConfig.from_json({"block_out_channels": [64]}), defaults(AutoencoderKL.__init__)),
     ):
         ours = dataclasses.asdict(config)
-        if isinstance(config, UNetConfig):
-            ours["sample_size"] = None  # a size to draw at when none is asked for; diffusers has no default
         assert ours == {key: theirs[key] for key in ours}
+
+
+def parameters(constructor) -> set[str]:
+    """What the original reads from a configuration."""
+    return set(inspect.signature(constructor).parameters) - {"self", "kwargs"}
+
+
+def test_every_key_that_the_original_reads_is_known():
+    """A key in no table counts as not read by the original: so none of those it reads may be missing."""
+    for kind, constructor, harmless in (
+        (UNetConfig, UNet2DConditionModel.__init__, {"upcast_attention", "addition_embed_type_num_heads", "dropout"}),
+        (VAEConfig, AutoencoderKL.__init__, {"force_upcast", "down_block_types", "up_block_types"}),
+    ):
+        fields = {field.name for field in dataclasses.fields(kind)}
+        assert parameters(constructor) - fields - set(kind._fixed) == harmless
+        assert fields - {"norm_eps"} <= parameters(constructor)
+
+
+def same_output(first: torch.nn.Module, second: torch.nn.Module, *inputs) -> bool:
+    """Of two modules of the original, the second with the weights of the first."""
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        return torch.equal(first.eval()(*inputs)[0], second.eval()(*inputs)[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"motion_module_type": "vanilla", "use_motion_module": False},
+        {"layers_per_block": [1, 1]},
+        {"cross_attention_dim": [20, 20]},
+        {"only_cross_attention": [False, False]},
+        {"upcast_attention": True, "dual_cross_attention": None, "use_linear_projection": None},
+        {"class_embeddings_concat": None, "resnet_skip_time_act": None, "center_input_sample": None},
+        {"dropout": 0.3},
+        {"_class_name": "Another", "trained_by": {"name": "somebody"}, "prediction_type": "epsilon"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_unet_that_diffusers_opens_the_same(change):
+    base = {**UNETS["uneven"], "in_channels": 4, "layers_per_block": 1, "cross_attention_dim": 20}
+    written = json.loads(json.dumps(base))
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 5, 20)
+    theirs = UNet2DConditionModel.from_config(written | change)
+    assert same_output(UNet2DConditionModel.from_config(written), theirs, *inputs)
+    assert UNetConfig.from_json(written | change) == UNetConfig.from_json(written)
+
+
+@pytest.mark.parametrize("change", [{"num_vq_embeddings": 256}, {"shift_factor": 0.0}, {"force_upcast": False}])
+def test_a_vae_that_diffusers_opens_the_same(change):
+    written = dict(torch_vae("shallow").config)
+    written = json.loads(json.dumps(written))
+    theirs = AutoencoderKL.from_config(written | change)
+    assert same_output(AutoencoderKL.from_config(written), theirs, torch.randn(1, 3, 16, 16))
+    assert VAEConfig.from_json(written | change) == VAEConfig.from_json(written)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 1e4, "unknown": [1, {"a": 2}]},
+        {"attention_dropout": 0.1, "dropout": 0.1},
+        {"pad_token_id": -1, "bos_token_id": None},
+        {"architectures": None, "use_cache": False, "dtype": "float16"},
+        {"model_type": "clip"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_text_encoder_that_transformers_opens_the_same(change, tmp_path):
+    theirs = torch_clip("gelu")
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    before = CLIPTextConfig.from_json(json.loads(path.read_text()))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    ids = torch.arange(1, 8)[None]
+    again = CLIPTextModel.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(ids)[0], again.eval()(ids)[0])
+    ours = dataclasses.asdict(CLIPTextConfig.from_json(json.loads(path.read_text())))
+    assert ours == dataclasses.asdict(before) | {key: value for key, value in change.items() if key in ours}
+
+
+def test_the_text_half_of_a_whole_clip():
+    whole = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 9}
+    whole |= {"text_config": {k: v for k, v in SD15_TEXT.items() if k != "architectures"}, "vision_config": {}}
+    for architecture in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+        found = CLIPTextConfig.from_json(whole | {"architectures": [architecture]})
+        assert found == CLIPTextConfig.from_json(SD15_TEXT | {"architectures": [architecture]})
 
 
 @pytest.mark.parametrize(
@@ -361,12 +449,20 @@ def test_absent_keys_mean_what_the_original_libraries_take():
         (UNetConfig, SD15_UNET, {"num_attention_heads": 8}),
         (UNetConfig, SD15_UNET, {"freq_shift": 1}),
         (UNetConfig, SD15_UNET, {"only_cross_attention": [True, False, False, False]}),
-        (UNetConfig, SD15_UNET, {"motion_module_type": "vanilla"}),
         (UNetConfig, SD15_UNET, {"down_block_types": ["AttnDownBlock2D", *DOWN[1:]]}),
         (UNetConfig, SD15_UNET, {"up_block_types": UP[1:]}),
         (UNetConfig, SD15_UNET, {"attention_head_dim": [5, 10]}),
         (UNetConfig, SD15_UNET, {"block_out_channels": [320, 640, 1280, 1281]}),
-        (UNetConfig, SD15_UNET, {"layers_per_block": [2, 2, 2, 2]}),
+        (UNetConfig, SD15_UNET, {"layers_per_block": [2, 2, 2, 1]}),
+        (UNetConfig, SD15_UNET, {"layers_per_block": [2, 2]}),
+        (UNetConfig, SD15_UNET, {"cross_attention_dim": [768, 768, 768, 1024]}),
+        (UNetConfig, SD15_UNET, {"sample_size": [64, 64, 64]}),
+        (UNetConfig, SD15_UNET, {"only_cross_attention": True}),
+        (UNetConfig, SD15_UNET, {"quantization_config": {"quant_method": "bitsandbytes"}}),
+        (UNetConfig, SD15_UNET, {"layers_per_block": 10**6}),
+        (UNetConfig, SD15_UNET, {"block_out_channels": 320}),
+        (UNetConfig, SD15_UNET, {"block_out_channels": []}),
+        (UNetConfig, SD15_UNET, {"sample_size": 1e999}),
         (UNetConfig, SD15_UNET, {"cross_attention_dim": None}),
         (UNetConfig, SD15_UNET, {"transformer_layers_per_block": [[1], 1, 1, 1]}),
         (UNetConfig, SD15_UNET, {"norm_num_groups": 0}),
@@ -377,17 +473,21 @@ def test_absent_keys_mean_what_the_original_libraries_take():
         (VAEConfig, SD14_VAE, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}),
         (VAEConfig, SD14_VAE, {"up_block_types": ["UpDecoderBlock2D"] * 3}),
         (VAEConfig, SD14_VAE, {"down_block_types": None}),
+        (VAEConfig, SD14_VAE, {"down_block_types": [["DownEncoderBlock2D"]] * 4}),
+        (VAEConfig, SD14_VAE, {"block_out_channels": 128}),
+        (VAEConfig, SD14_VAE, {"scaling_factor": -1}),
         (VAEConfig, SD14_VAE, {"norm_num_groups": 7}),
-        (VAEConfig, SD14_VAE, {"num_vq_embeddings": 256}),
         (CLIPTextConfig, SD15_TEXT, {"model_type": "clip_vision_model"}),
         (CLIPTextConfig, SD15_TEXT, {"architectures": ["CLIPModel"]}),
         (CLIPTextConfig, SDXL_TEXT_2, {"projection_dim": "wide"}),
         (CLIPTextConfig, SD15_TEXT, {"hidden_act": "relu"}),
         (CLIPTextConfig, SD15_TEXT, {"num_attention_heads": 7}),
         (CLIPTextConfig, SD15_TEXT, {"hidden_size": 768.5}),
-        (CLIPTextConfig, SD15_TEXT, {"attention_dropout": 0.1}),
         (CLIPTextConfig, SD15_TEXT, {"is_decoder": True}),
-        (CLIPTextConfig, SD15_TEXT, {"rope_theta": 1e4}),
+        (CLIPTextConfig, SD15_TEXT, {"is_causal": False}),
+        (CLIPTextConfig, SD15_TEXT, {"text_config": None}),
+        (CLIPTextConfig, SD15_TEXT, {"quantization_config": {"bits": 4}}),
+        (CLIPTextConfig, SDXL_TEXT_2, {"projection_dim": None}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
 )
@@ -399,8 +499,9 @@ def test_refused_in_one_line_that_names_file_and_key(kind, base, change):
     assert "\n" not in text
     (key,) = change
     # Where two keys must agree, the message may describe the clash by the other one's words.
-    words = {"attention_head_dim": "attention_head_dim", "block_out_channels": "1281", "num_attention_heads": "heads"}
-    words |= {"hidden_act": "relu", "norm_num_groups": "groups"}
+    words = {"attention_head_dim": "attention_head_dim", "num_attention_heads": "heads"}
+    words |= {"block_out_channels": "1281" if change.get(key) == [320, 640, 1280, 1281] else "block_out_channels"}
+    words |= {"hidden_act": "relu", "norm_num_groups": "groups" if base is SD14_VAE else "norm_num_groups"}
     if key == "down_block_types" and kind is UNetConfig:
         assert "AttnDownBlock2D" in text
     else:

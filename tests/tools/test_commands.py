@@ -141,6 +141,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, words
     assert not (tmp_path / "out").exists()
 
 
+def test_a_picture_that_is_not_finite_is_never_written(files, tmp_path, capsys):
+    words = (f"--adapter={files[1] / 'adapter.safetensors'}", f"--profile={PROFILE}")
+    assert generate(files, tmp_path / "out", *words, "--scale=1e38") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a picture is not finite and was not made" in error and "a smaller --scale" in error
+    assert not list(tmp_path.rglob("*.png"))
+    assert generate(files, tmp_path / "again", *words, "--scale=1") == 0  # the advice works
+
+
 def test_export_and_import_are_bit_equal(files, tmp_path, capsys):
     model, folder = files
     assert main(["export", str(folder / "adapter.safetensors"), f"--out={tmp_path / 'out.safetensors'}"]) == 0

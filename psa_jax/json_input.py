@@ -1,0 +1,160 @@
+"""JSON from outside: one reader, bounded in size and depth, for which every doubt is one clear line.
+
+Imports nothing but the standard library, so that everything may use it. What is written by others is text to check:
+Python's own reader keeps the last of two equal keys, takes NaN for a number and fails deep inside on deep nesting.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from psa_jax.errors import PSAError
+
+MAX_BYTES = 16 << 20
+"""More than any configuration, index or report has; the tokenizer files of language models have 11 MB."""
+MAX_DEPTH = 100
+"""Levels of lists and objects. Configurations have under 10; Python itself fails somewhere below 1,000."""
+MAX_DIGITS = 1000
+
+_BOM = b"\xef\xbb\xbf"
+_NAMES = {dict: "object", list: "list"}
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class _Refused(ValueError):
+    """The reason, in words that follow "not usable JSON"."""
+
+
+def read_json(
+    path: Path,
+    kind: type | None = dict,
+    *,
+    limit: int = MAX_BYTES,
+    bom: bool = False,
+    constants: bool = False,
+    hint: str = "check the path",
+) -> Any:
+    """The JSON value in a file.
+
+    Args:
+      path: a file in UTF-8.
+      kind: `dict` or `list`, what the value must be; None takes any.
+      limit: most bytes.
+      bom: takes a byte order mark at the start, which diffusers, transformers and safetensors refuse.
+      constants: takes NaN and infinities, which diffusers writes in scheduler configurations.
+      hint: what to do where there is no such file.
+
+    Raises:
+      PSAError: missing, too large, or anything that `parse_json` refuses.
+    """
+    try:
+        if not path.is_file():
+            raise PSAError(f"{path}: file not found; {hint}")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise PSAError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from error
+    return parse_json(content, str(path), kind, limit=limit, bom=bom, constants=constants)
+
+
+def parse_json(
+    text: str | bytes,
+    where: str,
+    kind: type | None = dict,
+    *,
+    limit: int = MAX_BYTES,
+    bom: bool = False,
+    constants: bool = False,
+    quote: bool = True,
+) -> Any:
+    """The JSON value of a text.
+
+    Args:
+      where: the file, or what of it this is, for errors.
+      kind, limit, bom, constants: as for `read_json`.
+      quote: an error may quote from the text; not where the text may tell about a person.
+
+    Raises:
+      PSAError: not UTF-8, not JSON, another kind of value, too large, nested too deep, a key twice in one object,
+        a number that is no finite float, half of a surrogate pair.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in made:
+                raise _Refused(f"the key {key[:60]!r} is given twice" if quote else "a key is given twice")
+            made[key] = value
+        return made
+
+    def constant(name: str) -> float:
+        if constants:
+            return float(name)
+        raise _Refused(f"it holds {name}, which is no JSON value")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else constant(f"{digits[:20] if quote else 'a number'} (beyond a float)")
+
+    def whole(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise _Refused(f"a number of {len(digits):,} digits")
+        return int(digits)
+
+    try:
+        if len(text) > limit:
+            raise _Refused(f"it is larger than {limit:,} bytes")
+        text = _decoded(text, bom)
+        floats = None if constants else number
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=whole, parse_float=floats)
+        _check_depth(text, value)
+        if _SURROGATE.search(text):
+            _check_surrogates(value)
+    except RecursionError:
+        raise PSAError(f"{where}: not valid JSON (nested deeper than {MAX_DEPTH} levels)") from None
+    except ValueError as error:  # what is no JSON
+        raise PSAError(f"{where}: not valid JSON ({error})") from error
+    if kind is not None and not isinstance(value, kind):
+        raise PSAError(f"{where}: expected a JSON {_NAMES[kind]}, found {_describe(value, quote)}")
+    return value
+
+
+def _decoded(text: str | bytes, bom: bool) -> str:
+    if isinstance(text, str):
+        start = text.startswith("\ufeff")
+        text = text[1:] if start else text
+    else:
+        start = text.startswith(_BOM)
+        try:
+            text = text.removeprefix(_BOM).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _Refused(f"byte {error.start} is not UTF-8; save it as UTF-8") from error
+    if start and not bom:
+        raise _Refused("it starts with a byte order mark; save it as UTF-8 without one")
+    return text
+
+
+def _check_depth(text: str, value: Any) -> None:
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+
+
+def _check_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _Refused("half a character (a lone surrogate); write it as valid Unicode") from None
+
+
+def _describe(value: Any, quote: bool) -> str:
+    if type(value) in _NAMES:
+        return f"a{'n' if isinstance(value, dict) else ''} {_NAMES[type(value)]}"
+    return repr(value)[:40] if quote else f"a value of type {type(value).__name__}"

@@ -1,0 +1,134 @@
+"""safetensors files before and after their numbers are read: one header, checked; one way to floats.
+
+Imports neither JAX nor torch nor ml_dtypes, so that what is refused does not depend on who reads. The safetensors
+library checks that a file is whole. It keeps the last of two tensors of one name, and its numpy side knows neither
+bfloat16 nor float8: both are dealt with here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from psa_jax.errors import PSAError
+from psa_jax.json_input import parse_json
+
+MAX_HEADER = 100 << 20  # safetensors' own bound
+_METADATA = "__metadata__"
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+_BITS = {
+    "float64": (np.uint64, 0x7FF0 << 48),
+    "float32": (np.uint32, 0x7F80 << 16),
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+}
+_PIECE = 1 << 16  # numbers at a time, which stay in a processor's cache
+
+
+class Entry(NamedTuple):
+    """Where a tensor is in its file. `dtype` is safetensors' word, such as "BF16"; `start` counts bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+class Header(NamedTuple):
+    """What a file says of itself: its metadata, which are texts, and its tensors by name."""
+
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, Entry]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file; no number is read.
+
+    Raises:
+      PSAError: not a whole safetensors file, or one with two tensors, or two metadata, of one name.
+    """
+    if not Path(path).is_file():
+        raise PSAError(f"{path}: file not found; check the path")
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header's types, every offset and the file's length
+            pass
+        with Path(path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length)
+    except (OSError, SafetensorError) as error:
+        raise PSAError(f"{path}: not a whole safetensors file ({error}); get it again") from error
+    entries = parse_json(text, f"{path}: its header", limit=MAX_HEADER)
+    metadata = entries.pop(_METADATA, None) or {}
+    return Header(
+        metadata,
+        {
+            name: Entry(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        },
+    )
+
+
+def require_floats(path: Path, name: str, dtype: str) -> None:
+    """Refuses a tensor that is not of one of the types in which weights are read.
+
+    Raises:
+      PSAError: of whole numbers, booleans, complex numbers, or floats of 8 bits or fewer, whose scales are elsewhere.
+    """
+    if dtype not in _FLOATS:
+        raise PSAError(
+            f"{path}: {name} is of dtype {dtype} (supported: {', '.join(_FLOATS)}); "
+            "give the file with its weights in one of these"
+        )
+
+
+def read_float32(path: Path, name: str, entry: Entry, *, finite: bool = True) -> np.ndarray:
+    """A tensor in float32, a copy.
+
+    Args:
+      finite: refuses NaN and infinities; else the caller looks for them.
+
+    Raises:
+      PSAError: of another type, or with numbers that are not finite in float32.
+    """
+    require_floats(path, name, entry.dtype)
+    size = int(np.prod(entry.shape, dtype=object))
+    if not size:
+        raise PSAError(f"{path}: {name} has shape {entry.shape} and so no numbers; the file is damaged, get it again")
+    raw = np.fromfile(path, _FLOATS[entry.dtype], size, offset=entry.start)
+    if entry.dtype == "BF16":  # the upper half of a float32
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # beyond float32: infinite, and refused
+        values = raw.astype(np.float32, copy=False)
+    if finite:
+        require_finite(path, name, values)
+    try:
+        return values.reshape(entry.shape)
+    except ValueError as error:  # numpy has at most 64 axes
+        raise PSAError(f"{path}: {name} has {len(entry.shape)} axes; the file is damaged, get it again") from error
+
+
+def require_finite(where: Path, name: str, values: np.ndarray) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+      PSAError: one of the numbers is not finite.
+    """
+    if not all_finite(values):
+        raise PSAError(
+            f"{where}: {name} has values that are not finite in {values.dtype.name}; "
+            "the file is damaged or was made by a training that failed"
+        )
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether every number is finite: whether no exponent is all ones.
+
+    By the bits: `np.isfinite` takes ten times as long in float16, and an array of booleans as large as the weights.
+    """
+    unsigned, infinity = _BITS[values.dtype.name]
+    flat = values.ravel(order="K")  # a copy only of what is in no order
+    bits = flat.view(unsigned)
+    sign = unsigned(1 << (8 * values.itemsize - 1))
+    return all((bits[start : start + _PIECE] & ~sign).max() < infinity for start in range(0, bits.size, _PIECE))
