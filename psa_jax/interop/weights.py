@@ -25,7 +25,7 @@ from psa_jax.errors import PSAError
 _RENAMED = {"to_out_0": "to_out.0", "net_0": "net.0", "net_2": "net.2"}
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _STACK = "transformer_blocks"
-_BUFFERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")  # in old CLIP files: 0, 1, 2, …
+BUFFERS = ("text_model.embeddings.position_ids", "embeddings.position_ids")  # in old CLIP files: 0, 1, 2, …
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -252,7 +252,7 @@ def load_weights(
       PSAError: missing, extra or misshapen tensors, or an unreadable file.
     """
     tensors = (open_tensors(source) if isinstance(source, Path) else source).renamed(rename)
-    where, by_name = tensors.where, {name: t for name, t in tensors.by_name.items() if name not in _BUFFERS}
+    where, by_name = tensors.where, {name: t for name, t in tensors.by_name.items() if name not in BUFFERS}
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     expected = {name for path, variable in flat for name in torch_names(path, variable.shape)}
