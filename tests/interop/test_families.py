@@ -141,6 +141,21 @@ def test_the_hash_covers_every_text_encoder(broken):
     assert weights_hash(path) != weights_hash(broken)
 
 
+def test_the_base_model_is_known_by_its_values(sdxl, broken):
+    model = load_stable_diffusion(broken)
+    before, files = model.base_hash, weights_hash(broken)
+    stem = broken / "unet" / "diffusion_pytorch_model"
+    tensors = load_file(f"{stem}.safetensors")
+    save_file(tensors, f"{stem}.non_ema.safetensors", {"format": "pt", "note": "never read"})
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, f"{stem}.safetensors", {"format": "pt"})
+    again = load_stable_diffusion(broken)
+    assert again.is_base_of({"base_model": before})
+    assert load_stable_diffusion(sdxl[0]).is_base_of({"base_model": files})
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name] + 1}, f"{stem}.safetensors", {"format": "pt"})
+    assert not load_stable_diffusion(broken).is_base_of({"base_model": before})
+
+
 def index(**changes):
     return lambda folder: edit_json(folder / "model_index.json", **changes)
 
