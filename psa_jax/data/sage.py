@@ -406,7 +406,7 @@ def _check_entry(entry: os.DirEntry | None, name: str, root: Path) -> None:
     if entry is None:
         raise RowError("pictures", f"picture {name} is missing; restore it or remove its rows")
     if entry.is_symlink() and not _is_inside(Path(entry.path), root):
-        raise RowError("pictures", f"picture {name} is {_leads_out(root)}")
+        raise RowError("pictures", f"picture {name} is {_leads_out()}")
     # A DirEntry raises where a link leads to itself; for anything else it need not look at the disk again.
     if not (Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()):
         raise RowError("pictures", f"picture {name} is not a file; restore it")
@@ -439,7 +439,7 @@ def _blobs(inside: Path) -> Path | None:
     return None
 
 
-def _leads_out(root: Path) -> str:
-    """Ends a sentence about a link. The advice holds for any number of them."""
-    copy = f"cp -rL {shlex.quote(str(root))} NEW"
+def _leads_out(root: Path | None = None) -> str:
+    """Ends a sentence about a link. The advice holds for any number of them; what is stored names no place."""
+    copy = f"cp -rL {'FOLDER' if root is None else shlex.quote(str(root))} NEW"
     return f"a link that leads out of the folder; copy the folder with what its links lead to: {copy}"
