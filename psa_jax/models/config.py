@@ -297,7 +297,9 @@ class CLIPTextConfig(FromJson):
             )
         if "text_config" in config:  # of both towers: transformers takes what is about text
             if not isinstance(config["text_config"], Mapping):
-                raise PSAError(f"{where}: text_config = {_shown(config['text_config'])} is not supported (only an object)")
+                raise PSAError(
+                    f"{where}: text_config = {_shown(config['text_config'])} is not supported (only an object)"
+                )
             config = config["text_config"]
         projection = config.get("projection_dim", 512) if architectures == [_PROJECTED] else None
         if architectures == [_PROJECTED] and projection is None:
