@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from psa_jax.errors import PSAError
 from psa_jax.profiles.files import check_new
-from psa_jax.torch.adapter import UserAdapter, attach
+from psa_jax.torch.adapter import UserAdapter
+from psa_jax.torch.processors import attach
 
 
 class AdaptedUNet(nn.Module):
@@ -49,7 +50,7 @@ class AdaptedUNet(nn.Module):
             return self.unet(sample, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
         finally:
             for processor in self._processors:
-                processor.context = None
+                processor.context, processor.text = None, None
 
 
 def export_unet(unet: nn.Module, adapter: UserAdapter, path: str | Path, *example: Tensor) -> None:
