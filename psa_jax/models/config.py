@@ -240,7 +240,8 @@ class VAEConfig(FromJson):
         made = super().from_json(config, where)
         blocks = len(made.block_out_channels)
         for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if (types := config.get(key, [known])) != [known] * blocks:
+            types = config.get(key, [known])
+            if (list(types) if isinstance(types, tuple) else types) != [known] * blocks:
                 raise PSAError(f"{where}: {key} = {_shown(types)} is not supported (only {known} at every resolution)")
         return made
 

@@ -196,6 +196,7 @@ class EmbeddingTable:
         Raises:
           PSAError: missing, damaged, another kind of file, or a table that does not hold.
         """
+        path = Path(path)
         header = read_header(path)
         text, entry = header.metadata.get(_METADATA_KEY), header.tensors.get("embeddings")
         if text is None or len(header.tensors) != 1 or entry is None or entry.dtype != "F32":

@@ -109,7 +109,6 @@ def test_signal_to_noise_falls_and_matches_its_definition():
         {"beta_schedule": "sigmoid"},
         {"prediction_type": "flow_prediction"},
         {"trained_betas": [0.1, 0.2]},
-        {"thresholding": True},
         {"num_train_timesteps": 1},
         {"num_train_timesteps": "1000"},
         {"beta_start": 0.0},
