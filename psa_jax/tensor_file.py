@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
 
+MAX_NAME = 300
 MAX_HEADER = 100 << 20  # safetensors' own bound
 _METADATA = "__metadata__"
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -58,9 +59,13 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length)
     except (OSError, SafetensorError) as error:
-        raise PSAError(f"{path}: not a whole safetensors file ({error}); get it again") from error
+        reason = " ".join(str(error).split())[:200]  # it may quote the file
+        raise PSAError(f"{path}: not a whole safetensors file ({reason}); get it again") from error
     entries = parse_json(text, f"{path}: its header", limit=MAX_HEADER)
     metadata = entries.pop(_METADATA, None) or {}
+    for name in entries:
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise PSAError(f"{path}: a tensor is named {name[:40]!r}: no name that a model has; get the file again")
     return Header(
         metadata,
         {

@@ -203,6 +203,8 @@ def _fill(target: Any, items: list[Any]) -> None:
     for key, item in zip(items[::2], items[1::2], strict=True):
         if type(key) is not str:
             raise _Refused("its pickle has a dict with keys that are no names")
+        if key in target:
+            raise _Refused(f"its pickle has two entries named {key[:80]!r}")
         target[key] = item
 
 

@@ -220,7 +220,7 @@ def _open_index(path: Path) -> dict[str, Tensor]:
 
 def shown(names: set[str]) -> str:
     """The first three names, and how many more."""
-    first = sorted(names)[:3]
+    first = [name if name.isprintable() else repr(name) for name in sorted(names)[:3]]
     return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 
@@ -305,10 +305,20 @@ def _read(tensors: Tensors, path: ParameterPath, shape: tuple[int, ...], index: 
 def save_weights(
     model: nnx.Module, path: Path, rename: Callable[[str], str] = str, *, dtype: Any | None = None
 ) -> None:
-    """Writes the parameters under their torch names, in `dtype` or as the model holds them."""
+    """Writes the parameters under their torch names, in `dtype` or as the model holds them.
+
+    Raises:
+      PSAError: a number is not finite in that type; nothing is written.
+    """
     tensors = {}
     for where, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        array = np.asarray(variable[...], dtype=dtype)
+        with np.errstate(over="ignore"):  # infinite, and refused
+            array = np.asarray(variable[...], dtype=dtype)
+        if not all_finite(array):
+            raise PSAError(
+                f"{path}: not written: {torch_name(where)} has values that are not finite in {array.dtype.name}; "
+                "write a type with a larger range, or a baked model at a smaller --scale"
+            )
         names = torch_names(where, array.shape)
         for name, block in zip(names, array if is_stacked(where) else [array], strict=True):
             tensors[rename(name)] = to_torch(block, where)

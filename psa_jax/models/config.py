@@ -69,7 +69,7 @@ class FromJson:
                         f"(expected {getattr(kind, '__name__', kind)}, above zero and at most {largest})"
                     )
                 values[key] = float(value) if kind is float else value
-            elif key in fixed and value not in fixed[key]:
+            elif key in fixed and not any(type(value) is type(one) and value == one for one in fixed[key]):
                 raise PSAError(f"{where}: {key} = {_shown(value)} is not supported (only {fixed[key][0]!r})")
         try:
             return cls(**values)
@@ -112,7 +112,7 @@ class UNetConfig(FromJson):
     _fixed = {
         "center_input_sample": (False, None),
         "flip_sin_to_cos": (True,),
-        "freq_shift": (0,),
+        "freq_shift": (0, 0.0),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "only_cross_attention": (False, *([False] * blocks for blocks in range(1, MAX_BLOCKS + 1))),
         "downsample_padding": (1,),
@@ -224,7 +224,7 @@ class VAEConfig(FromJson):
 
     _fixed = {
         "act_fn": ("silu",),
-        "shift_factor": (None, 0),
+        "shift_factor": (None, 0, 0.0),
         "latents_mean": (None,),
         "latents_std": (None,),
         "use_quant_conv": (True,),

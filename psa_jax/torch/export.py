@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_jax.errors import PSAError
+from psa_jax.profiles.files import check_new
 from psa_jax.torch.adapter import UserAdapter
 from psa_jax.torch.processors import attach
 
@@ -61,6 +62,7 @@ def export_unet(unet: nn.Module, adapter: UserAdapter, path: str | Path, *exampl
     path = Path(path)
     if path.suffix != ".pt2":
         raise PSAError(f"{path}: name it .pt2, which torch.export.save asks for")
+    check_new(path)
     before = dict(unet.attn_processors)
     try:
         with torch.no_grad():

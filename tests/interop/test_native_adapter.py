@@ -297,6 +297,11 @@ def test_two_tensors_of_one_name_are_refused(saved):
     assert f"the key '{NAME}' is given twice" in refused(saved)
 
 
+def test_a_name_that_would_break_the_line_is_refused(saved):
+    with_header(saved, lambda text: text.replace('"user_proj.norm.bias"', '"a\\nb"'))
+    assert "a tensor is named 'a\\nb'" in refused(saved)
+
+
 def test_two_metadata_of_one_name_are_refused(saved):
     with_header(saved, lambda text: text.replace('{"psa":', '{"psa":"{}","psa":', 1))
     with safe_open(saved, framework="pt") as file:

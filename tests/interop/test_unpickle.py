@@ -73,6 +73,11 @@ def test_as_torch_reads_it(tmp_path):
             assert array.astype(np.float64).tolist() == tensor.double().tolist(), name
 
 
+def test_two_entries_of_one_name(tmp_path):
+    program = b"\x80\x02}(X\x01\x00\x00\x00a}X\x01\x00\x00\x00a}u."
+    assert "two entries named 'a'" in refused(archive(tmp_path / "a.bin", program))
+
+
 def test_a_flat_state_dict(tmp_path):
     found = read_state(save(tmp_path / "a.bin", OrderedDict(weight=torch.eye(2))))
     np.testing.assert_array_equal(found["weight"], np.eye(2))

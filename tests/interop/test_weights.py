@@ -241,6 +241,19 @@ def test_numbers_beyond_the_type_asked_for_are_refused(value, dtype, sd1, tmp_pa
         ).all()
 
 
+def test_what_is_not_finite_is_not_written(sd1, tmp_path):
+    vae = load_vae(sd1[0])
+    bias = vae.decoder.conv_in.bias
+    bias[...] = bias[...].at[0].set(1e5)
+    save_weights(vae, tmp_path / "a.safetensors")
+    with pytest.raises(PSAError, match="not written: decoder.conv_in.bias has .* not finite in float16; write a"):
+        save_weights(vae, tmp_path / "b.safetensors", dtype=np.float16)
+    bias[...] = bias[...].at[0].set(jnp.nan)
+    with pytest.raises(PSAError, match="decoder.conv_in.bias has values that are not finite in float32"):
+        save_weights(vae, tmp_path / "b.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_finite_by_the_bits_is_what_numpy_finds(dtype):
     finfo = jnp.finfo(dtype)
