@@ -156,7 +156,7 @@ class _Hidden:
     @property
     def holds(self) -> bool:
         """False where somebody else replaced it."""
-        return vars(self.owner).get(self.name) is self.value
+        return vars(self.owner).get(self.name) == self.value  # not `is`: a copied object has a bound method twice
 
     def restore(self) -> None:
         if not self.holds:

@@ -5,72 +5,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionXLPipeline
 from torch_adapters import random_adapter
-from torch_models import tensor
+from torch_runtime import CALL, ENCODER, IDS, PROMPTS, difference, draw, latents, open_pipeline
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.ip_adapter import to_ip_adapter
 from psa_jax.interop.native import save_adapter, to_file
 from psa_jax.models.adapter_config import KINDS, AdapterConfig
-from psa_jax.profiles.encoders import get_encoder
-from psa_jax.profiles.population import sample_population
-from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch import load_adapter, load_psa
 from psa_jax.torch.processors import cross_attentions
 
 # diffusers gives torch tensors to numpy in a way that numpy 2 warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-PROMPTS = ["a cat", "cat on a cat"]
-IDS = ["0000002", "0000005"]
-CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"}
-ENCODER = get_encoder("features")
-
-
-def open_pipeline(folder, kind=StableDiffusionPipeline):
-    pipe = kind.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
-def pipe(sd1):
-    return open_pipeline(sd1[0])
-
-
-@pytest.fixture(scope="module")
-def table() -> EmbeddingTable:
-    return EmbeddingTable.from_profiles(sample_population(8), ENCODER)
-
-
-@pytest.fixture(scope="module")
-def files(small_pipeline, tmp_path_factory):
-    """Kind -> adapter file of four tokens."""
-    folder, unet = tmp_path_factory.mktemp("adapters"), small_pipeline[1].unet.config
-    about = {
-        "family": "sd1",
-        "encoder": ENCODER.name,
-        "encoder_fingerprint": ENCODER.fingerprint,
-        "standardised": False,
-    }
-    for kind in KINDS:
-        config = AdapterConfig.for_unet(unet, user_dim=ENCODER.dim, kind=kind)
-        save_adapter(random_adapter(config), folder / f"{kind}.safetensors", about)
-    return {kind: folder / f"{kind}.safetensors" for kind in KINDS}
-
-
-def latents(count: int = 2) -> torch.Tensor:
-    return tensor(2, 4, 8, 8, seed=4)[:count].clone()
-
-
-def draw(psa, prompts=PROMPTS, rows=slice(None), **options) -> np.ndarray:
-    return psa(prompts[rows], latents=latents()[rows], **CALL | options).images
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> float:
-    assert a.shape == b.shape
-    return float(np.abs(a - b).max())
 
 
 @pytest.mark.parametrize("unconditional", ["off", "zeros", "same"])
