@@ -1,13 +1,17 @@
 """Pictures from outside: JPEG or PNG by content, of limited size, whole; everything else is refused.
 
-`open_image` gives the pixels, `survey` looks at many pictures on all cores and keeps none of them.
+`open_image` gives the pixels, `survey` looks at many pictures on all cores and keeps none of them. The pixels are those
+that Pillow shows: upright as the file's EXIF or XMP data say, the first of a JPEG that holds several (phones add a
+depth or brightness map), colour profiles not applied; what follows the end of a picture is no part of it.
 """
 
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import stat
+import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from psa_jax.errors import PSAError
 
@@ -26,11 +30,35 @@ MAX_BYTES = 1 << 28
 """Largest file that is opened, in bytes: more than MAX_PIXELS take in any format read here."""
 
 _FORMATS = ("JPEG", "PNG")
+_MPO = "MPO"  # several JPEGs in one file, which Pillow's JPEG reader hands over
 # Modes that turn into RGB without loss of meaning. Alpha and 16-bit greys do not: both would be cut off in silence.
 _MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr")
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # What Pillow raises for damaged files, by format and place of the damage.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
+# EXIF's numbers for the eight ways to hold a camera; others, and none, mean upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# How files of other formats begin: people rename them.
+_OTHERS = {
+    "WebP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8",
+    "TIFF": rb"II\*\0|MM\0\*",
+    "BMP": rb"BM",
+    "AVIF": rb"....ftypavi[fs]",
+    "HEIC": rb"....ftyp(?:hei[cfmsx]|hev[cmsx]|mif1|msf1)",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+}
+# A JPEG's markers; in coded data 0xFF is followed by 0, and a restart marker ends nothing.
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+_BEGIN, _END, _BARE = 0xD8, 0xD9, 0x01
 _CHUNK = 32  # pictures a task: enough to hide the cost of handing tasks out
 
 
@@ -42,15 +70,15 @@ class Surveyed(NamedTuple):
 
 
 def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes a JPEG or PNG (by content, not by name) to RGB.
+    """Decodes a JPEG or PNG (by content, not by name) to upright RGB.
 
     The size is checked before any pixel is decoded; a truncated or damaged file is an error.
 
     Raises:
-      PSAError: another format, too large, alpha or 16 bits, several pictures in one, missing or damaged.
+      PSAError: another format, too large, alpha or 16 bits, an animation, missing or damaged.
     """
     with _opened(Path(path), max_pixels) as image:
-        return np.array(image.convert("RGB"))
+        return np.array(_upright(path, image).convert("RGB"))
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -60,9 +88,8 @@ def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
       PSAError: as `open_image`.
     """
     with _opened(Path(path), max_pixels) as image:
-        if image.mode == "RGB":
-            image.load()  # spares the copy that convert makes
-        else:
+        image = _upright(path, image)
+        if image.mode != "RGB":  # spares the copy that convert makes
             image.convert("RGB")
         return image.height, image.width
 
@@ -123,15 +150,14 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         if not 0 < info.st_size <= MAX_BYTES:
             raise PSAError(f"{path}: {info.st_size} bytes, allowed are 1 to {MAX_BYTES}; restore the picture")
         with Image.open(path, formats=_FORMATS) as image:
-            # Pillow's JPEG reader may hand over to another one (several pictures in one file); a PNG may be animated.
-            if image.format not in _FORMATS or getattr(image, "is_animated", False):
+            if image.format == "PNG" and image.is_animated:
                 raise PSAError(f"{path}: holds several pictures; give a JPEG or PNG of one")
             width, height = image.size
             if width * height > max_pixels:
                 raise PSAError(f"{path}: {width} x {height} pixels, the limit is {max_pixels} in all; scale it down")
             if image.mode not in _MODES or "transparency" in image.info:
                 raise PSAError(f"{path}: pixel format {image.mode} with alpha or over 8 bits; save it as 8-bit RGB")
-            if image.format == "JPEG" and not _is_ended(path):
+            if image.format in ("JPEG", _MPO) and not _is_ended(path.read_bytes()):
                 raise PSAError(f"{path}: the end of the JPEG is missing; restore the picture")
             yield image
     except PSAError:
@@ -139,15 +165,48 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise PSAError(f"{path}: picture is missing; restore it or remove its rows") from error
     except UnidentifiedImageError as error:
-        raise PSAError(f"{path}: content is neither JPEG nor PNG; restore the picture") from error
+        raise PSAError(f"{path}: {_other_format(path)}") from error
     except _TOO_LARGE as error:
         raise PSAError(f"{path}: far more pixels than the limit of {max_pixels} in all; scale it down") from error
     except _DAMAGE as error:
         raise PSAError(f"{path}: picture cannot be decoded ({error}); restore it") from error
 
 
-def _is_ended(path: Path) -> bool:
-    """Whether a JPEG has its end marker. Zeros, which fill up a file whose copy failed, may decode as pixels."""
+def _upright(path: Path, image: Image.Image) -> Image.Image:
+    """The decoded picture, turned as its EXIF or XMP data say. A PNG may have them behind its pixels."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (*_DAMAGE, KeyError, TypeError, struct.error) as error:
+        raise PSAError(
+            f"{path}: EXIF data cannot be read ({error}), so nobody knows which way is up; save it without them"
+        ) from error
+    method = _UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _is_ended(content: bytes) -> bool:
+    """Whether a JPEG has its own end marker. Zeros, which fill up a file whose copy failed, may decode as pixels.
+
+    Markers in segments do not count (EXIF data hold a whole small picture), nor does whatever follows: cameras add
+    padding, phones a film or another picture.
+    """
+    place = 2
+    while found := _MARKER.search(content, place):
+        marker = found[1][0]
+        if marker in (_BEGIN, _END):
+            return marker == _END
+        place = found.end()
+        if marker != _BARE:
+            place += int.from_bytes(content[place : place + 2], "big")
+    return False
+
+
+def _other_format(path: Path) -> str:
     with open(path, "rb") as file:
-        file.seek(-2, os.SEEK_END)
-        return file.read() == b"\xff\xd9"
+        begin = file.read(16)
+    for name, pattern in _OTHERS.items():
+        if re.match(pattern, begin, re.DOTALL):
+            how = "ImageOps.exif_transpose(Image.open(FILE)).convert('RGB').save(OTHER, 'PNG')"
+            return f"content is {name}, neither JPEG nor PNG; save it as one of them, with Pillow: {how}"
+    return "content is neither JPEG nor PNG; restore the picture"

@@ -25,6 +25,7 @@ from psa_jax.errors import PSAError
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
+from psa_jax.seeds import check_seed
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,7 @@ def sample_scenes(
     """
     if split not in SPLITS:
         raise PSAError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
-    if seed < 0:
-        raise PSAError(f"seed {seed} is negative: give a number from 0 up")
+    check_seed(seed)
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     for _ in range(count):
         index = int(rng.integers(len(PICTOGRAMS))) if rng.random() >= none_share else NO_PICTOGRAM
@@ -279,7 +279,7 @@ def draw_mini(out: Path, users: int, seed: int) -> dict[str, int]:
     Args:
       out: folder to make; it must be absent or empty.
       users: number of train users.
-      seed: a number from 0 up.
+      seed: a number from 0 to 2^32 − 1.
 
     Returns:
       Rows of each split.
@@ -290,8 +290,7 @@ def draw_mini(out: Path, users: int, seed: int) -> dict[str, int]:
     out = Path(out)
     if users < 1:
         raise PSAError(f"cannot draw {users} users: give a number from 1 up")
-    if seed < 0:
-        raise PSAError(f"seed {seed} is negative: give a number from 0 up")
+    check_seed(seed)
     sizes = split_sizes(users)
     population = sample_population(users + sizes["val"] + sizes["test_unseen"], seed=POPULATION_SEED)
     train, others = population[:users], population[users:]

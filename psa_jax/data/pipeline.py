@@ -23,6 +23,7 @@ from psa_jax.data.shards import RowColumns
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.seeds import check_seed
 
 Place = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 """A batch of this process to where the training step wants it."""
@@ -168,8 +169,7 @@ def make_pipeline(
         raise PSAError(f"process {process_index} of {process_count} does not exist; count from 0")
     if batch_size < 1 or batch_size % process_count:
         raise PSAError(f"batch size {batch_size} cannot be divided among {process_count} processes; use a multiple")
-    if not 0 <= seed < 2**32:
-        raise PSAError(f"seed is {seed}; give 0 to {2**32 - 1}")
+    check_seed(seed)
     if flips and f"moments_chosen{_FLIPPED}" not in source[0]:
         raise PSAError("the shards hold no mirrored pictures; build them with --flips or train without")
     columns = source.columns

@@ -8,6 +8,7 @@ from jaxtyping import Float32, Int, Int32
 from psa_jax.data.pipeline import Place, RowSource, make_pipeline
 from psa_jax.errors import PSAError
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.seeds import check_seed
 
 
 def validation_batches(
@@ -42,6 +43,7 @@ def validation_batches(
     count = total if rows is None else rows
     if not 1 <= count <= total:
         raise PSAError(f"validation of {count} rows: the split has {total}; use 1 to {total}")
+    check_seed(seed, "validation: the seed")
     chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
     times = dict(zip(chosen.tolist(), spread_timesteps(count, timesteps, seed).tolist(), strict=True))
     batches = batches_in_order(source, table, chosen, batch_size, process_index, process_count)

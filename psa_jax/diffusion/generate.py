@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,11 @@ from psa_jax.models.adapter import Adapter
 from psa_jax.models.attention import Attend, Computing
 from psa_jax.models.fused_attention import devices_of, fused_attention
 from psa_jax.models.unet import AddedConditions
+from psa_jax.seeds import PICTURE_BITS, check_seed, seed_words
 
 UNCONDITIONAL = ("off", "zeros", "same")
+
+_log = logging.getLogger(__name__)
 
 
 def to_bytes(pixels: Float[np.ndarray, "*s"]) -> UInt8[np.ndarray, "*s"]:
@@ -37,9 +41,27 @@ def to_bytes(pixels: Float[np.ndarray, "*s"]) -> UInt8[np.ndarray, "*s"]:
     return (np.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).round().astype(np.uint8)
 
 
+def picture_keys(seeds: list[int]) -> Key[Array, " b"]:
+    """A key for each seed from 0 to 2^64 − 1, none like another's.
+
+    Raises:
+      PSAError: another seed.
+    """
+    words = np.asarray([seed_words(seed) for seed in seeds], np.uint32)
+    # Named, as the default may be set to another generator, and a seed is to mean the same noise everywhere.
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+
+def truncation(kind: str, prompt: str, length: int, lost: str) -> str:
+    """What is said of a prompt that is too long, in diffusers' words."""
+    known = f"{kind} {prompt[:40] + ('…' if len(prompt) > 40 else '')!r}"
+    because = f"CLIP can only handle sequences up to {length} tokens"
+    return f"{known}: the following part of your input was truncated because {because}: {lost}"
+
+
 def initial_latents(seeds: list[int], shape: tuple[int, int, int]) -> Float[Array, "b h w c"]:
     """Standard normal latents, one key a seed, so that a picture does not depend on its batch."""
-    return jnp.stack([jax.random.normal(jax.random.key(seed), shape) for seed in seeds])
+    return jnp.stack([jax.random.normal(key, shape) for key in picture_keys(seeds)])
 
 
 def picture_grid(pictures: UInt8[np.ndarray, "n h w 3"], columns: int, gap: int = 2) -> UInt8[np.ndarray, "gh gw 3"]:
@@ -92,8 +114,7 @@ class Generator:
         if unconditional not in UNCONDITIONAL:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
         factor = model.vae.config.downscale
-        side = model.unet.config.sample_size * factor
-        height, width = (side, side) if size is None else size
+        height, width = model.picture_size if size is None else size
         if height % factor or width % factor or min(height, width) <= 0:
             raise PSAError(f"picture size {height}x{width}: both sides must be positive multiples of {factor}")
         self._model, self._batch, self.size = model, batch_size, (height, width)
@@ -104,6 +125,7 @@ class Generator:
             model.scheduler_config, steps, sampler, eta=eta, karras=karras, where=f"{model.folder}: scheduler"
         )
         self._guidance = jnp.float32(guidance), jnp.float32(rescale)
+        self._told: set[str] = set()
         vae = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.vae)
         self._parts = (model.unet, vae, model.text_encoders)
         self._graph, self._params = nnx.split((*self._parts, adapter))
@@ -154,7 +176,8 @@ class Generator:
         """Pictures in [−1, 1], not clipped.
 
         Args:
-          seeds: one a prompt: of the first noise (unless `latents` are given) and of a stochastic sampler's.
+          seeds: one a prompt, 0 to 2^64 − 1: of the first noise (unless `latents` are given) and of a stochastic
+            sampler's.
           users: user embeddings, one a prompt: required exactly when there is an adapter.
           negative: negative prompt, for all or one a prompt; None is "", or zeros where SDXL's folder says so.
           scale: strength s of the adapter, for all prompts or for each; 0 is the base model.
@@ -166,6 +189,8 @@ class Generator:
         if len(negatives) != count:
             raise PSAError(f"{len(negatives)} negative prompts for {count} prompts: give one, or one for each")
         zeros = np.array([n is None and self._model.force_zeros_for_empty_prompt for n in negatives])
+        for line in self.truncated([*prompts, *(n for n in negatives if n)]):
+            _log.warning(line)
         scales = np.broadcast_to(np.asarray(scale, np.float32), (count,))
         ids, negative_ids = self._model.token_ids(prompts), self._model.token_ids([n or "" for n in negatives])
         pictures = []
@@ -179,13 +204,21 @@ class Generator:
                 tuple(jnp.asarray(tokens[rows]) for tokens in negative_ids),
                 jnp.asarray(zeros[rows]),
                 initial_latents(chosen, self.latent_shape) if latents is None else jnp.asarray(latents[rows]),
-                jnp.stack([jax.random.key(seed) for seed in chosen]),
+                picture_keys(chosen),
                 None if users is None else jnp.asarray(users[rows], jnp.float32),
                 jnp.asarray(scales[rows]),
                 self._guidance,
             )
             pictures.append(np.asarray(drawn)[: count - start])
         return np.concatenate(pictures)
+
+    def truncated(self, prompts: list[str]) -> list[str]:
+        """A line for each prompt that is longer than the text encoders take, with what is lost; each once for all."""
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._told]
+        self._told.update(fresh)
+        lost = zip(fresh, self._model.truncated(fresh), strict=True) if fresh else ()
+        length = self._model.text_encoder.config.max_position_embeddings
+        return [truncation("prompt", prompt, length, part) for prompt, part in lost if part]
 
     def _check(self, prompts, seeds, users, scale, latents) -> None:
         count = len(prompts)
@@ -195,6 +228,8 @@ class Generator:
             raise PSAError(f"user embeddings have shape {users.shape}, the adapter needs ({count}, {self.user_dim})")
         if not prompts or len(seeds) != count:
             raise PSAError(f"{count} prompts and {len(seeds)} seeds: give at least one prompt and a seed for each")
+        for seed in seeds:
+            check_seed(seed, bits=PICTURE_BITS)
         if np.shape(scale) not in ((), (count,)):
             raise PSAError(f"scale has shape {np.shape(scale)}: give one number or one for each of {count} prompts")
         if latents is not None and latents.shape != (count, *self.latent_shape):

@@ -68,7 +68,7 @@ def _sampler(
 
 
 def _step_back(
-    alphas: Float[np.ndarray, " t"], times: Float[np.ndarray, " n"], gap: int, set_alpha_to_one: bool
+    alphas: Float[np.ndarray, " t"], times: Float[np.ndarray, " n"], gap: int | np.ndarray, set_alpha_to_one: bool
 ) -> tuple[Weights, Weights]:
     """ᾱ at the timesteps and `gap` before them; what lies before the first is 1 or ᾱ_0."""
     now = times.astype(int)
@@ -185,13 +185,15 @@ def dpmsolver(
     lambda_min_clipped: float = -math.inf,
     beta_schedule: str = "linear",
 ) -> Sampler:
-    """DPM-Solver++, multistep, order 1 or 2, in x = signal·x̂ + sigma·ε̂.
+    """DPM-Solver++, multistep, order 1 to 3, in x = signal·x̂ + sigma·ε̂.
 
-    With s = sigma/signal, h = ln(s/s'), h₀ the h of the step before, φ = e^(−h) − 1:
+    With s = sigma/signal, h = ln(s/s'), h₀ and h₁ the h of the steps before, φ = e^(−h) − 1,
+    Δ₀ = (h/h₀)·(x̂ − x̂₀), Δ₁ = (h/h₁)·(x̂₀ − x̂₁):
         order 1  x' = (sigma'/sigma)·x − signal'·φ·x̂
-        order 2  and − signal'·φ/2·(h/h₀)·(x̂ − x̂₀) ("midpoint") or + signal'·(φ/h + 1)·(h/h₀)·(x̂ − x̂₀) ("heun").
+        order 2  and − signal'·φ/2·Δ₀ ("midpoint") or + signal'·(φ/h + 1)·Δ₀ ("heun")
+        order 3  and + signal'·(φ/h + 1)·(Δ₀ + h₀·Δ) − signal'·((φ + h)/h² − 1/2)·h·Δ, Δ = (Δ₀ − Δ₁)/(h₀ + h₁).
 
-    Source: arXiv 2211.01095, algorithm 2.
+    Source: arXiv 2211.01095, algorithm 2; arXiv 2206.00927, appendix B.
     """
     times, sigmas = solver_levels(
         noise_levels(_alphas(schedule)), timestep_spacing, steps, steps_offset, use_karras_sigmas, final_sigmas_type,
@@ -200,32 +202,145 @@ def dpmsolver(
     count, levels = len(times), sigmas.astype(float)
     signal = 1 / np.sqrt(levels**2 + 1)
     sigma = levels * signal
-    phi = levels[1:] / levels[:-1] - 1
-    first_order = np.arange(count) == 0
-    if euler_at_final or final_sigmas_type == "zero" or (lower_order_final and count < 15):
-        first_order[-1] = True
-    correction = np.zeros(count)
-    for k in np.flatnonzero(~first_order) if solver_order == 2 else ():
-        h, h_before = np.log(levels[k] / levels[k + 1]), np.log(levels[k - 1] / levels[k])
-        correction[k] = (-phi[k] / 2 * h if solver_type == "midpoint" else phi[k] + h) / h_before * signal[k + 1]
+    few = lower_order_final and count < 15
+    orders = np.minimum(np.arange(count) + 1, solver_order)
+    if count > 1 and few:
+        orders[-2] = min(orders[-2], 2)
+    if euler_at_final or final_sigmas_type == "zero" or few:
+        orders[-1] = 1
+    history = np.zeros((count, max(solver_order, 2)))
+    for k, order in enumerate(orders):
+        phi = levels[k + 1] / levels[k] - 1
+        history[k, 0] = -phi
+        if order == 1:
+            continue
+        h, h0 = np.log(levels[k] / levels[k + 1]), np.log(levels[k - 1] / levels[k])
+        first = np.array([1.0, -1.0, 0.0]) * (h / h0)  # weights of x̂, x̂₀, x̂₁ in Δ₀
+        if order == 2:
+            weights = first * (-phi / 2 if solver_type == "midpoint" else phi / h + 1)
+        else:
+            h1 = np.log(levels[k - 2] / levels[k - 1])
+            second = (first - np.array([0.0, 1.0, -1.0]) * (h / h1)) / (h0 + h1)
+            weights = (phi / h + 1) * (first + h0 * second) - ((phi + h) / h**2 - 0.5) * h * second
+        history[k] += weights[: history.shape[1]]
     return _sampler(
         times,
         keep=_clean(schedule.prediction, signal[:-1], sigma[:-1]),
-        history=np.stack([correction - signal[1:] * phi, -correction], axis=1),
+        history=history * signal[1:, None],
         latents=sigma[1:] / sigma[:-1],
     )
 
 
+def unipc(
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    timestep_spacing: str = "linspace",
+    steps_offset: int = 0,
+    solver_order: int = 2,
+    solver_type: str = "bh2",
+    predict_x0: bool = True,
+    lower_order_final: bool = True,
+    disable_corrector: tuple = (),
+    use_karras_sigmas: bool = False,
+    final_sigmas_type: str = "zero",
+) -> Sampler:
+    """UniPC, multistep, in x = signal·x̂ + sigma·ε̂: every output also corrects the latents that it was predicted from.
+
+    A step from noise level s to s' goes x' = a·x + Σ p_j·m_j from the corrected x (UniP), m the x̂ or, without
+    `predict_x0`, the ε̂ of this and earlier calls. The next call's m' corrects x' to a·x + q'·m' + Σ q_j·m_j (UniC):
+    as a is the same, x' is corrected by q'·m' + Σ (q_j − p_j)·m_j, and the corrected x is never kept.
+
+    Args:
+      disable_corrector: steps, from 0, whose result is not corrected.
+
+    Source: arXiv 2302.04867, algorithms 5 to 8.
+    """
+    table = noise_levels(_alphas(schedule))
+    times, sigmas = solver_levels(table, timestep_spacing, steps, steps_offset, use_karras_sigmas, final_sigmas_type)
+    if use_karras_sigmas and final_sigmas_type == "sigma_min":
+        sigmas[-1] = sigmas[-2]
+    count, levels = len(times), sigmas.astype(float)
+    signal = 1 / np.sqrt(levels**2 + 1)
+    sigma = levels * signal
+    scale, other = (signal, sigma) if predict_x0 else (sigma, signal)
+    history, correction = np.zeros((count, solver_order + 1)), np.zeros(solver_order + 1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        lambdas = -np.log(levels)
+        for k in range(count):
+            order = min(solver_order, k + 1, count - k if lower_order_final else count)
+            before = lambdas[k - order + 1 : k][::-1]
+            predictor, corrector = _unified(lambdas[k], lambdas[k + 1], before, solver_type, predict_x0)
+            ratio = other[k + 1] / other[k]
+            history[k] = ratio * correction
+            history[k, :order] += scale[k + 1] * predictor
+            correction = np.zeros(solver_order + 1)
+            if k not in disable_corrector:
+                correction[: order + 1] = scale[k + 1] * corrector
+                correction[1 : order + 1] -= scale[k + 1] * predictor
+    if not np.isfinite(history).all():
+        raise PSAError(
+            f"unipc ends in no finite picture with solver_type {solver_type}, predict_x0 {predict_x0}, "
+            f"lower_order_final {lower_order_final} and final_sigmas_type {final_sigmas_type}; "
+            "choose another sampler or set them to bh2, true, true and zero"
+        )
+    turn = _clean if predict_x0 else _noise
+    return _sampler(
+        times,
+        keep=turn(schedule.prediction, signal[:-1], sigma[:-1]),
+        history=history,
+        latents=other[1:] / other[:-1],
+    )
+
+
+def _unified(
+    start: float, end: float, before: np.ndarray, solver_type: str, predict_x0: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of m, newest first, over signal' (over sigma' without `predict_x0`): p of UniP, then q', q of UniC.
+
+    Args:
+      start, end: λ = −log s where the step starts and ends.
+      before: λ of the earlier calls that the order takes in, newest first.
+    """
+    h = end - start
+    signed = -h if predict_x0 else h
+    phi, order = np.expm1(signed), len(before) + 1
+    base = signed if solver_type == "bh1" else phi
+    ratios = np.append((before - start) / h, 1.0)
+    powers, right = ratios ** np.arange(order)[:, None], np.zeros(order)
+    term = phi / signed - 1
+    for i in range(order):
+        right[i] = term * math.factorial(i + 1) / base
+        term = term / signed - 1 / math.factorial(i + 2)
+    # The orders 1 and 2 are solved approximately, as in the paper's code and in diffusers.
+    predicting = np.full(order - 1, 0.5) if order <= 2 else _solve(powers[:-1, :-1], right[:-1])
+    correcting = np.full(1, 0.5) if order == 1 else _solve(powers, right)
+    predictor, corrector = np.zeros(order), np.zeros(order + 1)
+    predictor[1:], corrector[2:], corrector[0] = predicting / ratios[:-1], correcting[:-1] / ratios[:-1], correcting[-1]
+    predictor[0], corrector[1] = -predictor[1:].sum(), -corrector[2:].sum() - corrector[0]
+    predictor, corrector = -base * predictor, -base * corrector
+    predictor[0] -= phi
+    corrector[1] -= phi
+    return predictor, corrector
+
+
+def _solve(matrix: Float[np.ndarray, "n n"], right: Weights) -> Weights:
+    """The solution for powers of ratios, or NaN where there is none: a step of infinite or no length."""
+    whole = np.isfinite(matrix).all() and np.isfinite(right).all() and len(np.unique(matrix[1])) == len(right)
+    return np.linalg.solve(matrix, right) if whole else np.full(len(right), np.nan)
+
+
 # Adams–Bashforth weights of the outputs, newest first. The second call repeats the first step with the mean of both
 # outputs and counts no further: its output is passed over while the orders build up.
+_FOURTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 _PLMS = np.array(
     [
         [1, 0, 0, 0, 0],
         [1 / 2, 1 / 2, 0, 0, 0],
         [3 / 2, 0, -1 / 2, 0, 0],
         [23 / 12, -16 / 12, 0, 5 / 12, 0],
-        [55 / 24, -59 / 24, 37 / 24, 0, -9 / 24],
-        [55 / 24, -59 / 24, 37 / 24, -9 / 24, 0],
+        [*_FOURTH[:3], 0, _FOURTH[3]],
+        [*_FOURTH, 0],
     ]
 )
 
@@ -237,24 +352,51 @@ def pndm(
     timestep_spacing: str = "leading",
     steps_offset: int = 0,
     set_alpha_to_one: bool = False,
+    skip_prk_steps: bool = False,
 ) -> Sampler:
-    """PNDM without Runge-Kutta steps (PLMS): a fourth-order multistep rule in the outputs, n + 1 calls.
+    """PNDM: a fourth-order multistep rule in the outputs. With `skip_prk_steps` (PLMS) its order builds up in n + 1
+    calls; else the first three steps are of Runge and Kutta, and there are n + 9.
 
-    x' = √(ᾱ'/ᾱ)·x − (ᾱ' − ᾱ)/(ᾱ·√(1 − ᾱ') + √(ᾱ·(1 − ᾱ)·ᾱ'))·ε̂. Source: arXiv 2202.09778, equations 9 and 12.
+    x' = √(ᾱ'/ᾱ)·x − (ᾱ' − ᾱ)/(ᾱ·√(1 − ᾱ') + √(ᾱ·(1 − ᾱ)·ᾱ'))·ε̂. Source: arXiv 2202.09778, equations 9, 12 and 13.
     """
     alphas = _alphas(schedule)
     spaced = spaced_timesteps(timestep_spacing, len(alphas), steps, steps_offset).round()
     gap = len(alphas) // steps
-    times = np.concatenate([spaced[:1], spaced[1:2], spaced[1:]])
-    # The second call takes the first step again, so it starts one gap above its own timestep.
-    starts = times + gap * (np.arange(len(times)) == 1)
-    now, after = _step_back(alphas, starts, gap, set_alpha_to_one)
+    if skip_prk_steps:
+        times = np.concatenate([spaced[:1], spaced[1:2], spaced[1:]])
+        weights = _PLMS[np.arange(len(times)).clip(max=5)]
+        # The second call takes the first step again, so it starts one gap above its own timestep.
+        again = np.arange(len(times)) == 1
+        starts, strides = times + gap * again, gap
+    else:
+        if steps < 4:
+            raise PSAError(f"pndm with skip_prk_steps false needs 4 sampling steps or more, got {steps}")
+        times, starts, strides, weights = _with_runge_kutta(spaced, gap)
+        again = (np.arange(len(times)) < 12) & (np.arange(len(times)) % 4 > 0)
+    now, after = _step_back(alphas, starts, strides, set_alpha_to_one)
     slope = -(after - now) / (now * np.sqrt(1 - after) + np.sqrt(now * (1 - now) * after))
     noise_latents, noise_output = _noise(schedule.prediction, np.sqrt(now), np.sqrt(1 - now))
-    latents = np.sqrt(after / now) + slope * noise_latents
-    history = (slope * noise_output)[:, None] * _PLMS[np.arange(len(times)).clip(max=5)]
-    if len(times) > 1:
-        # It starts from x_0, which is (x_1 − history·m_0)/latents of the first call.
-        latents[1] /= latents[0]
-        history[1, 1] -= latents[1] * history[0, 0]
+    whole = np.sqrt(after / now) + slope * noise_latents
+    latents, history = whole.copy(), (slope * noise_output)[:, None] * weights
+    step = history.copy()
+    for k in np.flatnonzero(again):
+        # It starts where the call before did, at (x − Σ its history·m)/its latents.
+        latents[k] /= whole[k - 1]
+        history[k, 1:] -= latents[k] * step[k - 1, :-1]
     return _sampler(times, keep=(0.0, 1.0), history=history, latents=latents)
+
+
+def _with_runge_kutta(spaced: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(timesteps of the calls, where they start, how far they go, weights of the outputs by lag) of PNDM."""
+    half, ends = gap // 2, np.repeat(spaced[1:4], 4)
+    times = np.concatenate([ends + np.tile([0, half, half, 0], 3), spaced[3:]])
+    times[0:12:4] = spaced[:3]
+    starts = np.concatenate([np.repeat(spaced[:3], 4), spaced[3:]])
+    reach = times - np.concatenate([np.tile([half, 0, half, 0], 3), np.full(len(spaced) - 3, gap)])
+    weights = np.zeros((len(times), 13))
+    weights[:12, 0] = 1
+    weights[3:12:4, :4] = 1 / 6, 1 / 3, 1 / 3, 1 / 6
+    counting = np.concatenate([[0, 4, 8], np.arange(12, len(times))])
+    for k in range(12, len(times)):
+        weights[k, k - counting[counting <= k][:-5:-1]] = _FOURTH
+    return times, starts, (starts - reach).astype(int), weights

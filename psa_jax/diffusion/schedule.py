@@ -33,8 +33,10 @@ def read_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str
             value = False  # diffusers' optional switches may be null
         if kind is float and type(value) is int:
             value = float(value)
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
         if type(value) is not kind:
-            raise PSAError(f"{where}: {key} must be a {kind.__name__}, not {value!r}")
+            raise PSAError(f"{where}: {key} must be a {'list' if kind is tuple else kind.__name__}, not {value!r}")
         values[key] = value
     return values
 
@@ -80,9 +82,8 @@ class NoiseSchedule:
             raise PSAError(f"{where}: beta_schedule {kind!r} is not supported (only {', '.join(BETA_SCHEDULES)})")
         if prediction not in PREDICTIONS:
             raise PSAError(f"{where}: prediction_type {prediction!r} is not supported (only {', '.join(PREDICTIONS)})")
-        for key in ("trained_betas", "thresholding"):
-            if config.get(key):
-                raise PSAError(f"{where}: {key} is not supported")
+        if config.get("trained_betas"):
+            raise PSAError(f"{where}: trained_betas is not supported")
         if steps < 2:
             raise PSAError(f"{where}: num_train_timesteps must be at least 2, not {steps}")
         if not 0 < start <= end < 1:

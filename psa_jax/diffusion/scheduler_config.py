@@ -1,12 +1,15 @@
-"""From a folder's `scheduler_config.json` to a sampler: a key is honoured, refused by name, or another sampler's."""
+"""From a folder's scheduler config to a sampler: a key is honoured, refused by name, or not the sampler's.
+
+What a class of diffusers does not read it ignores, and so it is here.
+"""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from psa_jax.diffusion import methods
 from psa_jax.diffusion.samplers import Sampler
-from psa_jax.diffusion.schedule import DEFAULTS, NoiseSchedule, read_keys
+from psa_jax.diffusion.schedule import NoiseSchedule, read_keys
 from psa_jax.diffusion.timesteps import FINAL_SIGMAS, SPACINGS
 from psa_jax.errors import PSAError
 
@@ -16,38 +19,56 @@ SAMPLERS: dict[str, tuple[str, Callable[..., Sampler]]] = {
     "euler": ("EulerDiscreteScheduler", methods.euler),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", methods.euler_ancestral),
     "dpmsolver++": ("DPMSolverMultistepScheduler", methods.dpmsolver),
+    "unipc": ("UniPCMultistepScheduler", methods.unipc),
     "pndm": ("PNDMScheduler", methods.pndm),
 }
 
 # Keys that a class of diffusers reads and that have one supported value, with diffusers' defaults.
-FIXED = {"dpmsolver++": {"algorithm_type": "dpmsolver++"}, "pndm": {"skip_prk_steps": False}}
+FIXED = {"dpmsolver++": {"algorithm_type": "dpmsolver++"}}
 
 # What a key may be set to where the sampler in use reads it; anything else is refused.
 SUPPORTED = {
     "timestep_spacing": SPACINGS,
     "final_sigmas_type": FINAL_SIGMAS,
-    "solver_order": (1, 2),
-    "solver_type": ("midpoint", "heun"),
+    "solver_order": (1, 2, 3),
     "algorithm_type": ("dpmsolver++",),
-    "skip_prk_steps": (True,),
 }
-# The same for keys that no sampler here reads: what they can switch on is not implemented.
-NEUTRAL = {
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "trained_betas": (None,),
-    "thresholding": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
+SOLVER_TYPES = {"dpmsolver++": ("midpoint", "heun"), "unipc": ("bh1", "bh2")}
+# The same for keys that a class of diffusers reads and no sampler here: what they switch on is not implemented.
+_OFF, _NONE = (False, None), (None,)
+_SPACED = {"use_exponential_sigmas": _OFF, "use_beta_sigmas": _OFF}
+_LIMITS = {"sigma_min": _NONE, "sigma_max": _NONE}
+_FLOW = {"use_flow_sigmas": _OFF, "use_dynamic_shifting": _OFF}
+_CLIPPED = {"thresholding": _OFF}
+NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
+    "ddim": _CLIPPED,
+    "euler": _SPACED | _LIMITS | {"interpolation_type": ("linear",), "timestep_type": ("discrete",)},
+    "euler-ancestral": {},
+    "dpmsolver++": _CLIPPED
+    | _SPACED
+    | _FLOW
+    | {
+        "use_lu_lambdas": _OFF,
+        "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    },
+    "unipc": _CLIPPED | _SPACED | _LIMITS | _FLOW | {"solver_p": _NONE, "shift_terminal": _NONE},
+    "pndm": {},
 }
 # They qualify what is refused above, so they mean nothing here.
 INERT = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type")
+
+# Settings of one solver that another takes for its own, by the class that reads them: key -> value -> what it takes.
+_SAME_SOLVER = {"algorithm_type": {"deis": "dpmsolver++"}}
+_MIDPOINT = {"solver_type": dict.fromkeys(("bh1", "bh2", "logrho"), "midpoint")}
+TAKEN_FOR: dict[str, dict[str, dict[str, str]]] = {
+    "DPMSolverMultistepScheduler": _MIDPOINT | _SAME_SOLVER,
+    "DPMSolverSinglestepScheduler": _MIDPOINT | _SAME_SOLVER,
+    "DEISMultistepScheduler": {
+        "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
+        "algorithm_type": {"dpmsolver": "deis", "dpmsolver++": "deis"},
+    },
+    "UniPCMultistepScheduler": {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")},
+}
 
 
 def _keys(name: str) -> dict[str, Any]:
@@ -57,36 +78,61 @@ def _keys(name: str) -> dict[str, Any]:
     return keys | FIXED.get(name, {})
 
 
-KNOWN = {*DEFAULTS, *NEUTRAL, *INERT}.union(*map(_keys, SAMPLERS))
-
-
 def sampler_name(config: Mapping[str, Any], where: str = "scheduler_config.json") -> str:
     """The sampler that a folder's config asks for."""
     wanted = config.get("_class_name")
     for name, (scheduler, _) in SAMPLERS.items():
         if wanted == scheduler:
             return name
-    raise PSAError(f"{where}: the scheduler {wanted!r} is not supported; choose a sampler: {', '.join(SAMPLERS)}")
+    able = [name for name in SAMPLERS if not _refusal(_config_for(config, name), name, where)]
+    way_out = f"choose a sampler: {', '.join(able)}" if able else "no sampler can take its place"
+    raise PSAError(f"{where}: the scheduler {wanted!r} is not supported; {way_out}")
 
 
-def _refuse(config: Mapping[str, Any], values: Mapping[str, Any], name: str, own: bool, where: str) -> None:
-    """Raises for what is set and not done. `values` are what the sampler reads, `own` if it is the folder's own."""
+def _config_for(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What diffusers' class `name` makes of a folder's config: `from_config` of that of the folder's own scheduler."""
+    own, scheduler = config.get("_class_name"), SAMPLERS[name][0]
+    values = dict(config)
+    if own != scheduler:
+        # diffusers lists here what the folder does not say: its own class's defaults, or its pipeline's corrections.
+        for key in config.get("_use_default_values", ()):
+            values.pop(key, None)
+        values = _taken(values, own)
+    values = _taken(values, scheduler)
+    if name == "pndm":
+        values["rescale_betas_zero_snr"] = False  # diffusers' class does not know it
+        if own != scheduler:  # asked for by name it is PLMS, as every Stable Diffusion uses it
+            values = {"skip_prk_steps": True} | values
+    return values
+
+
+def _taken(values: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    for key, names in (TAKEN_FOR.get(scheduler, {}) if isinstance(scheduler, str) else {}).items():
+        value = values.get(key)
+        if isinstance(value, str) and value in names:
+            values = values | {key: names[value]}
+    return values
+
+
+def _refusal(config: Mapping[str, Any], name: str, where: str) -> str | None:
+    """The first thing that a config (of `_config_for`) asks of a sampler and that is not done."""
+    return next(_refusals(config, name, where), None)
+
+
+def _refusals(config: Mapping[str, Any], name: str, where: str) -> Iterator[str]:
+    values = read_keys(config, _keys(name), where)
     read = {key: (values[key], allowed) for key, allowed in SUPPORTED.items() if key in values}
-    other = {key: (config[key], allowed) for key, allowed in NEUTRAL.items() if key in config}
+    if name in SOLVER_TYPES:
+        read["solver_type"] = values["solver_type"], SOLVER_TYPES[name]
+    other = {key: (config[key], allowed) for key, allowed in NEUTRAL[name].items() if key in config}
     for key, (value, allowed) in (read | other).items():
         if value not in allowed:
-            names = ", ".join(map(str, allowed))
-            raise PSAError(f"{where}: {key} {value!r} is not supported by {name} (only {names})")
-    # Left out in silence these would change the pictures; a sampler that was asked for by name is not the folder's,
-    # and has no use for what only the folder's own understood.
-    switches = ["rescale_betas_zero_snr"] if name == "pndm" else []
-    switches += [key for key in ("clip_sample", "use_karras_sigmas") if own and key not in values]
-    for key in switches:
-        if config.get(key):
-            raise PSAError(f"{where}: {key} is not supported by {name}; choose another sampler or set it to false")
-    unknown = [key for key in config if key not in KNOWN and not key.startswith("_")]
-    if own and unknown:
-        raise PSAError(f"{where}: unknown keys {', '.join(unknown)}; remove what {name} does not need")
+            yield f"{where}: {key} {value!r} is not supported by {name} (only {', '.join(map(str, allowed))})"
+    if not all(type(step) is int for step in values.get("disable_corrector", ())):
+        yield f"{where}: disable_corrector must be a list of steps, not {config['disable_corrector']!r}"
+    if config.get("prediction_type") == "sample" and name in ("euler-ancestral", "pndm"):
+        others = ", ".join(other for other in SAMPLERS if other not in ("euler-ancestral", "pndm"))
+        yield f"{where}: prediction_type 'sample' is not supported by {name}; use {others}"
 
 
 def sampler_from_config(
@@ -101,7 +147,7 @@ def sampler_from_config(
     """The sampler of a folder, or another one with the folder's noise.
 
     Args:
-      config: content of `scheduler_config.json`.
+      config: content of `scheduler_config.json`, or as a pipeline corrected it (`psa_jax.interop.folder`).
       steps: sampling steps.
       name: one of SAMPLERS; None for the folder's own. Another one takes over the keys that it shares with the folder's
         and has its own defaults for the rest, as diffusers' `from_config` does.
@@ -112,23 +158,19 @@ def sampler_from_config(
     if name is not None and name not in SAMPLERS:
         raise PSAError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     name = sampler_name(config, where) if name is None else name
-    scheduler, build = SAMPLERS[name]
-    own = config.get("_class_name") == scheduler
-    # diffusers lists here what was only a default of the class that wrote the config.
-    config = {key: value for key, value in config.items() if key not in config.get("_use_default_values", ())}
-    if name == "pndm" and not own:  # asked for by name it is PLMS, as every Stable Diffusion uses it
-        config = {"skip_prk_steps": True} | config
-    values = read_keys(config, _keys(name), where)
-    _refuse(config, values, name, own, where)
-    schedule = NoiseSchedule.from_config(config, where)
-    if schedule.prediction == "sample" and name in ("euler-ancestral", "pndm"):
-        raise PSAError(f"{where}: prediction_type 'sample' is not supported by {name}; use ddim, euler or dpmsolver++")
+    config = _config_for(config, name)
+    if refusal := _refusal(config, name, where):
+        raise PSAError(refusal)
+    values, schedule = read_keys(config, _keys(name), where), NoiseSchedule.from_config(config, where)
     if karras and "use_karras_sigmas" not in values:
-        raise PSAError(f"Karras' noise levels are not supported by {name}; use euler or dpmsolver++")
+        able = ", ".join(other for other in SAMPLERS if "use_karras_sigmas" in _keys(other))
+        raise PSAError(f"Karras' noise levels are not supported by {name}; use one of {able}")
     if karras is not None and "use_karras_sigmas" in values:
         values["use_karras_sigmas"] = karras
     if name == "ddim":
         values["eta"] = eta
     elif eta:
         raise PSAError(f"eta is DDIM's; {name} does not use it")
-    return build(schedule, steps, **{key: value for key, value in values.items() if key not in FIXED.get(name, {})})
+    return SAMPLERS[name][1](
+        schedule, steps, **{key: value for key, value in values.items() if key not in FIXED.get(name, {})}
+    )

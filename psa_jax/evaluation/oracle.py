@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from psa_jax.data.mini import BACKGROUNDS, BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS, SUBJECTS, Scene, render
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
+from psa_jax.seeds import check_seed
 from psa_jax.tensor_file import read_float32, read_header
 from psa_jax.training.pretrain import fit
 
@@ -124,7 +125,7 @@ def save_oracle(net: OracleNet, path: Path) -> None:
 
 def draw_pairs(count: int, seed: int) -> dict[str, np.ndarray]:
     """Scenes with labels [count, 3], and the same scenes with another pictogram; 5 % have none."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     rows: dict[str, list] = {"images": [], "others": [], "labels": []}
     for _ in range(count):
         subject, background, first, second = (

@@ -22,6 +22,7 @@ from psa_jax.data.sage import SageRecord
 from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, Reading
+from psa_jax.seeds import check_seed
 
 _BENIGN_OF = {concept.name: concept.benign for concept in CONCEPTS}
 
@@ -54,7 +55,7 @@ def select_cases(records: Sequence[SageRecord], per_rate: int, seed: int = 0) ->
 
     Categories take turns, so that a category that few ban counts as much as one that many do.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     cases = [case_of(record) for record in records]
     chosen = []
     for unsafe, banned, most in ((True, True, per_rate), (True, False, per_rate), (False, None, max(1, per_rate // 2))):

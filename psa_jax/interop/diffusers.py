@@ -6,6 +6,7 @@ The same entry reads single-file checkpoints (`psa_jax.interop.single_file`), pu
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.folder import read_folder
 from psa_jax.interop.lora import merge_lora
 from psa_jax.interop.parts import (
     MODELS,
@@ -27,8 +29,9 @@ from psa_jax.interop.parts import (
     Parts,
     check_parts_fit,
     load_tokenizer,
+    picture_size,
     read_config,
-    read_scheduler,
+    square_side,
 )
 from psa_jax.interop.single_file import open_single_file, open_vae_file
 from psa_jax.interop.weights import (
@@ -52,6 +55,7 @@ __all__ = [
     "TINY",
     "StableDiffusion",
     "abstract_model",
+    "check_text",
     "config_json",
     "load_stable_diffusion",
     "load_text_encoder",
@@ -103,6 +107,16 @@ class StableDiffusion:
         """One, or SDXL's two."""
         return tuple(each for each in (self.text_encoder, self.text_encoder_2) if each is not None)
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels of its pictures unless another size is asked for."""
+        return picture_size(self.unet.config, self.vae.config, self.folder)
+
+    @property
+    def square_side(self) -> int:
+        """The same where pictures must be square."""
+        return square_side(self.unet.config, self.vae.config, self.folder)
+
     def token_ids(self, prompts: list[str]) -> tuple[Int[np.ndarray, "n s"], ...]:
         """Token ids for each text encoder."""
         first = self.tokenize(prompts)
@@ -118,11 +132,33 @@ class StableDiffusion:
             raise PSAError(f"{self.folder}: a {self.family} model has one text encoder; tokenize_2 is for SDXL")
         return _ids(self.tokenizer_2, self.text_encoder_2.config, prompts)
 
+    def truncated(self, prompts: list[str]) -> list[str]:
+        """Of each prompt what does not fit into the text encoders, "" where all does; as diffusers tells it."""
+        lost = [_lost(self.tokenizer, self.text_encoder.config, prompts)]
+        if self.text_encoder_2 is not None:
+            lost.append(_lost(self.tokenizer_2, self.text_encoder_2.config, prompts))
+        return [max(of_prompt, key=len) for of_prompt in zip(*lost, strict=True)]
+
 
 def _ids(tokenizer: Any, config: CLIPTextConfig, prompts: list[str]) -> Int[np.ndarray, "n s"]:
+    for number, prompt in enumerate(prompts, start=1):
+        check_text(prompt, f"prompt {number} of {len(prompts)}", "give whole characters")
     length = config.max_position_embeddings
     ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True)["input_ids"]
     return np.asarray(ids, dtype=np.int32)
+
+
+def _lost(tokenizer: Any, config: CLIPTextConfig, prompts: list[str]) -> list[str]:
+    length = config.max_position_embeddings
+    whole = tokenizer(prompts, verbose=False)["input_ids"]
+    # The last place is the end token's.
+    return [tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else "" for ids in whole]
+
+
+def check_text(text: str, what: str, advice: str) -> None:
+    """Refuses half characters (lone surrogates): no tokenizer takes them, and Python makes them of foreign bytes."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise PSAError(f"{what}: character {half.start() + 1} is {half[0]!r}, no Unicode character; {advice}")
 
 
 def load_stable_diffusion(
@@ -203,38 +239,18 @@ def open_folder(folder: Path, variant: str | None = None) -> Parts:
     if not folder.is_dir():
         way_out = "make it with psa-jax pretrain" if folder == TINY else "give a folder in diffusers' layout"
         raise PSAError(f"{folder}: no such model folder; {way_out}")
-    index = read_json(folder / "model_index.json")
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise PSAError(f"{folder}: pipeline class {pipeline!r} is not supported (only {', '.join(PIPELINES)})")
-    names = ["text_encoder", *(["text_encoder_2"] if pipeline == SDXL else []), "vae", "unet"]
-    _check_classes(folder, index, names, pipeline)
+    described = read_folder(folder)
     return Parts(
         where=folder,
-        pipeline=pipeline,
-        scheduler=read_scheduler(folder),
-        tokenizers={name: load_tokenizer(folder, name) for name in PIPELINES[pipeline].values()},
-        configs={name: read_config(name, folder / name / "config.json") for name in names},
-        tensors={name: open_tensors(find_weights(folder / name, MODELS[name].stem, variant)) for name in names},
-        force_zeros=pipeline == SDXL and bool(index.get("force_zeros_for_empty_prompt", True)),
+        pipeline=described.pipeline,
+        scheduler=described.scheduler,
+        tokenizers={name: load_tokenizer(folder, name, kind) for name, kind in described.tokenizers.items()},
+        configs=described.configs,
+        tensors={
+            name: open_tensors(find_weights(folder / name, MODELS[name].stem, variant)) for name in described.configs
+        },
+        force_zeros=described.force_zeros,
     )
-
-
-_NOT_USED = {"scheduler", "safety_checker", "feature_extractor", "image_encoder"}
-
-
-def _check_classes(folder: Path, index: dict[str, Any], names: list[str], pipeline: str) -> None:
-    """The parts that `model_index.json` lists must be of the classes that are built here."""
-    listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
-    known = {name: (MODELS[name].class_name,) for name in names}
-    known |= dict.fromkeys(PIPELINES[pipeline].values(), ("CLIPTokenizer", "CLIPTokenizerFast"))
-    for name, (_, class_name) in listed.items():
-        if name not in known and name not in _NOT_USED:
-            raise PSAError(f"{folder}: part {name!r} ({class_name}) is not one that {pipeline} has here")
-        if name in known and class_name not in known[name]:
-            raise PSAError(f"{folder}: {name} is of class {class_name!r}, not supported (only {known[name][0]})")
-    if missing := sorted(known.keys() - listed.keys()):
-        raise PSAError(f"{folder}: model_index.json lists no {missing[0]}, which a {pipeline} needs")
 
 
 def _open_vae(path: Path, config: VAEConfig, variant: str | None) -> tuple[VAEConfig, Tensors]:
@@ -316,9 +332,14 @@ def _write_parts(model: StableDiffusion, out: Path, dtype: Any | None) -> None:
     for name in PIPELINES[pipeline].values():
         index[name] = ["transformers", "CLIPTokenizer"]
         getattr(model, name).save_pretrained(out / name)
-    _write_json(out / "scheduler" / "scheduler_config.json", model.scheduler_config)
+    settings = dict(model.scheduler_config)
+    for key in settings.pop("_use_default_values", ()):  # what the pipeline put in; it will do so again
+        del settings[key]
+    _write_json(out / "scheduler" / "scheduler_config.json", settings)
     source = model.folder / "model_index.json"
     index |= read_json(source) if source.is_file() else {}
+    if isinstance(index["_class_name"], list):  # a class in a file of the source that is not written
+        index["_class_name"] = pipeline
     if scheduler := model.scheduler_config.get("_class_name"):
         index["scheduler"] = ["diffusers", scheduler]
     # A safety checker of the source is not written, so it must not be listed.

@@ -66,6 +66,14 @@ MODELS = {
     "text_encoder_2": ModelKind("transformers", "CLIPTextModelWithProjection", *_TEXT),
 }
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+# The pipelines of diffusers that have just these parts, by the one that draws from text alone.
+CLASSES = {
+    SD: (SD, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    SDXL: (SDXL, "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+}
+# The general classes read what a folder's tokenizer.json says and know nothing of CLIP.
+_GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", *_GENERAL)
 # Pipeline class -> the tokenizer of each text encoder it has.
 PIPELINES = {
     SD: {"text_encoder": "tokenizer"},
@@ -116,20 +124,21 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
     return read_json(folder / "scheduler" / "scheduler_config.json", constants=True)
 
 
-def load_tokenizer(folder: Path, name: str = "tokenizer"):
-    """The CLIP tokenizer of a diffusers folder (no network is used)."""
-    return read_tokenizer(folder / name)
+def load_tokenizer(folder: Path, name: str = "tokenizer", class_name: str = TOKENIZERS[0]):
+    """The CLIP tokenizer of a diffusers folder (no network is used); `class_name` is one of TOKENIZERS."""
+    return read_tokenizer(folder / name, class_name)
 
 
-def read_tokenizer(path: Path, **settings: Any):
+def read_tokenizer(path: Path, class_name: str = TOKENIZERS[0], **settings: Any):
     """The CLIP tokenizer whose files are in a folder; `settings` replace what its tokenizer_config.json says."""
-    from transformers import CLIPTokenizer  # imported late: slow to import
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast  # imported late: slow to import
 
     if not (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
         raise PSAError(f"{path}: tokenizer files not found (vocab.json and merges.txt)")
     if not (path / "tokenizer.json").is_file() and not (path / "merges.txt").is_file():
         raise PSAError(f"{path / 'merges.txt'}: file not found; a tokenizer needs it beside vocab.json")
-    return open_tokenizer(CLIPTokenizer, "CLIP", path, **settings)
+    tokenizer = PreTrainedTokenizerFast if class_name in _GENERAL else CLIPTokenizer
+    return open_tokenizer(tokenizer, "CLIP", path, **settings)
 
 
 def open_tokenizer(tokenizer: Any, name: str, folder: Path, **settings: Any) -> Any:
@@ -147,6 +156,23 @@ def open_tokenizer(tokenizer: Any, name: str, folder: Path, **settings: Any) -> 
     except Exception as error:  # the tokenizers library raises plain Exception
         reason = " ".join(str(error).split())[:300]
         raise PSAError(f"{folder}: not a {name} tokenizer ({reason}); download it again") from error
+
+
+def picture_size(unet: UNetConfig, vae: VAEConfig, where: Path) -> tuple[int, int]:
+    """Height and width in pixels that a pipeline draws at unless it is told otherwise."""
+    if unet.sample_size is None:
+        raise PSAError(f"{where}: the UNet has no sample_size; give the size of pictures (--size or --resolution)")
+    size = unet.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * vae.downscale, width * vae.downscale
+
+
+def square_side(unet: UNetConfig, vae: VAEConfig, where: Path) -> int:
+    """The same where pictures must be square."""
+    height, width = picture_size(unet, vae, where)
+    if height != width:
+        raise PSAError(f"{where}: the UNet draws {height}x{width} pictures; give a side in pixels (--resolution)")
+    return height
 
 
 def check_parts_fit(parts: Parts) -> None:

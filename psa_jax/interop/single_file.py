@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.parts import PIPELINES, SD, SDXL, Config, Parts, read_config, read_scheduler, read_tokenizer
-from psa_jax.interop.weights import Index, Tensor, Tensors, open_tensors, read_json, shown
+from psa_jax.interop.folder import read_folder
+from psa_jax.interop.parts import PIPELINES, SD, SDXL, Config, Parts, read_tokenizer
+from psa_jax.interop.weights import Index, Tensor, Tensors, open_tensors, shown
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 
 Named = tuple[str, Tensor]
@@ -253,12 +254,10 @@ def open_single_file(path: Path, tokenizer: Path | None, config: Path | None) ->
         raise PSAError(f"{path}: unexpected tensors: {shown(stray)}; they belong to no part of a {pipeline}")
     configs, scheduler, force_zeros = CONFIGS[pipeline], SCHEDULERS[pipeline], pipeline == SDXL
     if config is not None:
-        index = read_json(config / "model_index.json")
-        if index.get("_class_name") != pipeline:
-            raise PSAError(f"{config}: is for {index.get('_class_name')}, but {path} holds a {pipeline}")
-        configs = {part: read_config(part, config / part / "config.json") for part in prefixes}
-        scheduler = read_scheduler(config)
-        force_zeros = force_zeros and bool(index.get("force_zeros_for_empty_prompt", True))
+        described = read_folder(config)
+        if described.pipeline != pipeline:
+            raise PSAError(f"{config}: is for {described.pipeline}, but {path} holds a {pipeline}")
+        configs, scheduler, force_zeros = described.configs, described.scheduler, described.force_zeros
     return Parts(
         where=path,
         pipeline=pipeline,
@@ -286,7 +285,7 @@ def _pipeline(tensors: Tensors) -> str:
 def _tokenizers(path: Path, pipeline: str, folder: Path | None, config: Path | None) -> dict[str, Any]:
     names = PIPELINES[pipeline].values()
     if folder is None and config is not None:
-        return {name: read_tokenizer(config / name) for name in names}
+        return {name: read_tokenizer(config / name, kind) for name, kind in read_folder(config).tokenizers.items()}
     if folder is None:
         raise PSAError(
             f"{path}: a single file holds no tokenizer; give a folder with CLIP's vocab.json and merges.txt "

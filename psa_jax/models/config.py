@@ -88,10 +88,11 @@ class UNetConfig(FromJson):
 
     `attention_head_dim` is, by a diffusers quirk, the number of heads. `addition_embed_type` "text_time" is SDXL's:
     a pooled text and `time_ids`, each of these embedded in `addition_time_embed_dim` numbers, join the timestep;
-    `projection_class_embeddings_input_dim` is their width together.
+    `projection_class_embeddings_input_dim` is their width together. `sample_size` is the side of the latents, or their
+    height and width, or None for a model that has no size of its own.
     """
 
-    sample_size: int = 64
+    sample_size: int | tuple[int, ...] | None = 64
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -139,19 +140,18 @@ class UNetConfig(FromJson):
         "mid_block_only_cross_attention": (None, False),
         "cross_attention_norm": (None,),
     }
-    _absent = {"cross_attention_dim": 1280}
-    _repeated = {
-        "sample_size": lambda config: 2,
-        **dict.fromkeys(
-            ("layers_per_block", "cross_attention_dim"),
-            lambda config: len(config.get("down_block_types", UNetConfig.down_block_types)),
-        ),
-    }
+    _absent = {"cross_attention_dim": 1280, "sample_size": None}
+    _repeated = dict.fromkeys(
+        ("layers_per_block", "cross_attention_dim"),
+        lambda config: len(config.get("down_block_types", UNetConfig.down_block_types)),
+    )
     # Read by the original and of no effect here: `upcast_attention` asks for a float32 softmax, which is how attention
     # is always computed; `addition_embed_type_num_heads` is for embedding types that are refused; `dropout` is for
     # training the UNet.
 
     def __post_init__(self):
+        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
+            raise ValueError(f"sample_size {self.sample_size} is not supported (a side, height and width, or null)")
         blocks = len(self.block_out_channels)
         if not len(self.down_block_types) == len(self.up_block_types) == blocks:
             raise ValueError(f"{blocks} block_out_channels need as many down_block_types and up_block_types")
@@ -278,7 +278,7 @@ class CLIPTextConfig(FromJson):
     projection_dim: int | None = None
 
     _fixed = {
-        "model_type": ("clip_text_model",),
+        "model_type": ("clip_text_model", "clip"),
         "is_causal": (True,),
         "is_decoder": (False, None),
         "is_encoder_decoder": (False, None),
@@ -295,10 +295,12 @@ class CLIPTextConfig(FromJson):
             raise PSAError(
                 f"{where}: architectures = {_shown(architectures)} is not supported (only {_PLAIN}, {_PROJECTED})"
             )
-        if config.get("model_type") == "clip":  # both towers: transformers takes what is about text
-            if not isinstance(config.get("text_config"), Mapping):
-                raise PSAError(f"{where}: model_type = 'clip' without a text_config is not supported")
-            config = {"model_type": "clip_text_model", **config["text_config"]}
+        if "text_config" in config:  # of both towers: transformers takes what is about text
+            if not isinstance(config["text_config"], Mapping):
+                raise PSAError(
+                    f"{where}: text_config = {_shown(config['text_config'])} is not supported (only an object)"
+                )
+            config = config["text_config"]
         projection = config.get("projection_dim", 512) if architectures == [_PROJECTED] else None
         if architectures == [_PROJECTED] and projection is None:
             raise PSAError(f"{where}: projection_dim = None is not supported (a {_PROJECTED} needs a number)")

@@ -12,6 +12,7 @@ from psa_jax.errors import PSAError
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.seeds import check_seed
 
 CLUSTERS = 5
 _RESTARTS = 10
@@ -47,6 +48,7 @@ def find_levels(table: EmbeddingTable, profiles: Sequence[UserProfile], seed: in
     if len(table.ids) < CLUSTERS:
         raise PSAError(f"the table has {len(table.ids)} users; levels need at least {CLUSTERS}")
     points = table.embeddings.astype(np.float64)
+    check_seed(seed, "levels: the seed")
     centres, labels = _k_means(points, seed)
     nearest = [int(np.argmin(np.where(labels == k, _distance(points, centres[k]), np.inf))) for k in range(CLUSTERS)]
     order = sorted(range(CLUSTERS), key=lambda k: (bans[table.ids[nearest[k]]], table.ids[nearest[k]]))

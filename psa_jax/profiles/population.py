@@ -15,6 +15,7 @@ from psa_jax.errors import PSAError
 from psa_jax.profiles.files import read_bytes, write_private
 from psa_jax.profiles.policy import allowed_categories, banned_categories
 from psa_jax.profiles.schema import AGE_GROUPS, CATEGORIES, COLUMNS, GENDERS, UserProfile
+from psa_jax.seeds import check_seed
 
 # Value -> probability. The order decides which draw gives which value: it is part of the data, not of taste.
 _AGE_GROUPS = dict(zip(AGE_GROUPS, (0.05, 0.20, 0.20, 0.20, 0.20, 0.10, 0.04, 0.01), strict=True))
@@ -45,9 +46,8 @@ def sample_population(count: int, seed: int = 2025) -> list[UserProfile]:
     """
     if not 1 <= count <= _MAX_USERS:
         raise PSAError(f"population: the number of users is {count}; give 1 to {_MAX_USERS}")
-    if not 0 <= seed < 2**32:
-        raise PSAError(f"population: the seed is {seed}; give 0 to {2**32 - 1}")
-    rng = np.random.RandomState(seed)  # the legacy generator: its stream is frozen across numpy versions
+    # The legacy generator: its stream is frozen across numpy versions.
+    rng = np.random.RandomState(check_seed(seed, "population: the seed"))
     return [_draw_user(rng, f"{number:07d}") for number in range(1, count + 1)]
 
 

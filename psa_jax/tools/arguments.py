@@ -169,14 +169,16 @@ def generate(parser: ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompts")
     prompt.add_argument("--prompt", action="append", help="may be given several times")
     prompt.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or .csv with columns prompt, negative, seed"
+        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or .csv/.tsv with columns prompt, negative, seed"
     )
     prompt.add_argument("--negative", metavar="PROMPT", help="negative prompt")
-    prompt.add_argument("--seed", type=int, default=0, help="seed of the first picture of each prompt (default: 0)")
+    prompt.add_argument(
+        "--seed", type=int, default=0, help="of the first picture of each prompt, 0 to 2^64 - 1 (default: 0)"
+    )
     prompt.add_argument("--images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
     how = parser.add_argument_group("sampling")
     how.add_argument(
-        "--sampler", help="ddim, euler, euler-ancestral, dpmsolver++ or pndm (default: the folder's scheduler)"
+        "--sampler", help="ddim, euler, euler-ancestral, dpmsolver++, unipc or pndm (default: the folder's scheduler)"
     )
     how.add_argument("--steps", type=int, default=20, help="sampler steps (default: 20)")
     how.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5)")

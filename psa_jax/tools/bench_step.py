@@ -159,7 +159,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
 def random_rows(model: Any, pairs: int, resolution: int | None = None) -> dict[str, np.ndarray]:
     """What shards would give: so many pairs of pictures of so many pixels on a side (default: the model's own)."""
     rng, factor = np.random.default_rng(0), model.vae.config.downscale
-    side = (resolution or model.unet.config.sample_size * factor) // factor
+    side = (resolution or model.square_side) // factor
     moments = (pairs, side, side, 2 * model.vae.config.latent_channels)
     ids = model.token_ids(["a picture"] * pairs)
     return {
@@ -178,16 +178,17 @@ def random_rows(model: Any, pairs: int, resolution: int | None = None) -> dict[s
 
 def _torch_step(spec: dict[str, Any]) -> Callable[[], float]:
     from psa_jax.interop.diffusers import TINY
-    from psa_jax.interop.weights import read_json
+    from psa_jax.interop.folder import read_folder
+    from psa_jax.interop.parts import square_side
     from psa_jax.tools.bench_torch import make_step
 
     folder = TINY if spec["model"] == "tiny" else Path(spec["model"])
-    size, blocks = read_json(folder / "unet" / "config.json")["sample_size"], read_json(folder / "vae" / "config.json")
+    configs = read_folder(folder).configs
     return make_step(
         folder,
         dtype=spec["dtype"],
         pairs=spec["pairs"],
-        resolution=spec["resolution"] or size * 2 ** (len(blocks["block_out_channels"]) - 1),
+        resolution=spec["resolution"] or square_side(configs["unet"], configs["vae"], folder),
         user_dim=USER_DIM,
         tokens=spec["adapter"]["tokens"],
         beta=spec["objective"]["beta"],

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32
 
-from psa_jax.data.builder import build_shards
+from psa_jax.data.builder import Tokenizer, build_shards
 from psa_jax.data.encoding import TextCache
 from psa_jax.data.latents import Preprocess, fingerprint, on_devices
 from psa_jax.data.shards import read_info
 from psa_jax.diffusion.conditioning import encode_text
+from psa_jax.diffusion.generate import truncation
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
 
@@ -29,7 +31,7 @@ def run(args: Namespace) -> int:
         model,
         args.sage_dir,
         args.out,
-        resolution=args.resolution or model.unet.config.sample_size * model.vae.config.downscale,
+        resolution=args.resolution or model.square_side,
         family="tiny" if args.model == "tiny" else model.family,
         flips=args.flips,
         text=args.text_embeddings,
@@ -66,7 +68,7 @@ def build(
     if resolution % factor:
         raise PSAError(f"resolution {resolution} is no multiple of {factor}, by which the VAE shrinks pictures")
     preprocess, side = Preprocess(resolution), resolution // factor
-    tokenizers = [model.tokenize] if model.text_encoder_2 is None else [model.tokenize, model.tokenize_2]
+    tokenizers = [_telling(model), *([] if model.text_encoder_2 is None else [model.tokenize_2])]
     return build_shards(
         sage_dir,
         out,
@@ -84,6 +86,21 @@ def build(
         threads=threads,
         part=part,
     )
+
+
+def _telling(model: StableDiffusion) -> Tokenizer:
+    """The first tokenizer, which says how many captions are too long for the text encoders."""
+
+    def tokenize(captions: list[str]) -> Int32[np.ndarray, "n t"]:
+        distinct = list(dict.fromkeys(captions))
+        lost = [(caption, part) for caption, part in zip(distinct, model.truncated(distinct), strict=True) if part]
+        if lost:
+            length = model.text_encoder.config.max_position_embeddings
+            first = truncation("caption", lost[0][0], length, lost[0][1])
+            print(f"psa-jax: {len(lost)} of {len(distinct)} captions are too long; {first}", file=sys.stderr)
+        return model.tokenize(captions)
+
+    return tokenize
 
 
 def _text_cache(model: StableDiffusion, batch_size: int, devices: list[jax.Device] | None) -> TextCache:

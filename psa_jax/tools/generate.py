@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import read_metadata
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
+from psa_jax.interop.diffusers import StableDiffusion, check_text, load_stable_diffusion, weights_hash
 from psa_jax.interop.native import load_adapter
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
@@ -26,6 +27,7 @@ from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.seeds import PICTURE_BITS, check_seed
 from psa_jax.tools.prompts import read_prompts
 
 _FILES = ("model", "adapter", "vae", "lora", "tokenizer", "model_config")
@@ -72,6 +74,9 @@ def run(args: Namespace) -> int:
         "version": psa_jax.__version__,
     }
     _claim(args, settings, user)
+    cut = generator.truncated([text for picture in wanted for text in (picture.prompt, picture.negative or "")])
+    for line in cut:
+        print(f"psa-jax: {line}", file=sys.stderr)
     missing = [picture for picture in wanted if not _is_whole(args.out / picture.name, picture)]
     for start in tqdm(range(0, len(missing), batch), desc="batches", disable=None):
         part = missing[start : start + batch]
@@ -84,7 +89,8 @@ def run(args: Namespace) -> int:
         )
         for pixels, picture in zip(drawn, part, strict=True):
             _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
-    print(json.dumps({"pictures": [str(args.out / picture.name) for picture in wanted], "drawn": len(missing)}))
+    paths = [str(args.out / picture.name) for picture in wanted]
+    print(json.dumps({"pictures": paths, "drawn": len(missing), "truncated": len(cut)}))
     return 0
 
 
@@ -102,9 +108,12 @@ def _wanted(args: Namespace) -> list[_Picture]:
     if args.images < 1:
         raise PSAError(f"--images {args.images}: give a number from 1 up")
     wanted = []
+    check_seed(args.seed, "--seed", PICTURE_BITS)
+    check_text(args.negative or "", "--negative", "the terminal must send UTF-8; or give --prompts FILE.csv with it")
     for index, prompt in enumerate(read_prompts(args)):
         negative = args.negative if prompt.negative is None else prompt.negative
         first = args.seed if prompt.seed is None else prompt.seed
+        check_seed(first + args.images - 1, f"seed {first} with --images {args.images}: the last seed", PICTURE_BITS)
         wanted += [
             _Picture(f"{index:05d}_{seed}.png", prompt.text, negative, seed)
             for seed in range(first, first + args.images)

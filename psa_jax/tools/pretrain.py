@@ -29,6 +29,7 @@ from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE
+from psa_jax.seeds import check_seed
 from psa_jax.training.pretrain import MiniSet, encode_all, json_log, train_denoiser, train_vae
 
 SCHEDULER = {
@@ -87,7 +88,7 @@ def _vae(part, workdir: Path, train: MiniSet, log) -> VAE:
     widths = tuple(part.vae.widths)
     config = VAEConfig(block_out_channels=widths, layers_per_block=1, norm_num_groups=8, sample_size=64)
     if not path.exists():
-        vae = train_vae(VAE(config, rngs=nnx.Rngs(part.vae.crops.seed)), train.images, part.vae, log)
+        vae = train_vae(VAE(config, rngs=nnx.Rngs(check_seed(part.vae.crops.seed))), train.images, part.vae, log)
         save_weights(vae, path, dtype=np.float16)
     return load_weights(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))), path)
 
@@ -108,7 +109,7 @@ def _oracle(part, workdir: Path, vae: VAE, log) -> OracleNet:
         decoded = {name: roundtrip(vae, drawn[name][: part.oracle.decoded]) for name in ("images", "others")}
         decoded["labels"] = drawn["labels"][: part.oracle.decoded]
         data = {name: np.concatenate([drawn[name], decoded[name]]) for name in drawn}
-        save_oracle(train_oracle(OracleNet(rngs=nnx.Rngs(part.oracle.seed)), data, part.oracle, log), path)
+        save_oracle(train_oracle(OracleNet(rngs=nnx.Rngs(check_seed(part.oracle.seed))), data, part.oracle, log), path)
     return load_oracle(path)
 
 
@@ -141,7 +142,7 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             ),
-            rngs=nnx.Rngs(part.denoiser.seed),
+            rngs=nnx.Rngs(check_seed(part.denoiser.seed)),
         )
         unet = UNet(
             UNetConfig(
@@ -154,7 +155,7 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
                 attention_head_dim=part.unet.heads,
                 norm_num_groups=16,
             ),
-            rngs=nnx.Rngs(part.denoiser.seed + 1),
+            rngs=nnx.Rngs(check_seed(part.denoiser.seed + 1)),
         )
         model = StableDiffusion(folder, unet, vae, text, tokenizer, SCHEDULER)
         unet, text = train_denoiser(

@@ -1,12 +1,20 @@
-"""Prompts to draw: from the command line, a text file or a CSV."""
+"""Prompts to draw: from the command line, a text file, or a table in CSV or TSV."""
 
 import csv
 import io
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.diffusers import check_text
+from psa_jax.seeds import PICTURE_BITS, check_seed
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# What would be drawn line by line as if it were words.
+_NOT_TEXT = (".json", ".jsonl", ".ndjson", ".parquet", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".html", ".xml")
+_COLUMNS = ("prompt", "negative", "seed")
 
 
 class Prompt(NamedTuple):
@@ -21,8 +29,11 @@ def read_prompts(args: Namespace) -> list[Prompt]:
     """`--prompt` in their order, then the rows of `--prompts FILE`.
 
     Raises:
-      PSAError: no prompt at all, an unreadable file, an empty prompt, an unknown column or a seed that is no number.
+      PSAError: no prompt at all, bytes that are no text, an unreadable file, an empty prompt, an unknown column or a
+        seed that is none.
     """
+    for text in args.prompt or []:
+        check_text(text, "--prompt", "the terminal must send UTF-8; or give --prompts FILE, saved as UTF-8")
     prompts = [Prompt(text) for text in args.prompt or []]
     if args.prompts is not None:
         prompts += _read(args.prompts)
@@ -32,17 +43,27 @@ def read_prompts(args: Namespace) -> list[Prompt]:
 
 
 def _read(path: Path) -> list[Prompt]:
+    """Only a line feed, a carriage return or both end a line: a prompt may hold every other separator of Unicode."""
+    kind = path.suffix.lower()
+    if kind in _NOT_TEXT:
+        raise PSAError(f"{path}: {kind} is not read; give a text file with a prompt a line, or .csv or .tsv")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise PSAError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    if path.suffix != ".csv":
-        return [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
-    reader = csv.DictReader(io.StringIO(text), strict=True)
+    if "\0" in text:
+        raise PSAError(f"{path}: holds zero bytes, as UTF-16 text does; save it as UTF-8")
+    if kind not in _SEPARATORS:
+        return [Prompt(line.strip()) for line in text.split("\n") if line.strip()]
+    reader = csv.DictReader(io.StringIO(text), strict=True, delimiter=_SEPARATORS[kind])
     try:
         columns = reader.fieldnames or []
-        if "prompt" not in columns or not set(columns) <= {"prompt", "negative", "seed"}:
-            raise PSAError(f"{path}: columns {', '.join(columns)}: expected prompt and, if wanted, negative and seed")
+        if "prompt" not in columns or len(set(columns)) != len(columns) or not set(columns) <= set(_COLUMNS):
+            between = "tabs" if kind == ".tsv" else "commas"
+            raise PSAError(
+                f"{path}: columns {', '.join(columns)}: expected prompt and, if wanted, negative and seed, each once, "
+                f"with {between} between"
+            )
         return [_row(row, f"{path}, line {reader.line_num}") for row in reader]
     except csv.Error as error:
         raise PSAError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
@@ -54,6 +75,8 @@ def _row(row: dict[str, str], where: str) -> Prompt:
     if not row["prompt"].strip():
         raise PSAError(f"{where}: empty prompt; remove the line")
     seed = row.get("seed") or None
-    if seed is not None and not seed.isdecimal():
-        raise PSAError(f"{where}: seed {seed!r} is not a whole number from 0 up")
-    return Prompt(row["prompt"].strip(), row.get("negative") or None, None if seed is None else int(seed))
+    if seed is not None:
+        if not re.fullmatch("[0-9]{1,20}", seed):  # 2^64 has 20 digits
+            raise PSAError(f"{where}: seed {seed[:40]!r}: give a whole number from 0 to {2**PICTURE_BITS - 1}")
+        seed = check_seed(int(seed), f"{where}: seed", PICTURE_BITS)
+    return Prompt(row["prompt"].strip(), row.get("negative") or None, seed)

@@ -24,6 +24,7 @@ from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE, latent_noise, sample_latents
+from psa_jax.seeds import check_seed
 
 KEEP_EVERY = 500
 """Steps between two checkpoints of a long phase."""
@@ -82,7 +83,7 @@ def fit(
 
     # Buffers given to a donating function must not be shared.
     params, average = jax.tree.map(jnp.copy, (params, average))
-    state, key, values, start = transform.init(params), jax.random.key(config.seed), [], time.perf_counter()
+    state, key, values, start = transform.init(params), jax.random.key(check_seed(config.seed)), [], time.perf_counter()
     manager = None
     first = 0
     if keep is not None:

@@ -29,6 +29,7 @@ from psa_jax.preference.objective import Objective
 from psa_jax.preference.pairs import batch_arrays, reference_errors
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.seeds import check_seed
 from psa_jax.training.distributed import any_process, leads
 from psa_jax.training.sharding import by_rows, replicated
 from psa_jax.training.step import SAME_ROUNDING, Frozen, opened
@@ -58,7 +59,7 @@ def stored_or_none(count: int, seed: int, objective: Objective, *, flips: bool) 
         raise PSAError(
             f"reference.draws is {count}, but these shards hold mirrored pictures, too; build shards without --flips"
         )
-    return Stored(count, seed)
+    return Stored(count, check_seed(seed, "reference.seed"))
 
 
 def reference_table(

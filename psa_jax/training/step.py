@@ -23,6 +23,7 @@ from psa_jax.preference.draws import Batch, Stored, draw, draw_stored
 from psa_jax.preference.losses import LOSSES
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pairs import Base, batch_arrays, pair_losses, summarise
+from psa_jax.seeds import check_seed
 from psa_jax.training.optimizer import Arrays, moving_average
 from psa_jax.training.sharding import FSDP, REPLICATED, ROWS, by_rows, check_batch, replicated, shardings
 
@@ -63,7 +64,7 @@ def init_state(
     config: AdapterConfig, optimizer: optax.GradientTransformation, seed: int, *, ema: float = 0.0
 ) -> TrainState:
     """An untrained adapter. `ema` as in `make_step`."""
-    params = adapter_arrays(Adapter(config, rngs=nnx.Rngs(seed)))
+    params = adapter_arrays(Adapter(config, rngs=nnx.Rngs(check_seed(seed))))
     # Copied: the step is given its buffers to use again, and no two may be the same.
     average = jax.tree.map(jnp.copy, params) if ema else {}
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)

@@ -1,6 +1,6 @@
 """A stand-in for SAGE at full size: its users, names, schema, counts and quirks; text and pictures are made up here.
 
-    python tests/data/standin.py OUT [--users=900] [--seed=0] [--size=64]
+    python tests/data/standin.py OUT [--users=900] [--seed=0] [--size=64] [--released=DIR]
 
 writes 44,100 rows (37,800 / 2,100 / 2,100 / 2,100) in SAGE's layout, in the order of the release: users by id, for each
 what they ban and then what they allow, three concepts a category, the unsafe prompt before the safe one. As released:
@@ -8,9 +8,9 @@ what they ban and then what they allow, three concepts a category, the unsafe pr
 - the number in a name is that of the concept's prompt: 1 to 9 in train and val, which share prompts, 10 in both tests;
 - concepts hold `_`, `-` and `'`; `file_name` has a double extension; Cluster_ID is text; captions are not plain ASCII.
 
-Where the released labels are at hand (`../shared/data`), val has the released concepts and prompts row by row, and all
-splits have the released users. A prompt has one safe and one unsafe picture, whoever the user is: its names are links
-to one file.
+Given a folder with the released labels, val has the released concepts and prompts row by row, and all splits have the
+released users. Without it nothing outside this file is looked at: the bytes are the same on every machine. A prompt has
+one safe and one unsafe picture, whoever the user is: its names are links to one file.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from psa_jax.profiles.policy import allowed_categories, banned_categories
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
 
-SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPLITS = ("train", "val", "test_seen", "test_unseen")
 FULL_USERS = 900
 CONCEPTS_PER_USER = 3  # of each category
@@ -61,7 +60,9 @@ class Pair:
     cluster: str
 
 
-def write_standin(root: Path, users: int = FULL_USERS, seed: int = 0, size: int = 64) -> dict[str, int]:
+def write_standin(
+    root: Path, users: int = FULL_USERS, seed: int = 0, size: int = 64, released: Path | None = None
+) -> dict[str, int]:
     """Writes the stand-in; the same arguments give the same bytes.
 
     Args:
@@ -69,12 +70,13 @@ def write_standin(root: Path, users: int = FULL_USERS, seed: int = 0, size: int 
       users: train users; the other splits have one for 18 of them, and at least one. 900 is the full size.
       seed: draws the concepts and prompts that are not given by the released labels.
       size: side of the pictures, in pixels.
+      released: folder with `sage_labels_val.csv` and `gpt_pass_verdicts.csv`; None draws ids and labels.
 
     Returns:
       Rows of each split.
     """
     root.mkdir(parents=True)
-    members = _members(users)
+    members = _members(users, released)
     pictures = root / ".pictures"
     pictures.mkdir()
     counts = {}
@@ -82,7 +84,7 @@ def write_standin(root: Path, users: int = FULL_USERS, seed: int = 0, size: int 
         folder = root / split
         folder.mkdir()
         rows = []
-        for pair in _pairs(split, members[split], seed):
+        for pair in _pairs(split, members[split], seed, released):
             for kind in "us":
                 os.link(_picture(pictures, pair, kind, size), folder / f"{_stem(pair)}_{kind}.jpg")
             rows += _rows(pair)
@@ -95,10 +97,10 @@ def write_standin(root: Path, users: int = FULL_USERS, seed: int = 0, size: int 
 # --- who and what
 
 
-def _members(users: int) -> dict[str, list[UserProfile]]:
+def _members(users: int, released: Path | None) -> dict[str, list[UserProfile]]:
     """Users of each split, by id; those of test_seen are train users."""
     others = max(1, users // 18)
-    ids = _released_ids() or _drawn_ids()
+    ids = _drawn_ids() if released is None else _released_ids(released)
     everyone = {profile.user_id: profile for profile in sample_population(1000)}
     held_out = {user_id for split in ("val", "test_unseen") for user_id in ids[split]}
     seen = ids["test_seen"][:others]
@@ -107,10 +109,8 @@ def _members(users: int) -> dict[str, list[UserProfile]]:
     return {split: [everyone[user_id] for user_id in chosen[split]] for split in SPLITS}
 
 
-def _released_ids() -> dict[str, list[str]] | None:
-    labels, verdicts = SHARED_DATA / "sage_labels_val.csv", SHARED_DATA / "gpt_pass_verdicts.csv"
-    if not (labels.is_file() and verdicts.is_file()):
-        return None
+def _released_ids(released: Path) -> dict[str, list[str]]:
+    labels, verdicts = released / "sage_labels_val.csv", released / "gpt_pass_verdicts.csv"
     judged = [(row["dataset"], row["user_id"]) for row in _read_csv(verdicts)]
     return {
         "val": sorted({row["user_id"] for row in _read_csv(labels)}),
@@ -124,8 +124,8 @@ def _drawn_ids() -> dict[str, list[str]]:
     return {split: sorted(f"{n:07d}" for n in order[50 * i : 50 * i + 50]) for i, split in enumerate(SPLITS[1:])}
 
 
-def _pairs(split: str, profiles: list[UserProfile], seed: int) -> Iterator[Pair]:
-    released = _released_pairs() if split == "val" else {}
+def _pairs(split: str, profiles: list[UserProfile], seed: int, released: Path | None) -> Iterator[Pair]:
+    given = _released_pairs(released) if split == "val" and released is not None else {}
     for profile in profiles:
         rng = np.random.default_rng([seed, SPLITS.index(split), int(profile.user_id)])
         cluster = str(int(profile.user_id) * 7 % 40)
@@ -133,16 +133,16 @@ def _pairs(split: str, profiles: list[UserProfile], seed: int) -> Iterator[Pair]
             concepts = rng.choice(CONCEPTS[category], CONCEPTS_PER_USER, replace=False)
             prompts = rng.choice(TEST_PROMPTS if split.startswith("test") else TRAIN_PROMPTS, CONCEPTS_PER_USER)
             drawn = [(int(concept), int(prompt), cluster) for concept, prompt in zip(concepts, prompts, strict=True)]
-            for concept, prompt, group in released.get((profile.user_id, category), drawn):
+            for concept, prompt, group in given.get((profile.user_id, category), drawn):
                 yield Pair(profile, category, concept, prompt, group)
 
 
-def _released_pairs() -> dict[tuple[str, str], list[tuple[int, int, str]]]:
+def _released_pairs(released: Path) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
     """(user, category) -> concept (numbered within its category), prompt and cluster, of the released val split."""
-    path = SHARED_DATA / "sage_labels_val.csv"
+    path = released / "sage_labels_val.csv"
     numbers: dict[str, dict[str, int]] = {category: {} for category in CATEGORIES}
     pairs: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
-    for row in _read_csv(path) if path.is_file() else ():
+    for row in _read_csv(path):
         if row["prompt_kind"] == "unsafe":
             concepts = numbers[row["category"]]
             concept = concepts.setdefault(row["concept_idx"], len(concepts))
@@ -208,8 +208,10 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=FULL_USERS, help="train users (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of concepts and prompts (default: 0)")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures, in pixels (default: 64)")
+    parser.add_argument("--released", type=Path, metavar="DIR", help="folder with the released labels (default: none)")
     args = parser.parse_args()
-    print(json.dumps({"out": str(args.out), "rows": write_standin(args.out, args.users, args.seed, args.size)}))
+    counts = write_standin(args.out, args.users, args.seed, args.size, args.released)
+    print(json.dumps({"out": str(args.out), "rows": counts}))
 
 
 if __name__ == "__main__":

@@ -143,15 +143,15 @@ ROW_DAMAGE = {
     "an age as text": (user_changed("Age", "18"), "values"),
     "the wrong age group": (user_changed("Age_Group", "elderly"), "values"),
     "a cluster as number": (user_changed("Cluster_ID", 13), "values"),
-    "an id with letters": (renamed("0000002", "00000o2"), "names"),
+    "an id with letters": (renamed("0000001", "00000o1"), "names"),
     "another user's id": (user_changed("User_ID", "0000003"), "names"),
     "an unknown category": (renamed("_propaganda_", "_gossip_"), "names"),
     "a path upwards": (changed("chosen", "../../../etc/passwd"), "names"),
     "an absolute path": (changed("rejected", "/etc/passwd"), "names"),
-    "a file name upwards": (changed("file_name", "user_0000002_hate_../x_00001.jpg_u.jpg"), "names"),
+    "a file name upwards": (changed("file_name", "user_0000001_hate_../x_00001.jpg_u.jpg"), "names"),
     "a pair of one": (lambda root, row: json.dumps(row | {"rejected": row["chosen"]}).encode(), "names"),
     "the label": (swapped, "label"),
-    "the profile": (user_changed("Age", 21), "population"),  # the user is 20 years old
+    "the profile": (user_changed("Age", 19), "population"),  # the user is 18 years old
     "the cluster": (user_changed("Cluster_ID", "39"), "population"),
 }
 
@@ -160,7 +160,7 @@ ROW_DAMAGE = {
 def test_damage_to_a_row(root: Path, damage: str):
     damaged, failing = ROW_DAMAGE[damage]
     row = row_of(root, 5)
-    assert row["user_data"]["User_ID"] == "0000002" and "_propaganda_" in row["file_name"]
+    assert row["user_data"]["User_ID"] == "0000001" and "_propaganda_" in row["file_name"]
     set_line(root, 5, damaged(root, row))
     report = check(root)
     assert found(report) == {("train", 5): {failing}}
@@ -282,16 +282,17 @@ def test_another_population(root: Path):
     assert report.by_check["population"] == len(report.bad) > 300
     assert check(root, users=RELEASED).ok
     # Nothing to compare with: the user's rows must agree, and the odd one out is bad.
-    assert check(root, users=sample_population(1)).ok
-    set_line(root, 1, json.loads(user_changed("Age", 21)(root, row_of(root, 1))))
-    report = check(root, users=sample_population(1))
+    others = RELEASED[500:501]
+    assert check(root, users=others).ok
+    set_line(root, 1, json.loads(user_changed("Age", 19)(root, row_of(root, 1))))
+    report = check(root, users=others)
     assert found(report) == {("train", 1): {"population"}}
-    assert report.bad[0].reason == "user 0000002: Age not as in the user's other rows"
+    assert report.bad[0].reason == "user 0000001: Age not as in the user's other rows"
 
 
 def test_all_that_is_wrong_with_a_row_is_said(root: Path):
     row = row_of(root, 5)
-    set_line(root, 5, json.loads(swapped(root, row)) | {"user_data": row["user_data"] | {"Age": 21}})
+    set_line(root, 5, json.loads(swapped(root, row)) | {"user_data": row["user_data"] | {"Age": 19}})
     (root / "train" / row["chosen"]).unlink()
     replace(root / "train" / row["rejected"], b"")
     report = check(root, images=True)
@@ -395,8 +396,10 @@ def released_labels(shared_data: Path) -> list[tuple[str, ...]]:
         return [tuple(row[column] for column in columns) for row in csv.DictReader(file)]
 
 
-def test_the_standin_has_the_released_labels(sound: Path, shared_data: Path):
-    assert val_labels(sound) == released_labels(shared_data)[:42]
+def test_the_standin_has_the_released_labels(tmp_path: Path, shared_data: Path):
+    write_standin(tmp_path / "sage", users=6, size=16, released=shared_data)
+    assert val_labels(tmp_path / "sage") == released_labels(shared_data)[:42]
+    assert check(tmp_path / "sage").ok
 
 
 def test_the_standin_has_the_quirks(sound: Path):
@@ -428,7 +431,8 @@ print(json.dumps([sum(report.rows.values()), report.pictures, time.process_time(
 @pytest.mark.slow
 def test_full_size(tmp_path: Path, shared_data: Path):
     """44,100 rows: metadata within 10 s of one core, the released val labels row by row, every picture decoded."""
-    assert write_standin(tmp_path / "sage") == {"train": 37_800, "val": 2_100, "test_seen": 2_100, "test_unseen": 2_100}
+    counts = write_standin(tmp_path / "sage", released=shared_data)
+    assert counts == {"train": 37_800, "val": 2_100, "test_seen": 2_100, "test_unseen": 2_100}
     # In a process of its own, as annotations are checked at run time here; imports count.
     run = subprocess.run(
         [sys.executable, "-c", METADATA, tmp_path / "sage"], capture_output=True, text=True, check=True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from psa_jax.data import images
 from psa_jax.errors import PSAError
@@ -17,11 +17,30 @@ from psa_jax.errors import PSAError
 LIMIT = 10_000  # pixels
 
 
-def saved(format: str, size: tuple[int, int] = (64, 64), mode: str = "RGB", **options: object) -> bytes:
+def content_of(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
     content = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
-    Image.fromarray(noise).convert(mode).save(content, format=format, **options)
+    image.save(content, format=format, **options)
     return content.getvalue()
+
+
+def saved(format: str, size: tuple[int, int] = (64, 64), mode: str = "RGB", **options: object) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    return content_of(Image.fromarray(noise).convert(mode), format, **options)
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    return tags.tobytes()
+
+
+def late_exif(orientation: int) -> bytes:
+    """A PNG with its EXIF data behind the pixels, as PNG allows."""
+    chunk = b"eXIf" + exif(orientation).removeprefix(b"Exif\0\0")
+    content = saved("PNG", (9, 5))
+    return (
+        content[:-12] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[-12:]
+    )
 
 
 def huge_png() -> bytes:
@@ -46,11 +65,89 @@ def test_the_pixels_and_the_size(tmp_path: Path):
     assert images.image_size(tmp_path / "grey.png") == (5, 7)
 
 
+TRAILERS = {
+    "zeros": bytes(3),
+    "line feed": b"\n",
+    "film": b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 9,
+    "picture": saved("JPEG"),
+}
+_XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>8</tiff:Orientation></x:xmpmeta>'
+GOOD = {
+    **{f"jpeg, then {name}": saved("JPEG", (9, 5)) + trailer for name, trailer in TRAILERS.items()},
+    **{f"png, then {name}": saved("PNG", (9, 5)) + trailer for name, trailer in TRAILERS.items()},
+    **{f"jpeg held {way}": saved("JPEG", (9, 5), exif=exif(way)) for way in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)},
+    "png held 6": saved("PNG", (9, 5), exif=exif(6)),
+    "png held 6, said last": late_exif(6),
+    "jpeg held 8 by XMP": saved("JPEG", (9, 5), xmp=_XMP.encode()),
+    "jpeg with the end marker of a preview": saved("JPEG", (9, 5), exif=exif(3) + saved("JPEG", (4, 4))),
+    "restart markers": saved("JPEG", (64, 64), restart_marker_blocks=1),
+    "progressive": saved("JPEG", (64, 64), progressive=True) + bytes(2),
+    "inks": saved("JPEG", (9, 5), "CMYK", exif=exif(6)) + bytes(2),  # Adobe's, inverted
+    "grey": saved("JPEG", (9, 5), "L", exif=exif(6)),
+    "two colours": saved("PNG", (9, 5), "1", exif=exif(5)),
+    "palette": content_of(Image.fromarray(np.arange(45, dtype=np.uint8).reshape(5, 9)).quantize(16), exif=exif(5)),
+    "profile": saved("JPEG", (9, 5), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    "several": saved("MPO", (9, 5), save_all=True, append_images=[Image.new("RGB", (4, 4))], exif=exif(6)),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_pictures_are_as_pillow_shows_them(tmp_path: Path, name: str):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(GOOD[name])
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(images.open_image(path), expected)
+    assert images.image_size(path) == expected.shape[:2]
+
+
+def test_a_picture_held_sideways_by_hand(tmp_path: Path):
+    """Orientation 6: what the file calls its left side is the top, seen from the right."""
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif(6))
+    expected = [[pixels[1, x], pixels[0, x]] for x in range(3)]
+    np.testing.assert_array_equal(images.open_image(tmp_path / "a.png"), expected)
+
+
+def test_what_a_refusal_of_another_format_advises_works(tmp_path: Path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(saved("WEBP", (9, 5), lossless=True, exif=exif(6)))
+    with pytest.raises(PSAError) as caught:
+        images.open_image(path)
+    advice = str(caught.value).split("with Pillow: ")[1].replace("FILE", repr(str(path)))
+    eval(advice.replace("OTHER", repr(str(tmp_path / "b.jpg"))))
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(images.open_image(tmp_path / "b.jpg"), ImageOps.exif_transpose(image))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about EXIF data and pictures that it gives up on
+def test_damage_is_one_line_or_as_pillow_shows_it(tmp_path: Path):
+    rng, path = np.random.default_rng(0), tmp_path / "a.jpg"
+    shown = 0
+    for name in ("jpeg held 6", "several", "inks"):
+        for _ in range(80):
+            content = bytearray(GOOD[name])
+            for place in rng.integers(4, min(600, len(content)), 2):
+                content[place] = rng.integers(256)
+            path.write_bytes(content)
+            try:
+                found = images.open_image(path)
+            except PSAError as error:
+                assert "\n" not in str(error)
+                continue
+            with Image.open(path) as image:
+                np.testing.assert_array_equal(found, ImageOps.exif_transpose(image).convert("RGB"))
+            shown += 1
+    assert 60 < shown < 240
+
+
 BAD = [
     (b"", "0 bytes"),
     (b"not a picture", "neither JPEG nor PNG"),
-    (saved("GIF"), "neither JPEG nor PNG"),
-    (saved("WEBP"), "neither JPEG nor PNG"),
+    (saved("GIF"), "content is GIF, neither JPEG nor PNG"),
+    (saved("WEBP"), "content is WebP, neither JPEG nor PNG"),
+    (saved("TIFF"), "content is TIFF"),
+    (b"\0\0\0\x20ftypavif" + bytes(40), "content is AVIF"),
     (b"\xff\xd8\xff", "neither JPEG nor PNG|decoded"),
     (saved("JPEG")[:-1], "the end of the JPEG is missing"),
     (saved("JPEG")[:-600], "the end of the JPEG is missing"),
@@ -62,7 +159,10 @@ BAD = [
     (saved("PNG", mode="RGBA"), "alpha"),
     (saved("PNG", mode="I;16"), "over 8 bits"),
     (saved("PNG", save_all=True, append_images=[Image.new("RGB", (64, 64))]), "several pictures"),
-    (saved("MPO", save_all=True, append_images=[Image.new("RGB", (64, 64))]), "several pictures"),
+    (saved("MPO", save_all=True, append_images=[Image.new("RGB", (64, 64))])[:3000], "the end of the JPEG is missing"),
+    (saved("JPEG")[:-600] + saved("JPEG", (8, 8)), "the end of the JPEG is missing"),  # the end of another picture
+    (saved("JPEG", exif=exif(6), icc_profile=b"\xff\xd9" * 9)[:-600] + bytes(600), "the end of the JPEG is missing"),
+    (saved("PNG", exif=b"Exif\0\0" + b"no TIFF at all"), "EXIF data cannot be read .* save it without them"),
     (huge_png(), "pixels"),
     (saved("PNG", (600, 600)), "600 x 600 pixels, the limit is 10000"),
 ]

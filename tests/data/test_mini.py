@@ -201,7 +201,7 @@ def test_samples_repeat_with_the_seed_only():
     assert take(5) != take(6)
     with pytest.raises(PSAError, match="unknown split 'test'"):
         next(mini.sample_scenes(1, 0, split="test"))
-    with pytest.raises(PSAError, match="negative"):
+    with pytest.raises(PSAError, match="seed is -1"):
         next(mini.sample_scenes(1, -1))
 
 
@@ -306,7 +306,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
         mini.draw_mini(full / "mine.txt", 1, 0)
     with pytest.raises(PSAError, match="from 1 up"):
         mini.draw_mini(tmp_path / "new", 0, 0)
-    with pytest.raises(PSAError, match="negative"):
+    with pytest.raises(PSAError, match="seed is -1"):
         mini.draw_mini(tmp_path / "new", 1, -1)
     with pytest.raises(PSAError, match="cannot write"):
         mini.draw_mini(full / "mine.txt" / "below", 1, 0)

@@ -1,5 +1,7 @@
 """The forward process against diffusers' schedulers."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,21 +23,54 @@ CONFIGS = {
 }
 
 
+EPS = 2.0**-24  # one rounding to float32, relative
+
+
+def mixed(first, second, alphas, rank=4):
+    """√ᾱ·first + √(1 − ᾱ)·second in float64."""
+    alphas = np.asarray(alphas, np.float64).reshape(-1, *(1,) * (rank - 1))
+    return np.sqrt(alphas) * np.asarray(first, np.float64) + np.sqrt(1 - alphas) * np.asarray(second, np.float64)
+
+
+def mixing_bound(first, second, ours, theirs, rank=4):
+    """How far two float32 evaluations of `mixed` may be apart, of ᾱ that are themselves a rounding or two apart.
+
+    |√a − √b| and |√(1 − a) − √(1 − b)| are exact here; the second is |a − b|/(√(1 − a) + √(1 − b)), which makes much of
+    one rounding of ᾱ where 1 − ᾱ is small. The rest: roots, products and the sum round at most four times on each side.
+    """
+    a, b = (np.asarray(x, np.float64).reshape(-1, *(1,) * (rank - 1)) for x in (ours, theirs))
+    first, second = np.abs(np.asarray(first, np.float64)), np.abs(np.asarray(second, np.float64))
+    moved = first * np.abs(np.sqrt(a) - np.sqrt(b)) + second * np.abs(np.sqrt(1 - a) - np.sqrt(1 - b))
+    return moved + 8 * EPS * (first * np.sqrt(a) + second * np.sqrt(1 - a))
+
+
+@pytest.mark.parametrize("roundings", [0, 1, -1], ids=["as computed", "one rounding up", "one rounding down"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("scheduler_type", [DDPMScheduler, DDIMScheduler])
-def test_schedule(scheduler_type, config):
+def test_schedule(scheduler_type, config, roundings):
+    """Against diffusers, also where our ᾱ are rounded otherwise, as another processor's exp, cos and sqrt may do."""
     theirs = scheduler_type(**config, prediction_type="v_prediction")
     ours = NoiseSchedule.from_config(dict(theirs.config))
     assert ours.steps == theirs.config.num_train_timesteps
-    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=0, atol=1e-6)
+    alphas = np.asarray(ours.alphas_cumprod)
+    if roundings:
+        alphas = np.clip(np.nextafter(alphas, np.float32(2 * roundings)), 0, np.float32(1 - 2 * EPS))
+        ours = dataclasses.replace(ours, alphas_cumprod=jnp.asarray(alphas))
+    # ᾱ ≤ 1 is a product of factors that both sides round alike but for the last place of a few.
+    np.testing.assert_allclose(alphas, theirs.alphas_cumprod.numpy(), rtol=0, atol=16 * EPS)
 
     steps = torch.tensor([0, 1, ours.steps // 2, ours.steps - 1])
     latents, noise = tensor(4, 4, 3, 5), tensor(4, 4, 3, 5, seed=1)
-    arguments = nhwc(latents), nhwc(noise), jnp.asarray(steps.numpy(), dtype=jnp.int32)
-    noisy = theirs.add_noise(latents, noise, steps)
-    np.testing.assert_allclose(ours.add_noise(*arguments), nhwc(noisy), rtol=0, atol=1e-6)
-    velocity = theirs.get_velocity(latents, noise, steps)
-    np.testing.assert_allclose(ours.target(*arguments), nhwc(velocity), rtol=0, atol=1e-6)
+    x, e = nhwc(latents), nhwc(noise)
+    arguments = x, e, jnp.asarray(steps.numpy(), dtype=jnp.int32)
+    a, b = alphas[steps.numpy()], theirs.alphas_cumprod[steps].numpy()
+    for got, wanted, first, second in (
+        (ours.add_noise(*arguments), theirs.add_noise(latents, noise, steps), x, e),
+        (ours.target(*arguments), theirs.get_velocity(latents, noise, steps), e, -x),
+    ):
+        got = np.asarray(got, np.float64)
+        assert (np.abs(got - mixed(first, second, a)) <= mixing_bound(first, second, a, a)).all()
+        assert (np.abs(got - np.asarray(nhwc(wanted), np.float64)) <= mixing_bound(first, second, a, b)).all()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
