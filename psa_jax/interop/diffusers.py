@@ -4,6 +4,7 @@ The same entry reads single-file checkpoints (`psa_jax.interop.single_file`), pu
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -43,6 +44,7 @@ from psa_jax.interop.weights import (
     load_weights,
     open_tensors,
     parameter_count,
+    parameter_names,
     read_json,
     save_weights,
 )
@@ -82,6 +84,7 @@ class StableDiffusion:
       text_encoder_2, tokenizer_2: SDXL's second ones, else None.
       force_zeros_for_empty_prompt: an absent negative prompt means zeros in place of text states (SDXL base).
       vae_tensors: the VAE as it is in its file, whatever the model's type; None for a model made here.
+      base_tensors: UNet and text encoders as they are in their files, before a LoRA; None likewise.
     """
 
     folder: Path
@@ -94,6 +97,31 @@ class StableDiffusion:
     tokenizer_2: Any = None
     force_zeros_for_empty_prompt: bool = False
     vae_tensors: Mapping[str, Tensor] | None = None
+    base_tensors: Mapping[str, Tensors] | None = None
+
+    @functools.cached_property
+    def base_hash(self) -> str:
+        """sha256 over what an adapter depends on: names, shapes and values of UNet and text encoders.
+
+        Values count as float16, so that a float16 variant is the same base model. Every weight is read once more.
+        """
+        if self.base_tensors is None:
+            raise PSAError(f"{self.folder}: this model was not read from files; save it and open it again")
+        digest = hashlib.sha256(b"values as float16")
+        for part, tensors in sorted(self.base_tensors.items()):
+            by_name = tensors.renamed(MODELS[part].name).by_name
+            for name in sorted(parameter_names(getattr(self, part))):
+                with np.errstate(over="ignore"):  # infinite in both variants
+                    values = by_name[name].all().astype("<f2")
+                digest.update(json.dumps([part, name, values.shape]).encode())
+                digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+    def is_base_of(self, about: Mapping[str, Any]) -> bool:
+        """Whether an adapter with these metadata was trained for this model, as far as they say."""
+        # Adapters of earlier versions have the hash of the files.
+        known = about.get("base_model", self.base_hash)
+        return known == self.base_hash or known == weights_hash(self.folder)
 
     @property
     def family(self) -> str:
@@ -205,6 +233,7 @@ def load_stable_diffusion(
             parts, configs=parts.configs | {"vae": vae_config}, tensors=parts.tensors | {"vae": tensors}
         )
     check_parts_fit(parts)
+    base = {name: tensors for name, tensors in parts.tensors.items() if name != "vae"}
     if lora is not None:
         parts = merge_lora(parts, Path(lora), lora_scale)
     models = {
@@ -218,6 +247,7 @@ def load_stable_diffusion(
         scheduler_config=parts.scheduler,
         force_zeros_for_empty_prompt=parts.force_zeros,
         vae_tensors=parts.tensors["vae"].by_name,
+        base_tensors=base,
         **models,
         **parts.tokenizers,
     )
@@ -286,7 +316,7 @@ def load_text_encoder(
 
 
 def weights_hash(source: Path) -> str:
-    """sha256 over the weight files that an adapter depends on: UNet and text encoders, or the single file."""
+    """sha256 over the weight files of UNet and text encoders, or the single file: what earlier versions wrote."""
     folders = [source / name for name in ("unet", "text_encoder", "text_encoder_2")]
     paths = [source] if source.is_file() else [p for f in folders for p in sorted(f.glob("*.safetensors"))]
     digest = hashlib.sha256()
@@ -316,7 +346,7 @@ def save_stable_diffusion(model: StableDiffusion, out: Path, dtype: Any | None =
 
 def _write_parts(model: StableDiffusion, out: Path, dtype: Any | None) -> None:
     pipeline = SDXL if model.family == "sdxl" else SD
-    index = {"_class_name": pipeline, "scheduler": ["diffusers", "DDIMScheduler"]}
+    index = {"_class_name": pipeline, "_diffusers_version": "0.42.1", "scheduler": ["diffusers", "DDIMScheduler"]}
     for name, kind in MODELS.items():
         if (module := getattr(model, name)) is None:
             continue

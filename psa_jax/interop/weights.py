@@ -224,6 +224,12 @@ def shown(names: set[str]) -> str:
     return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 
+def parameter_names(model: nnx.Module) -> set[str]:
+    """Names, in torch's layout, of the tensors that the model is made of."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {name for path, variable in flat for name in torch_names(path, variable.shape)}
+
+
 def load_weights(
     model: nnx.Module,
     source: Path | Tensors,
@@ -246,7 +252,7 @@ def load_weights(
     tensors = (open_tensors(source) if isinstance(source, Path) else source).renamed(rename)
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
-    expected = {name for path, variable in flat for name in torch_names(path, variable.shape)}
+    expected = parameter_names(model)
     where = tensors.where
     by_name = {name: t for name, t in tensors.by_name.items() if name in expected or not UNUSED.fullmatch(name)}
     for what, names in (("missing", expected - by_name.keys()), ("unexpected", by_name.keys() - expected)):

@@ -19,7 +19,7 @@ from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import read_metadata
-from psa_jax.interop.diffusers import StableDiffusion, check_text, load_stable_diffusion, weights_hash
+from psa_jax.interop.diffusers import StableDiffusion, check_text, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
@@ -123,7 +123,7 @@ def _wanted(args: Namespace) -> list[_Picture]:
 
 def _adapter_and_user(args: Namespace, model: StableDiffusion) -> tuple[Adapter, Float[np.ndarray, "1 d"]]:
     about = read_metadata(args.adapter)
-    if about.get("base_model", hash_ := weights_hash(model.folder)) != hash_:
+    if not model.is_base_of(about):
         raise PSAError(f"{args.adapter}: the adapter was trained for another base model than {model.folder}")
     unet = model.unet.config
     return load_adapter(args.adapter, unet.cross_attentions, unet.cross_attention_dim), user_embedding(

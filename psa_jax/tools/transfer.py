@@ -24,7 +24,7 @@ from psa_jax.interop.adapter_file import (
 )
 from psa_jax.interop.baked import bake
 from psa_jax.interop.card import model_card
-from psa_jax.interop.diffusers import TINY, load_stable_diffusion, save_stable_diffusion, weights_hash
+from psa_jax.interop.diffusers import TINY, load_stable_diffusion, save_stable_diffusion
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
 from psa_jax.interop.native import load_adapter
 from psa_jax.interop.parts import read_config
@@ -138,7 +138,8 @@ def _baked(source: Source, folder: Path, args: Namespace) -> None:
 def _diffusers(source: Source, folder: Path, args: Namespace) -> None:
     model, _ = _model(args, source)
     save_stable_diffusion(model, folder)
-    write_native(source.tensors, source.config, folder / ADAPTER_FILE, source.about)
+    about = source.about | ({"base_model": model.base_hash} if "base_model" in source.about else {})
+    write_native(source.tensors, source.config, folder / ADAPTER_FILE, about)
 
 
 def _model(args: Namespace, source: Source):
@@ -148,7 +149,7 @@ def _model(args: Namespace, source: Source):
     model = load_stable_diffusion(args.model)
     unet = model.unet.config
     adapter = load_adapter(source.path, unet.cross_attentions, unet.cross_attention_dim)
-    if "base_model" in source.about and source.about["base_model"] != weights_hash(model.folder):
+    if not model.is_base_of(source.about):
         raise PSAError(f"{source.path}: the adapter was trained for another base model than {model.folder}")
     return model, adapter
 

@@ -19,7 +19,7 @@ from psa_jax.data.validation import validation_batches
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
 from psa_jax.interop.adapter_file import ADAPTER_FILE
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion, weights_hash
+from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
 from psa_jax.interop.native import save_adapter, with_arrays
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective, describe_beta
@@ -64,7 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     model = load_stable_diffusion(
         config.model, dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",)
     )
-    base_hash = weights_hash(model.folder)
+    base_hash = model.base_hash
     shards, table = Path(config.data.shards), EmbeddingTable.load(Path(config.data.table))
     adapter_config = AdapterConfig.for_unet(
         model.unet.config,

@@ -141,6 +141,21 @@ def test_the_hash_covers_every_text_encoder(broken):
     assert weights_hash(path) != weights_hash(broken)
 
 
+def test_the_base_model_is_known_by_its_values(sdxl, broken):
+    model = load_stable_diffusion(broken)
+    before, files = model.base_hash, weights_hash(broken)
+    stem = broken / "unet" / "diffusion_pytorch_model"
+    tensors = load_file(f"{stem}.safetensors")
+    save_file(tensors, f"{stem}.non_ema.safetensors", {"format": "pt", "note": "never read"})
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, f"{stem}.safetensors", {"format": "pt"})
+    again = load_stable_diffusion(broken)
+    assert again.is_base_of({"base_model": before})
+    assert load_stable_diffusion(sdxl[0]).is_base_of({"base_model": files})
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name] + 1}, f"{stem}.safetensors", {"format": "pt"})
+    assert not load_stable_diffusion(broken).is_base_of({"base_model": before})
+
+
 def index(**changes):
     return lambda folder: edit_json(folder / "model_index.json", **changes)
 
@@ -174,6 +189,7 @@ def config(part, **changes):
             ["addition_embed_type is None", "text_time"],
         ),
         (config("text_encoder", max_position_embeddings=70), ["max_position_embeddings is 70"]),
+        (config("text_encoder_2", projection_dim=23), ["projection_class_embeddings_input_dim is 60"]),
         (config("text_encoder_2", vocab_size=100), ["tokenizer_2", "vocab_size is 100"]),
     ],
     ids=lambda value: value[0].replace(" ", "-") if isinstance(value, list) else "",

@@ -13,7 +13,6 @@ from torch_adapters import random_adapter
 
 from psa_jax.cli import main
 from psa_jax.interop.adapter_file import read_metadata
-from psa_jax.interop.diffusers import weights_hash
 from psa_jax.interop.native import save_adapter
 from psa_jax.interop.single_file import CONFIGS
 from psa_jax.models.adapter_config import AdapterConfig
@@ -31,7 +30,7 @@ def run_folder(small_pipeline, tmp_path_factory):
     folder, model, encoder = tmp_path_factory.mktemp("run"), small_pipeline[1], get_encoder("features")
     config = AdapterConfig.for_unet(model.unet.config, user_dim=encoder.dim, kind="published", tokens=1)
     about = {
-        "base_model": weights_hash(model.folder),
+        "base_model": model.base_hash,
         "encoder": encoder.name,
         "encoder_fingerprint": encoder.fingerprint,
         "steps": 7,
