@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from psa_jax.interop.parts import MODELS, Parts
+from psa_jax.interop.parts import MODELS
+from psa_jax.interop.weights import Tensors
 
 Pairs = dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]
 TEXT = ("text_encoder", "text_encoder_2")
@@ -98,10 +99,10 @@ def _bare(model: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {MODELS[model].name(name): tensor for name, tensor in tensors.items()}
 
 
-def assert_weights(ours: Parts, expected: dict[str, dict[str, torch.Tensor]]) -> None:
+def assert_weights(ours: dict[str, Tensors], expected: dict[str, dict[str, torch.Tensor]]) -> None:
     """The same weights in every model that is expected."""
     for model, weights in expected.items():
-        got = ours.tensors[model].renamed(MODELS[model].name).by_name
+        got = ours[model].renamed(MODELS[model].name).by_name
         assert got.keys() >= weights.keys()
         for name, weight in weights.items():
             np.testing.assert_allclose(got[name].all(), weight.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)

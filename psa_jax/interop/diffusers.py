@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.folder import read_folder
-from psa_jax.interop.lora import merge_lora
+from psa_jax.interop.lora import merge_lora_into
 from psa_jax.interop.parts import (
     MODELS,
     PIPELINES,
@@ -235,7 +235,8 @@ def load_stable_diffusion(
     check_parts_fit(parts)
     base = {name: tensors for name, tensors in parts.tensors.items() if name != "vae"}
     if lora is not None:
-        parts = merge_lora(parts, Path(lora), lora_scale)
+        merged = merge_lora_into(base, Path(lora), lora_scale)
+        parts = dataclasses.replace(parts, tensors=parts.tensors | merged)
     models = {
         name: _shapes(name, parts.configs[name], dtype)
         if name in abstract

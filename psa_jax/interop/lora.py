@@ -6,7 +6,6 @@ Read are kohya's files, every format of diffusers, and peft's folders. Whatever 
 Source: Hu et al., LoRA, arXiv 2106.09685.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import safe_open
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.lora_names import PEFT_PREFIX, Layers, Place, split_name
 from psa_jax.interop.lora_settings import Settings, read_settings
-from psa_jax.interop.parts import MODELS, Parts
+from psa_jax.interop.parts import MODELS
 from psa_jax.interop.weights import Index, Tensor, Tensors, shown
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.tensor_file import MAX_HEADER, Entry, Header, all_finite, read_float32, read_header
@@ -27,7 +25,7 @@ from psa_jax.tensor_file import MAX_HEADER, Entry, Header, all_finite, read_floa
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"
-_WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")
+_WHOLE_NUMBERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 _log = logging.getLogger(__name__)
 
 
@@ -51,12 +49,18 @@ class _File(NamedTuple):
     model: str | None = None
 
 
-def merge_lora(parts: Parts, path: Path, scale: float = 1.0) -> Parts:
-    """A pipeline's parts with a LoRA added to UNet and text encoders; weights are still read only when asked for.
+def merge_lora(unet: Tensors, path: Path, scale: float = 1.0) -> Tensors:
+    """A UNet's tensors with a LoRA of nothing else added; as `merge_lora_into` otherwise."""
+    return merge_lora_into({"unet": unet}, path, scale)["unet"]
+
+
+def merge_lora_into(models: Mapping[str, Tensors], path: Path, scale: float = 1.0) -> dict[str, Tensors]:
+    """A pipeline's tensors with a LoRA added to UNet and text encoders; weights are still read only when asked for.
 
     A LoRA that does not say its alpha is logged as a warning: it is taken to be the rank.
 
     Args:
+      models: by names of `MODELS`, with tensors under diffusers' names.
       path: a safetensors file, or a folder: of peft (also one a model: `unet/`, `text_encoder/`), or with one file.
       scale: strength; 1 is as trained, 0 is the model without it.
 
@@ -65,8 +69,8 @@ def merge_lora(parts: Parts, path: Path, scale: float = 1.0) -> Parts:
     """
     if not math.isfinite(scale):
         raise PSAError(f"the strength of a LoRA is {scale}; give a finite number")
-    layers = Layers(parts)
-    merged = {model: dict(tensors.by_name) for model, tensors in parts.tensors.items()}
+    layers = Layers(models)
+    merged = {model: dict(tensors.by_name) for model, tensors in models.items()}
     for file in _files(Path(path)):
         for place, update in _read(file, layers).items():
             name, shape = layers.find(file.path, place)
@@ -78,9 +82,7 @@ def merge_lora(parts: Parts, path: Path, scale: float = 1.0) -> Parts:
                 )
             weight = merged[place.model][name]
             merged[place.model][name] = _updated(weight, update, scale, f"{file.path}: {place.layer}")
-    return dataclasses.replace(
-        parts, tensors={model: Tensors(parts.tensors[model].where, by_name) for model, by_name in merged.items()}
-    )
+    return {model: Tensors(models[model].where, by_name) for model, by_name in merged.items()}
 
 
 def _updated(weight: Tensor, update: Update, scale: float, where: str) -> Tensor:
@@ -98,8 +100,6 @@ def _updated(weight: Tensor, update: Update, scale: float, where: str) -> Tensor
 
 def _files(path: Path) -> list[_File]:
     """The files that a path stands for."""
-    if not path.exists():
-        raise PSAError(f"{path}: no such LoRA; give a safetensors file or a folder of peft")
     if not path.is_dir():
         if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
             return [_peft(path.parent)]
@@ -127,13 +127,13 @@ def _peft(folder: Path, model: str | None = None) -> _File:
 
 
 def _safetensors(path: Path) -> Path:
-    if not path.is_file():
-        raise PSAError(f"{path}: LoRA weights not found; download the folder again, with its safetensors files")
-    if path.suffix != ".safetensors":
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise PSAError(
-            f"{path}: only .safetensors files are read; a .bin or .pt is a pickle, which can run code: write it anew "
-            f'with safetensors.torch.save_file(torch.load("{path.name}", weights_only=True), "{path.stem}.safetensors")'
+            f"{path} is a pickle, which can run code, and is not read: write it anew with "
+            f'safetensors.torch.save_file(torch.load("{path.name}", weights_only=True), "{path.stem}.safetensors")'
         )
+    if not path.is_file():
+        raise PSAError(f"{path}: LoRA weights not found; give a .safetensors file, or a folder with one")
     return path
 
 
@@ -148,12 +148,15 @@ def _read(file: _File, layers: Layers) -> dict[Place, Update]:
     if alphas and (settings or len(alphas) < len(found)):
         without = {place.layer for place in found.keys() - alphas.keys()}
         other = "its configuration gives alpha, too" if settings else f"{shown(without)} have none"
-        raise PSAError(f"{path}: alpha is ambiguous: tensors give it for {shown({p.layer for p in alphas})}, {other}")
+        raise PSAError(
+            f"{path}: alpha is ambiguous: tensors give it for {shown({p.layer for p in alphas})}, {other}; "
+            "get the file again, from where it was trained"
+        )
     updates, unknown = {}, 0
     for place, parts in found.items():
-        for part, name in (("down", "lora_A or lora_down"), ("up", "lora_B or lora_up")):
+        for part, name in (("down", "lora_A tensor (lora_down)"), ("up", "lora_B tensor (lora_up)")):
             if part not in parts:
-                raise PSAError(f"{path}: {place.layer} has no {name} tensor; the file is incomplete, download it again")
+                raise PSAError(f"{path}: {place.layer} has no {name}; the file is incomplete, download it again")
         down, up = (read_float32(path, *parts[part]) for part in ("down", "up"))
         rank = down.shape[0] if down.ndim else 0
         if up.shape[1:2] != (rank,) or up.size != up.shape[0] * rank:
@@ -247,11 +250,8 @@ def _settings(file: _File, header: Header, found: Mapping[Place, Any]) -> dict[s
 
 def _alpha(path: Path, name: str, entry: Entry) -> float:
     """A scalar; kohya's scripts write whole numbers, too."""
+    if math.prod(entry.shape) != 1:
+        raise PSAError(f"{path}: {name} has shape {entry.shape}, but alpha is one number; get the file again")
     if entry.dtype in _WHOLE_NUMBERS:
-        with safe_open(path, framework="numpy") as file:
-            values = file.get_tensor(name)
-    else:
-        values = read_float32(path, name, entry)
-    if values.size != 1:
-        raise PSAError(f"{path}: {name} has shape {values.shape}, but alpha is one number; get the file again")
-    return float(values.item())
+        return float(np.fromfile(path, _WHOLE_NUMBERS[entry.dtype], 1, offset=entry.start).item())
+    return float(read_float32(path, name, entry).item())

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.lora_settings import MERGE_ELSEWHERE
-from psa_jax.interop.parts import MODELS, Parts
+from psa_jax.interop.parts import MODELS
 from psa_jax.interop.single_file import ldm_layer
+from psa_jax.interop.weights import Tensors
 
 # End of a tensor's name -> what of its layer it is.
 _ENDS = {
@@ -30,6 +31,7 @@ _ENDS = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
     ".lora.alpha": "alpha",
+    "_lora.alpha": "alpha",
     ".alpha": "alpha",
 }
 # Tensors of other methods -> the method: what they add is not (alpha / r) · B A.
@@ -45,6 +47,7 @@ _METHODS = (
     (r"\.(diff|diff_b)$", "full weight differences"),
     (r"\.(w_norm|b_norm)$", "trained normalisation layers"),
     (r"\.scalar$", "LyCORIS with a trained scalar"),
+    (r"\.bias_(indices|values|size)$", "LoRA with biases"),
     (r"\.lora_embedding_[AB]\b", "LoRA of an embedding"),
     (r"\.lora_(B|up)\.bias$|\.lora\.up\.bias$", "LoRA with biases"),
     (r"^bundle_emb\.", "textual inversion"),
@@ -80,9 +83,9 @@ class Layer(NamedTuple):
 class Layers:
     """The layers of a base model by name: `by_model[model][layer]`. Text encoders are named without `text_model.`."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, models: Mapping[str, Tensors]):
         self.by_model: dict[str, dict[str, Layer]] = {}
-        for model, tensors in parts.tensors.items():
+        for model, tensors in models.items():
             if model == "vae":
                 continue
             found = self.by_model[model] = {}
@@ -90,7 +93,8 @@ class Layers:
                 layer = MODELS[model].name(tensor)
                 if layer.endswith(".weight") and len(weight.shape) in (2, 4) and not layer.startswith("embeddings."):
                     found[layer.removesuffix(".weight")] = Layer(tensor, weight.shape)
-        self._layers_per_block = parts.configs["unet"].layers_per_block
+        first = (name.split(".") for name in self.by_model["unet"] if name.startswith("down_blocks.0.resnets."))
+        self._layers_per_block = len({number for _, _, _, number, *_ in first})
 
     def find(self, path: Path, place: Place) -> Layer:
         """The layer at a place.
@@ -100,7 +104,10 @@ class Layers:
         """
         model, layer = place
         if model not in self.by_model:
-            raise PSAError(f"{path}: has tensors for {model}, which this base model lacks: the LoRA is for SDXL")
+            raise PSAError(
+                f"{path}: changes {model}, and there is only {' and '.join(self.by_model)} here; "
+                "the LoRA is for another base model"
+            )
         if layer not in self.by_model[model]:
             raise PSAError(f"{path}: {layer} is no layer of the {model} here; the LoRA is for another base model")
         return self.by_model[model][layer]
