@@ -16,6 +16,7 @@ from torch_lora import kohya, open_pipeline, random_pairs, weights_of
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import open_folder
 from psa_jax.interop.lora import FILE_NAME, PEFT_CONFIG, PEFT_FILE, merge_lora_into
+from psa_jax.tensor_file import read_header
 
 NAMES = ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "resnets.0.conv1", "q_proj")
 NEW_ENDS = (".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale", "", ".lora_A.weight", ".bias")
@@ -49,6 +50,7 @@ def lora_cases(sd1) -> list[tuple[str, Callable[[random.Random], bytes], Callabl
     models = open_folder(folder).tensors
     about = {"unet.r": 3, "unet.lora_alpha": 6, "unet.alpha_pattern": {"to_k": 2}, "text_encoder.use_rslora": True}
     about |= {"text_encoder.r": 3, "text_encoder.lora_alpha": 1, "unet.use_dora": False}
+    about |= {"unet.target_modules": list(NAMES[:4]), "text_encoder.target_modules": ["q_proj"]}
     files = [
         save(kohya(pairs), {"ss_network_dim": "3"}),
         save(dotted(pairs), {"lora_adapter_metadata": json.dumps(about)}),
@@ -100,20 +102,24 @@ def test_two_thousand_changed_loras(lora_cases, tmp_path):
 
 @pytest.mark.slow
 def test_a_changed_lora_that_is_merged_is_the_one_that_diffusers_fuses(sd1, lora_cases, tmp_path):
-    """Fifty changed files that both take: the same weights to 1e-4."""
+    """Twenty changed files that both take: the same weights to 1e-4."""
     _, change, merge = lora_cases[0]
     pipeline, rng, path, compared = open_pipeline(sd1[0]), random.Random(5), tmp_path / FILE_NAME, 0
     originals = {model: {n: t.clone() for n, t in ts.items()} for model, ts in weights_of(pipeline).items()}
-    while compared < 50:
+    while compared < 20:
         path.write_bytes(change(rng))
         try:
             ours = merge(path)
         except PSAError:
             continue
+        ends = {name.rpartition(".lora_")[2] for name in read_header(path).tensors if ".lora_" in name}
+        if len(ends) > 2:  # lora_A beside lora_up: diffusers leaves the other half as memory was, in silence
+            continue
         try:
             pipeline.load_lora_weights(path)
             pipeline.fuse_lora()
-        except (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError):
+        except (ValueError, KeyError, RuntimeError, IndexError, AttributeError, TypeError, RuntimeWarning):
+            # Warned is of an alpha of one layer alone, which diffusers leaves out of an attention of kohya's file.
             pipeline = open_pipeline(sd1[0])
             continue
         pipeline.unload_lora_weights()
