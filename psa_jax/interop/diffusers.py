@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.folder import read_folder
-from psa_jax.interop.lora import merge_lora
+from psa_jax.interop.lora import merge_lora_into
 from psa_jax.interop.parts import (
     MODELS,
     PIPELINES,
@@ -209,7 +209,7 @@ def load_stable_diffusion(
       dtype: of every parameter, whatever the files hold.
       variant: reads `*.fp16.safetensors` for "fp16"; every model of the folder must have it.
       vae: replaces the VAE: a folder with config.json and weights (or with `vae/`), or a single `.safetensors`.
-      lora: a LoRA of the UNet in diffusers' format, added to its weights times `lora_scale`.
+      lora: a LoRA of UNet and text encoders (kohya's or diffusers' file, or peft's folder), added times `lora_scale`.
       tokenizer: for a single file, which holds none: a folder with vocab.json and merges.txt (or with `tokenizer/`).
       config: for a single file: a diffusers folder whose JSON files and tokenizers replace the known ones.
       sharding: (path, shape) of a parameter -> where it lives; each process reads only the parts it holds.
@@ -235,8 +235,8 @@ def load_stable_diffusion(
     check_parts_fit(parts)
     base = {name: tensors for name, tensors in parts.tensors.items() if name != "vae"}
     if lora is not None:
-        merged = merge_lora(parts.tensors["unet"], Path(lora), lora_scale)
-        parts = dataclasses.replace(parts, tensors=parts.tensors | {"unet": merged})
+        merged = merge_lora_into(base, Path(lora), lora_scale)
+        parts = dataclasses.replace(parts, tensors=parts.tensors | merged)
     models = {
         name: _shapes(name, parts.configs[name], dtype)
         if name in abstract

@@ -1,36 +1,32 @@
-"""LoRA files of the UNet in diffusers' formats, merged into the weights at load.
+"""LoRA files of UNets and text encoders, merged into the weights at load.
 
     W + scale · (alpha / r) · B A          r: rank; alpha: r unless the file says otherwise
 
-Read are today's names (`unet.….to_q.lora_A.weight`), those before them (`unet.….to_q.lora.down.weight`) and the oldest,
-of attention processors (`….processor.to_q_lora.down.weight`), with or without the prefix `unet.`.
+Read are kohya's files, every format of diffusers, and peft's folders. Whatever else a file holds is refused by name.
 Source: Hu et al., LoRA, arXiv 2106.09685.
 """
 
-import json
+import logging
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import safe_open
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.weights import Index, Tensor, Tensors, open_tensors, shown
+from psa_jax.interop.lora_names import PEFT_PREFIX, Layers, Place, split_name
+from psa_jax.interop.lora_settings import Settings, read_settings
+from psa_jax.interop.parts import MODELS
+from psa_jax.interop.weights import Index, Tensor, Tensors, shown
+from psa_jax.json_input import parse_json, read_json
+from psa_jax.tensor_file import MAX_HEADER, Entry, Header, all_finite, read_float32, read_header
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
+PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"
-_OLD = {f".to_{x}_lora.": f".to_{x}.lora." for x in "qkv"} | {".to_out_lora.": ".to_out.0.lora.", ".processor.": "."}
-_ENDS = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora.alpha": "alpha",
-    ".alpha": "alpha",
-}
+_WHOLE_NUMBERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
+_log = logging.getLogger(__name__)
 
 
 class Update(NamedTuple):
@@ -41,113 +37,221 @@ class Update(NamedTuple):
     factor: float
 
 
+class _File(NamedTuple):
+    """A safetensors file and, where it is of peft, the configuration beside it.
+
+    Attributes:
+      model: the model that all its tensors are of, where a folder says so.
+    """
+
+    path: Path
+    config: Mapping[str, Any] | None = None
+    model: str | None = None
+
+
 def merge_lora(unet: Tensors, path: Path, scale: float = 1.0) -> Tensors:
-    """The UNet's tensors (diffusers' names) with a LoRA added; they are still read only when asked for.
+    """A UNet's tensors with a LoRA of nothing else added; as `merge_lora_into` otherwise."""
+    return merge_lora_into({"unet": unet}, path, scale)["unet"]
+
+
+def merge_lora_into(models: Mapping[str, Tensors], path: Path, scale: float = 1.0) -> dict[str, Tensors]:
+    """A pipeline's tensors with a LoRA added to UNet and text encoders; weights are still read only when asked for.
+
+    A LoRA that does not say its alpha is logged as a warning: it is taken to be the rank.
 
     Args:
-      path: a safetensors file, or a folder that holds `pytorch_lora_weights.safetensors`.
-      scale: strength; 1 is as trained, 0 is the UNet without it.
+      models: by names of `MODELS`, with tensors under diffusers' names.
+      path: a safetensors file, or a folder: of peft (also one a model: `unet/`, `text_encoder/`), or with one file.
+      scale: strength; 1 is as trained, 0 is the model without it.
 
     Raises:
-      PSAError: a tensor of the file that is not used, lacks its partner or does not fit the UNet.
+      PSAError: a tensor that is not used, lacks its partner, does not fit the model or is of another method.
     """
-    if path.is_dir():
-        path = path / FILE_NAME
-    merged = dict(unet.by_name)
-    for name, update in read_lora(path).items():
-        if name not in merged:
-            raise PSAError(f"{path}: {name} is not a weight of the UNet; the LoRA is for another base model")
-        shape = (update.up.shape[0], *update.down.shape[1:])
-        if merged[name].shape != shape:
-            raise PSAError(
-                f"{path}: the update of {name} has shape {shape}, the UNet's weight {merged[name].shape}; "
-                "the LoRA is for another base model"
-            )
-        merged[name] = _updated(merged[name], update._replace(factor=scale * update.factor))
-    return Tensors(unet.where, merged)
+    if not math.isfinite(scale):
+        raise PSAError(f"the strength of a LoRA is {scale}; give a finite number")
+    layers = Layers(models)
+    merged = {model: dict(tensors.by_name) for model, tensors in models.items()}
+    for file in _files(Path(path)):
+        for place, update in _read(file, layers).items():
+            name, shape = layers.find(file.path, place)
+            found = (update.up.shape[0], *update.down.shape[1:])
+            if found != shape:
+                raise PSAError(
+                    f"{file.path}: the update of {place.layer} has shape {found}, the {place.model}'s weight {shape}; "
+                    "the LoRA is for another base model"
+                )
+            weight = merged[place.model][name]
+            merged[place.model][name] = _updated(weight, update, scale, f"{file.path}: {place.layer}")
+    return {model: Tensors(models[model].where, by_name) for model, by_name in merged.items()}
 
 
-def _updated(weight: Tensor, update: Update) -> Tensor:
+def _updated(weight: Tensor, update: Update, scale: float, where: str) -> Tensor:
     def read(index: Index) -> np.ndarray:
-        delta = np.tensordot(update.up[index[0]], update.down[(slice(None), *index[1:])], 1)
-        return weight.read(index).astype(np.float32) + np.float32(update.factor) * delta
+        base = weight.read(index).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # not finite, and refused
+            delta = np.tensordot(update.up[index[0]], update.down[(slice(None), *index[1:])], 1)
+            total = base + np.float32(scale * update.factor) * delta
+        if not all_finite(total) and all_finite(base):
+            raise PSAError(f"{where} goes beyond float32 when it is merged; give a smaller strength, or another file")
+        return total
 
     return Tensor(weight.shape, read)
 
 
-def read_lora(path: Path) -> dict[str, Update]:
-    """Name of a UNet weight -> its update; every tensor of the file is used exactly once."""
-    tensors = open_tensors(path).renamed(lambda name: _our_name(path, name)).by_name
-    metadata = _metadata(path)
-    modules = sorted({name.rpartition(".")[0] for name in tensors})
-    if not modules:
+def _files(path: Path) -> list[_File]:
+    """The files that a path stands for."""
+    if not path.is_dir():
+        if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
+            return [_peft(path.parent)]
+        return [_File(_safetensors(path))]
+    if (path / PEFT_CONFIG).is_file():
+        if (path / FILE_NAME).is_file():
+            raise PSAError(f"{path}: holds {FILE_NAME} and a LoRA of peft; give the file that you mean")
+        return [_peft(path)]
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    if FILE_NAME in names or len(names) == 1:
+        return [_File(path / (FILE_NAME if FILE_NAME in names else names[0]))]
+    if names:
+        raise PSAError(f"{path}: holds {shown(set(names))}; give the file that you mean")
+    if models := [model for model in MODELS if model != "vae" and (path / model / PEFT_CONFIG).is_file()]:
+        return [_peft(path / model, model) for model in models]
+    pickles = sorted(file for end in ("bin", "pt", "ckpt") for file in path.glob(f"*.{end}"))
+    return [_File(_safetensors(pickles[0] if pickles else path / FILE_NAME))]
+
+
+def _peft(folder: Path, model: str | None = None) -> _File:
+    path = folder / PEFT_FILE
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        path = folder / "adapter_model.bin"
+    return _File(_safetensors(path), read_json(folder / PEFT_CONFIG), model)
+
+
+def _safetensors(path: Path) -> Path:
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise PSAError(
+            f"{path} is a pickle, which can run code, and is not read: write it anew with "
+            f'safetensors.torch.save_file(torch.load("{path.name}", weights_only=True), "{path.stem}.safetensors")'
+        )
+    if not path.is_file():
+        raise PSAError(f"{path}: LoRA weights not found; give a .safetensors file, or a folder with one")
+    return path
+
+
+def _read(file: _File, layers: Layers) -> dict[Place, Update]:
+    """Layer -> its update; every tensor of the file is used exactly once."""
+    path, header = file.path, read_header(file.path)
+    if not header.tensors:
         raise PSAError(f"{path}: the file holds no tensors")
-    with_alpha = {module for module in modules if f"{module}.alpha" in tensors}
-    if with_alpha and (metadata or len(with_alpha) < len(modules)):
-        without = "its metadata give alpha too" if metadata else f"{shown(set(modules) - with_alpha)} have none"
-        raise PSAError(f"{path}: alpha is ambiguous: tensors give it for {shown(with_alpha)}, {without}")
-    updates = {}
-    for module in modules:
-        for part, name in (("down", "lora_A"), ("up", "lora_B")):
-            if f"{module}.{part}" not in tensors:
-                raise PSAError(f"{path}: {module} has no {name} tensor; the file is incomplete, download it again")
-        up, down = (np.asarray(tensors[f"{module}.{part}"].all(), np.float32) for part in ("up", "down"))
-        rank = down.shape[0]
-        if up.ndim < 2 or up.size != up.shape[0] * rank:
-            raise PSAError(f"{path}: {module}: shapes {up.shape} and {down.shape} of its two tensors do not multiply")
-        alpha = metadata.alpha(module, rank)
-        if module in with_alpha:
-            alpha = float(tensors[f"{module}.alpha"].all().item())
-        root = math.sqrt(rank) if metadata.rslora else rank
-        updates[f"{module}.weight"] = Update(up.reshape(-1, rank), down, alpha / root)
+    found = _placed(file, header, layers)
+    alphas = {place: _alpha(path, *parts["alpha"]) for place, parts in found.items() if "alpha" in parts}
+    settings = _settings(file, header, found)
+    if alphas and (settings or len(alphas) < len(found)):
+        without = {place.layer for place in found.keys() - alphas.keys()}
+        other = "its configuration gives alpha, too" if settings else f"{shown(without)} have none"
+        raise PSAError(
+            f"{path}: alpha is ambiguous: tensors give it for {shown({p.layer for p in alphas})}, {other}; "
+            "get the file again, from where it was trained"
+        )
+    updates, unknown = {}, 0
+    for place, parts in found.items():
+        for part, name in (("down", "lora_A tensor (lora_down)"), ("up", "lora_B tensor (lora_up)")):
+            if part not in parts:
+                raise PSAError(f"{path}: {place.layer} has no {name}; the file is incomplete, download it again")
+        down, up = (read_float32(path, *parts[part]) for part in ("down", "up"))
+        rank = down.shape[0] if down.ndim else 0
+        if up.shape[1:2] != (rank,) or up.size != up.shape[0] * rank:
+            raise PSAError(f"{path}: {place.layer}: shapes {up.shape} and {down.shape} of its tensors do not multiply")
+        if place in alphas:
+            factor = alphas[place] / rank
+        elif place.model in settings:
+            factor = settings[place.model].factor(place.layer, rank)
+        else:
+            factor, unknown = 1.0, unknown + 1
+        updates[place] = Update(up.reshape(-1, rank), down, factor)
+    if unknown:
+        _log.warning(
+            f"{path}: does not say alpha for {unknown} of its {len(found)} layers; it is taken to be the rank (scale 1)"
+        )
     return updates
 
 
-def _our_name(path: Path, name: str) -> str:
-    """`module.down`, `module.up` or `module.alpha` for a tensor of the file."""
-    if name.startswith(("lora_unet_", "lora_te")):
-        raise PSAError(
-            f"{path}: {name} is of the kohya format; convert the file first: in diffusers, load_lora_weights, then "
-            "save_lora_weights"
-        )
-    if name.startswith("text_encoder"):
-        raise PSAError(f"{path}: {name} changes a text encoder; only a LoRA of the UNet is supported")
-    module = name.removeprefix("unet.")
-    for old, new in _OLD.items():
-        module = module.replace(old, new)
-    for end, part in _ENDS.items():
-        if module.endswith(end):
-            return f"{module.removesuffix(end)}.{part}"
-    raise PSAError(f"{path}: {name} is no tensor of a LoRA in diffusers' format (lora_A, lora_B, alpha)")
+def _placed(file: _File, header: Header, layers: Layers) -> dict[Place, dict[str, tuple[str, Entry]]]:
+    """Layer -> part -> the tensor's name and entry. Two namings of one layer may stand side by side, if equal."""
+    path = file.path
+    named = {name: split_name(path, name) for name in header.tensors}
+    model = file.model
+    if file.config is not None:
+        named = {name: (layer.removeprefix(PEFT_PREFIX), part) for name, (layer, part) in named.items()}
+        model = model or _model_of(file, header, named, layers)
+    elif stray := {name for name in named if name.startswith(PEFT_PREFIX)}:
+        raise PSAError(f"{path}: {shown(stray)} is of peft, whose {PEFT_CONFIG} holds alpha; put that file beside it")
+    found: dict[Place, dict[str, tuple[str, Entry]]] = {}
+    for name, (layer, part) in named.items():
+        place = layers.place(layer, model)
+        layers.find(path, place)
+        other, entry = found.setdefault(place, {}).setdefault(part, (name, header.tensors[name]))
+        if other != name and not np.array_equal(
+            read_float32(path, name, header.tensors[name]), read_float32(path, other, entry)
+        ):
+            raise PSAError(f"{path}: {other} and {name} are the same parameter with other numbers; delete one of them")
+    return found
 
 
-class _Metadata(NamedTuple):
-    """What peft's configuration in the file says of the scale."""
+def _model_of(file: _File, header: Header, named: Mapping[str, tuple[str, str]], layers: Layers) -> str:
+    """The model that a folder of peft is for: the one which has its layers, in their shapes.
 
-    default: float | None = None
-    patterns: Mapping[str, float] = {}
-    rslora: bool = False
+    Raises:
+      PSAError: none has, or two.
+    """
 
-    def alpha(self, module: str, rank: int) -> float:
-        for pattern, value in self.patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return float(value)
-        return float(rank if self.default is None else self.default)
+    def fits(model: str) -> bool:
+        known = layers.by_model[model]
+        for name, (layer, part) in named.items():
+            place, shape = layers.place(layer, model), header.tensors[name].shape
+            if place.layer not in known or not shape:
+                return False
+            wanted = known[place.layer].shape
+            if part != "alpha" and (shape[0] != wanted[0] if part == "up" else shape[1:] != wanted[1:]):
+                return False
+        return True
 
-    def __bool__(self) -> bool:
-        return self != _Metadata()
+    models = [model for model in layers.by_model if fits(model)]
+    if len(models) > 1:  # SDXL's text encoders, in models so small that they have one size
+        about = (file.config or {}).get("auto_mapping")
+        name = about.get("base_model_class") if isinstance(about, Mapping) else None
+        models = [model for model in models if MODELS[model].class_name == name] or models
+    if len(models) == 1:
+        return models[0]
+    if models:
+        raise PSAError(f"{file.path}: fits {' and '.join(models)}; give a folder that holds it as {models[0]}/, say")
+    layer = shown({layer for layer, _ in named.values()})
+    raise PSAError(
+        f"{file.path}: no model here has all its layers ({layer}) in these shapes; the LoRA is for another base model"
+    )
 
 
-def _metadata(path: Path) -> _Metadata:
-    with safe_open(path, framework="numpy") as file:
-        text = (file.metadata() or {}).get(_METADATA)
-    if text is None:
-        return _Metadata()
-    try:
-        values: dict[str, Any] = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
-        for key in ("use_dora", "lora_bias"):
-            if values.get(key):
-                raise PSAError(f"{path}: {key} = {values[key]!r} is not supported (only plain LoRA)")
-        return _Metadata(values.get("lora_alpha"), values.get("alpha_pattern") or {}, bool(values.get("use_rslora")))
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise PSAError(f"{path}: its {_METADATA} cannot be read; the file is damaged, download it again") from error
+def _settings(file: _File, header: Header, found: Mapping[Place, Any]) -> dict[str, Settings]:
+    """Model -> what peft's configuration says of it, beside the file or in its metadata."""
+    models = {place.model for place in found}
+    if file.config is not None:
+        where = f"{file.path.parent / PEFT_CONFIG}"
+        return dict.fromkeys(models, read_settings(file.config, where))
+    if _METADATA not in header.metadata:
+        return {}
+    where = f"{file.path}: its {_METADATA}"
+    values = parse_json(header.metadata[_METADATA], where, limit=MAX_HEADER)
+    by_model: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        model, _, key = name.rpartition(".") if "." in name else ("unet", "", name)
+        if by_model.setdefault(model, {}).setdefault(key, value) is not value:
+            raise PSAError(f"{where}: say {key} twice, with unet. and without; delete one of them")
+    return {model: read_settings(by_model[model], where) for model in models if model in by_model}
+
+
+def _alpha(path: Path, name: str, entry: Entry) -> float:
+    """A scalar; kohya's scripts write whole numbers, too."""
+    if math.prod(entry.shape) != 1:
+        raise PSAError(f"{path}: {name} has shape {entry.shape}, but alpha is one number; get the file again")
+    if entry.dtype in _WHOLE_NUMBERS:
+        return float(np.fromfile(path, _WHOLE_NUMBERS[entry.dtype], 1, offset=entry.start).item())
+    return float(read_float32(path, name, entry).item())

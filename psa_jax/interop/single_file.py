@@ -153,6 +153,24 @@ def unet_name(name: str, layers_per_block: int) -> str:
     return name
 
 
+def ldm_layer(flat: str, layers_per_block: int) -> str:
+    """diffusers' name of a UNet layer from that in the original code with underscores for dots (`input_blocks_1_1_…`).
+
+    Inside a transformer, where both have one name, underscores stay.
+    """
+    if flat in _FLAT_UNET:
+        dotted = _FLAT_UNET[flat]
+    elif match := re.match(r"(input_blocks|output_blocks)_(\d+)_(\d+)_(.+)|(middle_block)_(\d+)_(.+)", flat):
+        *numbers, rest = (part for part in match.groups() if part is not None)
+        dotted = ".".join([*numbers, _FLAT_RESNET.get(rest, rest)])
+    else:
+        return flat
+    return unet_name(f"{dotted}.weight", layers_per_block).removesuffix(".weight")
+
+
+_FLAT_UNET, _FLAT_RESNET = ({old.replace(".", "_"): old for old in table} for table in (_UNET, _RESNET))
+
+
 def vae_name(name: str, blocks: int) -> str:
     """diffusers' name of a VAE tensor; the decoder's resolutions are numbered from the other end there."""
     side, _, rest = name.partition(".")

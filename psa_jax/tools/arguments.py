@@ -167,7 +167,12 @@ def generate(parser: ArgumentParser) -> None:
     model.add_argument("--variant", help="weight files of a folder to read, such as fp16")
     model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
     model.add_argument("--vae", type=Path, metavar="DIR", help="another VAE: folder or .safetensors")
-    model.add_argument("--lora", type=Path, metavar="FILE", help="LoRA of the UNet in diffusers' format")
+    model.add_argument(
+        "--lora",
+        type=Path,
+        metavar="PATH",
+        help="LoRA of UNet and text encoders: kohya's or diffusers' file, or peft's folder",
+    )
     model.add_argument("--lora-scale", type=float, default=1.0, help="its strength (default: 1)")
     model.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer files, for a .safetensors checkpoint")
     model.add_argument(

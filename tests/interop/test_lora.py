@@ -152,16 +152,22 @@ def rename(old, new):
         (lambda t: t.pop(f"unet.{MODULE}.lora_A.weight"), f"{MODULE} has no lora_A tensor"),
         (lambda t: t.pop(f"unet.{MODULE}.lora_B.weight"), f"{MODULE} has no lora_B tensor"),
         (lambda t: t.update({f"unet.{MODULE}.alpha": torch.tensor(1.0)}), "alpha is ambiguous"),
-        (lambda t: t.update({f"unet.{MODULE}.lora_magnitude_vector": torch.ones(3)}), "is no tensor of a LoRA"),
+        (
+            lambda t: t.update({f"unet.{MODULE}.lora_magnitude_vector": torch.ones(3)}),
+            "lora_magnitude_vector is of DoRA",
+        ),
         (lambda t: t.update({f"unet.{MODULE}.lora.down.weight": torch.ones(3, 32)}), "are the same parameter"),
         (lambda t: t.update({f"unet.{MODULE}.lora_B.weight": torch.ones(32, 2)}), "do not multiply"),
         (lambda t: t.update({f"unet.{MODULE}.lora_B.weight": torch.ones(9, RANK)}), "is for another base model"),
         (
             lambda t: [t.update({f"unet.other.lora_{x}.weight": torch.ones(1, 1)}) for x in "AB"],
-            "other.weight is not a weight of the UNet",
+            "other is no layer of the unet here",
         ),
-        (lambda t: t.update({"lora_unet_mid_block_to_q.alpha": torch.ones(1)}), "of the kohya format; convert"),
-        (lambda t: t.update({"text_encoder.layers.0.lora_A.weight": torch.ones(1)}), "changes a text encoder"),
+        (
+            lambda t: t.update({"lora_unet_mid_block_to_q.alpha": torch.ones(1)}),
+            "mid_block_to_q is no layer of the unet",
+        ),
+        (lambda t: t.update({"text_encoder.layers.0.lora_A.weight": torch.ones(1)}), "changes text_encoder, and"),
         (lambda t: t.clear(), "holds no tensors"),
     ],
 )
@@ -183,7 +189,10 @@ def test_pickles_and_unsupported_settings_are_refused(sd1, pairs, tmp_path):
     with pytest.raises(PSAError, match="weights not found"):
         merge_lora(unet, tmp_path)
     path = tmp_path / "lora.safetensors"
-    for about, words in (('{"unet.use_dora": true}', "use_dora = True is not supported"), ("[", "cannot be read")):
+    for about, words in (
+        ('{"unet.use_dora": true}', "use_dora = True is not supported"),
+        ("[", "lora_adapter_metadata: not valid JSON"),
+    ):
         save_file(tensors_of(pairs, "peft"), path, {"lora_adapter_metadata": about})
         with pytest.raises(PSAError, match=words):
             merge_lora(unet, path)
