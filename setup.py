@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # Read, not imported: the package's dependencies are not there yet.
@@ -25,7 +26,21 @@ TEST = [
 ]
 DEV = [*TEST, "ruff>=0.12,<1"]
 
+
+class WithConfigs(build_py):
+    """A wheel carries the clone's `configs/` as `psa_jax/configs/`; an editable install reads the clone's own."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for path in sorted((ROOT / "configs").glob("*.py")):
+                target = Path(self.build_lib) / "psa_jax" / "configs" / path.name
+                self.mkpath(str(target.parent))
+                self.copy_file(str(path), str(target))
+
+
 setup(
+    cmdclass={"build_py": WithConfigs},
     name="psa_jax",
     version=VERSION,
     description="Personalized safety alignment of text-to-image diffusion models, in JAX",

@@ -10,6 +10,7 @@ from psa_jax.profiles.encoders import get_encoder
 PROMPTS = ["a cat", "cat on a cat"]
 IDS = ["0000002", "0000005"]
 CALL = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"}
+STEPS = {"num_inference_steps": 2}
 ENCODER = get_encoder("features")
 
 

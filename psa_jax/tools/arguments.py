@@ -3,7 +3,10 @@
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
+_PACKAGE = Path(__file__).parents[1]
+# In a wheel they are in the package (setup.py puts them there), in a clone beside it.
+CONFIGS = next(f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir() or f.parent != _PACKAGE)
+TINY = CONFIGS / "tiny.py"
 
 
 def population(parser: ArgumentParser) -> None:

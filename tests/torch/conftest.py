@@ -1,6 +1,8 @@
 """A pipeline, its adapters and a table."""
 
 import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
 from torch_adapters import random_adapter
 from torch_runtime import ENCODER, open_pipeline
 
@@ -8,6 +10,7 @@ from psa_jax.interop.native import save_adapter
 from psa_jax.models.adapter_config import KINDS, AdapterConfig
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.torch.processors import cross_attentions
 
 
 @pytest.fixture
@@ -34,3 +37,23 @@ def files(small_pipeline, tmp_path_factory):
         config = AdapterConfig.for_unet(unet, user_dim=ENCODER.dim, kind=kind)
         save_adapter(random_adapter(config), folder / f"{kind}.safetensors", about)
     return {kind: folder / f"{kind}.safetensors" for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Layers are so small that threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def models(sd1, sdxl, files, tmp_path_factory):
+    """Family -> a pipeline to copy, and its adapter file."""
+    folder, pipe = tmp_path_factory.mktemp("xl"), open_pipeline(sdxl[0], StableDiffusionXLPipeline)
+    layers = tuple((a.inner_dim, a.heads) for a in cross_attentions(pipe.unet).values())
+    config = AdapterConfig("text", 4, ENCODER.dim, pipe.unet.config.cross_attention_dim, layers)
+    save_adapter(random_adapter(config), folder / "a.safetensors", {"family": "sdxl"})
+    sd = open_pipeline(sd1[0])
+    return {"text": (sd, files["text"]), "prompt": (sd, files["prompt"]), "sdxl": (pipe, folder / "a.safetensors")}

@@ -7,53 +7,31 @@ import copy
 import types
 
 import accelerate
-import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionXLPipeline,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch_adapters import random_adapter
 from torch_models import randomise, tensor
-from torch_runtime import CALL, ENCODER, IDS, difference, draw, latents, open_pipeline
+from torch_runtime import ENCODER, IDS, STEPS, difference, draw
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.ip_adapter import to_ip_adapter
-from psa_jax.interop.native import save_adapter, to_file
+from psa_jax.interop.native import to_file
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.torch import load_psa
-from psa_jax.torch.processors import UserProcessor, cross_attentions
+from psa_jax.torch.processors import cross_attentions
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own switches
-
-STEPS = {"num_inference_steps": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Layers are so small that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def models(sd1, sdxl, files, tmp_path_factory):
-    """Family -> a pipeline to copy, and its adapter file."""
-    folder, pipe = tmp_path_factory.mktemp("xl"), open_pipeline(sdxl[0], StableDiffusionXLPipeline)
-    layers = tuple((a.inner_dim, a.heads) for a in cross_attentions(pipe.unet).values())
-    config = AdapterConfig("text", 4, ENCODER.dim, pipe.unet.config.cross_attention_dim, layers)
-    save_adapter(random_adapter(config), folder / "a.safetensors", {"family": "sdxl"})
-    sd = open_pipeline(sd1[0])
-    return {"text": (sd, files["text"]), "prompt": (sd, files["prompt"]), "sdxl": (pipe, folder / "a.safetensors")}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of diffusers about its own switches
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 # --- the changes; each takes the pipeline, and a folder to write to
@@ -454,166 +432,3 @@ def test_callbacks_that_leave_the_text_alone(models, table, kind):
     drawn = draw(psa, user=IDS, callback_on_step_end=lambda pipe, step, t, values: seen.append(step) or {})
     assert seen == [0, 1, 2]
     assert difference(drawn, draw(psa, user=IDS)) == 0
-
-
-# --- pipelines that share a UNet
-
-
-def image_to_image(pipe, user=None, psa=None) -> np.ndarray:
-    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    call = dict(strength=0.9, num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="np")
-    return (pipe("a cat", image, **call) if psa is None else psa("a cat", image, user=user, **call)).images
-
-
-@pytest.mark.parametrize("kind", ["text", "prompt"])
-def test_a_pipeline_of_the_same_parts(models, table, kind):
-    model, path = models[kind]
-    pipe = copy.deepcopy(model)
-    alone = StableDiffusionImg2ImgPipeline(**copy.deepcopy(pipe).components, requires_safety_checker=False)
-    expected = image_to_image(None, IDS[0], load_psa(alone, path, table=table))
-
-    first = load_psa(pipe, path, table=table)
-    mine = draw(first, user=IDS)
-    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(PSAError, match="needs its own load_psa"):
-        image_to_image(other)
-    with pytest.raises(PSAError, match="needs its own load_psa"), first.applied(IDS[0]):
-        image_to_image(other)
-    second = load_psa(other, path, table=table)
-    assert difference(image_to_image(None, IDS[0], second), expected) <= 1e-5
-    with first.applied(IDS):
-        with pytest.raises(PSAError, match="drawing for another user"):
-            image_to_image(None, IDS[1], second)
-        assert difference(draw(pipe), mine) == 0
-    first.unload()
-    assert difference(image_to_image(None, IDS[0], second), expected) <= 1e-5
-    with pytest.raises(PSAError, match="taken out by unload"):
-        draw(first, user=IDS)
-    with pytest.raises(PSAError, match="needs its own load_psa"):
-        draw(pipe)
-    assert difference(draw(load_psa(pipe, path, table=table), user=IDS), mine) == 0
-    pipe.psa.unload()
-    second.unload()
-    assert difference(draw(pipe), draw(model)) == 0
-
-
-def test_applied_around_another_pipeline(models, table):
-    model, path = models["text"]
-    psa, stranger = load_psa(copy.deepcopy(model), path, table=table), copy.deepcopy(model)
-    with pytest.raises(PSAError, match="this pipeline drew nothing"), psa.applied(IDS):
-        draw(stranger)
-
-
-def test_unload_twice_and_what_others_put_there(models, table):
-    model, path = models["text"]
-    pipe = copy.deepcopy(model)
-    psa = load_psa(pipe, path, table=table)
-    pipe.enable_attention_slicing()
-    slicing = dict(pipe.unet.attn_processors)
-    psa.unload()
-    psa.unload()
-    assert dict(pipe.unet.attn_processors) == slicing
-    assert not any(isinstance(p, UserProcessor) for p in slicing.values())
-    assert difference(draw(pipe, **STEPS), draw(model, **STEPS)) <= 1e-5
-    assert "encode_prompt" not in vars(pipe)
-    assert not hasattr(pipe.unet, "psa")
-
-
-def test_an_encode_prompt_of_the_users_own_comes_back(models, table):
-    model, path = models["text"]
-    pipe, calls = copy.deepcopy(model), []
-    stock = pipe.encode_prompt
-
-    def encode_prompt(
-        prompt,
-        device,
-        num_images_per_prompt,
-        do_classifier_free_guidance,
-        negative_prompt=None,
-        prompt_embeds=None,
-        negative_prompt_embeds=None,
-        **kwargs,
-    ):
-        calls.append(prompt)
-        return stock(
-            prompt,
-            device,
-            num_images_per_prompt,
-            do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            **kwargs,
-        )
-
-    pipe.encode_prompt = encode_prompt
-    psa = load_psa(pipe, path, table=table)
-    expected = draw(load_psa(copy.deepcopy(model), path, table=table), user=IDS, **STEPS)
-    assert difference(draw(psa, user=IDS, **STEPS), expected) == 0
-    assert len(calls) == 1
-    psa.unload()
-    assert pipe.encode_prompt is encode_prompt
-
-
-def test_a_copied_pipeline_stands_alone(models, table):
-    model, path = models["text"]
-    psa = load_psa(copy.deepcopy(model), path, table=table)
-    expected = draw(psa, user=IDS, **STEPS)
-    twin = copy.deepcopy(psa.pipe)
-    assert difference(draw(twin.psa, user=IDS, **STEPS), expected) == 0
-    twin.psa.unload()
-    assert difference(draw(twin, **STEPS), draw(model, **STEPS)) == 0
-    assert difference(draw(psa, user=IDS, **STEPS), expected) == 0
-
-
-# --- prompts given as states
-
-
-@pytest.mark.parametrize("unconditional", ["off", "zeros", "same"])
-@pytest.mark.parametrize("kind", ["text", "prompt"])
-def test_states_of_encode_prompt_are_adapted_once(models, table, kind, unconditional):
-    model, path = models[kind]
-    pipe = copy.deepcopy(model)
-    base = pipe.encode_prompt(["a cat", "cat on a cat"], "cpu", 1, True)
-    psa = load_psa(pipe, path, table=table)
-    expected = draw(psa, user=IDS, unconditional=unconditional)
-    with psa.applied(IDS, unconditional=unconditional):
-        states, negative = pipe.encode_prompt(["a cat", "cat on a cat"], "cpu", 1, True)
-        for _ in range(2):
-            given = pipe(latents=latents(), prompt_embeds=states, negative_prompt_embeds=negative, **CALL).images
-            assert difference(given, expected) <= 1e-5
-    for options in ({"prompt_embeds": base[0], "negative_prompt_embeds": base[1]}, {"prompt_embeds": base[0]}):
-        given = psa(latents=latents(), user=IDS, unconditional=unconditional, **options, **CALL).images
-        assert difference(given, expected) <= 1e-5
-
-
-def test_adapted_states_beside_others(models, table):
-    model, path = models["prompt"]
-    psa = load_psa(copy.deepcopy(model), path, table=table)
-    with psa.applied(IDS[0]):
-        states, _ = psa.pipe.encode_prompt(["a cat", "cat on a cat"], "cpu", 1, True)
-        with pytest.raises(PSAError, match="prompt_embeds has rows that the adapter is in already"):
-            psa.pipe(prompt_embeds=torch.cat([states[:1], states[:1] + 1]), num_inference_steps=1)
-
-
-# --- pipelines that are refused
-
-
-def test_pipelines_with_more_than_two_sides_of_guidance(models, table):
-    model, path = models["text"]
-    pag = diffusers.StableDiffusionPAGPipeline.from_pipe(copy.deepcopy(model), pag_applied_layers=["mid"])
-    with pytest.raises(PSAError, match="the UNet draws 3 pictures"):
-        load_psa(pag, path, table=table)("a cat", user=IDS[0], num_inference_steps=1)
-    with pytest.raises(PSAError, match="is no pipeline of Stable Diffusion|is not that of Stable Diffusion"):
-        load_psa(diffusers.StableDiffusionInstructPix2PixPipeline.from_pipe(copy.deepcopy(model)), path)
-
-
-def test_no_cpu_offload_without_an_accelerator(models, table):
-    """diffusers' own error, in one line of its own."""
-    if torch.accelerator.is_available():
-        pytest.skip("there is one")
-    model, path = models["text"]
-    psa = load_psa(copy.deepcopy(model), path, table=table)
-    for switch in (psa.pipe.enable_model_cpu_offload, psa.pipe.enable_sequential_cpu_offload):
-        with pytest.raises(RuntimeError, match="requires accelerator"):
-            switch()
