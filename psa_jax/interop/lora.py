@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.lora_names import PEFT_PREFIX, Layers, Place, split_name
+from psa_jax.interop.lora_names import MODEL_PREFIXES, PEFT_PREFIX, Layers, Place, split_name
 from psa_jax.interop.lora_settings import Settings, read_settings
 from psa_jax.interop.parts import MODELS
 from psa_jax.interop.weights import Index, Tensor, Tensors, shown
@@ -185,6 +185,10 @@ def _placed(file: _File, header: Header, layers: Layers) -> dict[Place, dict[str
         model = model or _model_of(file, header, named, layers)
     elif stray := {name for name in named if name.startswith(PEFT_PREFIX)}:
         raise PSAError(f"{path}: {shown(stray)} is of peft, whose {PEFT_CONFIG} holds alpha; put that file beside it")
+    bare = {name for name in named if not name.startswith(MODEL_PREFIXES)}
+    if file.config is None and bare and len(bare) < len(named):
+        # diffusers drops those without a word.
+        raise PSAError(f"{path}: {shown(bare)} does not say its model, as others of the file do; get the file again")
     found: dict[Place, dict[str, tuple[str, Entry]]] = {}
     for name, (layer, part) in named.items():
         place = layers.place(layer, model)

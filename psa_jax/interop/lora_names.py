@@ -60,6 +60,7 @@ _KOHYA = {
     "lora_te2_": "text_encoder_2",
 }
 _DOTTED = {f"{model}.": model for model in ("unet", "text_encoder", "text_encoder_2")}
+MODEL_PREFIXES = (*_KOHYA, *_DOTTED)
 # Attention layers under the names that diffusers gave them before 0.22, in the two kinds of model.
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}

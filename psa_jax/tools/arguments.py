@@ -5,7 +5,8 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel they are in the package (setup.py puts them there), in a clone beside it.
-CONFIGS = next(f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir() or f.parent != _PACKAGE)
+_INSTALLED = _PACKAGE / "configs"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 TINY = CONFIGS / "tiny.py"
 
 

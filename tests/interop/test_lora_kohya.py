@@ -142,7 +142,7 @@ LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
             {"lora_te2_text_projection.alpha": torch.tensor(1.0)},
             "changes text_encoder_2, and there is only text_encoder and unet here",
         ),
-        ({"lora_te3_x.alpha": torch.tensor(1.0)}, "is no layer of the unet here"),
+        ({"lora_te3_x.alpha": torch.tensor(1.0)}, "lora_te3_x.alpha does not say its model, as others of the file do"),
         ({".alpha": torch.tensor(1.0)}, "is no tensor of a LoRA"),
     ],
 )
