@@ -42,9 +42,13 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
+
+
 def _hush_orbax() -> None:
-    """Orbax raises what goes wrong; before that, each of its threads shows it with a traceback."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Orbax raises what goes wrong; before that, each of its threads shows it with a traceback. Warnings stay."""
+    logging.getLogger("absl").addFilter(_has_no_traceback)
     show = sys.unraisablehook
 
     def hook(found: Any) -> None:

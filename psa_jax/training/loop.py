@@ -184,6 +184,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         )
         clock, peak = StepClock(config.batch_size), peak_flops()
         running: list[tuple[int, Metrics, np.ndarray]] = []
+        verified = False
 
         def finish(ahead: int) -> None:
             """Waits until the device has no more than `ahead` steps to do, and looks at what it has done."""
@@ -224,6 +225,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
                 with clock.excluded():
                     writer.sync()
                     checkpoints.save(done, state, iterator, accuracy)
+                    if not verified or stopping or done == end:  # the first of a run, and what is said to be there
+                        checkpoints.verify()
+                        verified = True
             if config.sample_every and (done % config.sample_every == 0 or last):
                 with clock.excluded():
                     params = _whole(state.exported, mesh)
