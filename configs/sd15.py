@@ -10,7 +10,7 @@ MODEL_DIR is a folder of SD1.x in diffusers' layout, USERS.csv lists the users o
 --config=configs/sd15.py:paper repeats the published adapter and recipe: 192 pairs a step, AdamW with weight decay 1e-2,
 learning rate 5e-6 constant after 500 warm-up steps, 5,000 steps, β 5000, no anchor, text dropout 0.2, clipping at 1.0.
 Only timesteps are drawn otherwise: spread evenly over each batch. Users were embedded by Qwen2.5-7B there:
-psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=table.safetensors
+psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=qwen.safetensors
 --config=configs/sd15.py:smoke is three steps of one pair.
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;

@@ -10,7 +10,7 @@ MODEL_DIR is a folder of SDXL base in diffusers' layout, USERS.csv lists the use
 --config=configs/sdxl.py:paper repeats the published adapter and recipe: 128 pairs a step, Adafactor with weight decay
 1e-2, learning rate 5e-6 constant after 500 warm-up steps, 5,000 steps, β 5000, no anchor, text dropout 0.2, clipping at
 1.0. Only timesteps are drawn otherwise: spread evenly over each batch. Users were embedded by Qwen2.5-7B there:
-psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=table.safetensors
+psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=qwen.safetensors
 --config=configs/sdxl.py:smoke is three steps of one pair.
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;

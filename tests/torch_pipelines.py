@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -13,6 +16,8 @@ from diffusers import (
 )
 from torch_models import randomise, small_tokenizer, torch_clip
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from psa_jax.diffusion.samplers import step_noise
 
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -94,3 +99,14 @@ def state_dicts(pipeline) -> dict[str, dict[str, torch.Tensor]]:
     return {
         name: module.state_dict() for name, module in pipeline.components.items() if isinstance(module, torch.nn.Module)
     }
+
+
+def torch_noise(seeds: list[int]):
+    """diffusers' `randn_tensor`, giving call by call the noise that the generator here draws for these seeds."""
+    keys, calls = jnp.stack([jax.random.key(seed) for seed in seeds]), iter(range(1000))
+
+    def draw(shape, **_):
+        noise = step_noise(keys, jnp.int32(next(calls)), (shape[2], shape[3], shape[1]))
+        return torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2)
+
+    return draw

@@ -23,6 +23,9 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 def run_theirs(monkeypatch, scheduler, steps: int, noise, outputs, fresh, eta: float = 0.0):
     """(timesteps, first standard deviation, model inputs, latents after every call), driven as a pipeline does."""
     scheduler.set_timesteps(steps)
+    if scheduler.config.get("solver_order") == 3 and hasattr(scheduler, "sigmas"):
+        # It divides by distances of λ twice: in float32 their rounding, 1e-7 of λ, is 1e-3 of the result at 50 steps.
+        scheduler.sigmas = scheduler.sigmas.double()
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it starts at the second of two equal timesteps
     count = len(scheduler.timesteps)
@@ -57,7 +60,7 @@ def assert_close(ours, theirs, largest: float) -> None:
 
 
 def assert_same(monkeypatch, sampler: Sampler, scheduler, steps: int, eta: float = 0.0) -> None:
-    noise, outputs, fresh = normal(*SHAPE, seed=0), normal(52, *SHAPE, seed=1), normal(52, *SHAPE, seed=2)
+    noise, outputs, fresh = normal(*SHAPE, seed=0), normal(60, *SHAPE, seed=1), normal(60, *SHAPE, seed=2)
     timesteps, deviation, inputs, after = run_theirs(monkeypatch, scheduler, steps, noise, outputs, fresh, eta)
     np.testing.assert_allclose(sampler.timesteps, timesteps, rtol=0, atol=1e-4)
     assert sampler.calls == len(timesteps)

@@ -22,6 +22,7 @@ from PIL import Image
 from psa_jax.data import mini_glyphs as glyphs
 from psa_jax.data import mini_scenery as scenery
 from psa_jax.errors import PSAError
+from psa_jax.profiles.files import write_private
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
@@ -271,7 +272,7 @@ def split_sizes(users: int) -> dict[str, int]:
 
 
 def draw_mini(out: Path, users: int, seed: int) -> dict[str, int]:
-    """Writes SAGE-mini in SAGE's layout: a folder a split with metadata.jsonl and its pictures.
+    """Writes SAGE-mini in SAGE's layout: a folder a split with metadata.jsonl (profiles: mode 0600) and its pictures.
 
     The users are the first rows of the population; `seed` draws their concepts, scenes and captions.
     The same arguments give the same bytes. The folder appears complete or not at all.
@@ -307,6 +308,7 @@ def draw_mini(out: Path, users: int, seed: int) -> dict[str, int]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
             whole = Path(scratch) / "sage"
+            whole.mkdir(mode=0o700)
             counts = {split: _write_split(whole / split, split, members[split], seed) for split in SPLITS}
             os.rename(whole, out)  # atomic: same file system; replaces an empty folder
     except OSError as error:
@@ -325,8 +327,7 @@ def _write_split(folder: Path, split: str, profiles: Sequence[UserProfile], seed
             family = [concept for concept in CONCEPTS if concept.category == category]
             for choice in sorted(rng.choice(len(family), CONCEPTS_PER_CATEGORY, replace=False)):
                 rows += _write_pair(folder, split, profile, family[int(choice)], len(rows) // 2, rng)
-    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    write_private(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     return len(rows)
 
 

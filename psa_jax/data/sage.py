@@ -3,8 +3,11 @@
 Errors name files, lines, ids and fields, never a value of a profile.
 """
 
+import codecs
 import os
 import re
+import shlex
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +125,7 @@ class Row(NamedTuple):
     Args:
       line: its number, from 1.
       record: what it says; None if it cannot be read.
-      pictures: names of those of its pictures that are there.
+      pictures: names of those of its pictures that are there, as the folder spells them.
       problems: what does not hold; empty if all is well.
     """
 
@@ -170,6 +173,8 @@ def _read_row(text: str) -> SageRecord:
     for field in _FIELDS[:-1]:
         if not isinstance(row[field], str):
             raise RowError("schema", f"{field} is of type {type(row[field]).__name__}; it must be text")
+    # One spelling of letters with marks: what went through macOS may have the marks apart.
+    row |= {field: unicodedata.normalize("NFC", row[field]) for field in ("file_name", "chosen", "rejected")}
     if not row["caption"].strip():
         raise RowError("values", "caption is empty; give the prompt")
     if _SURROGATE.search(row["caption"]):
@@ -293,18 +298,20 @@ def read_split(root: Path, split: str) -> list[SageRecord]:
 def split_lines(root: Path, split: str) -> list[bytes]:
     """Lines of `root/split/metadata.jsonl`. Only a line feed ends one: JSON strings may hold every other separator.
 
+    A byte-order mark in front and empty lines at the end, which editors leave, are none.
+
     Raises:
       PSAError: missing, unreadable, empty, or a link that leads out of `root`.
     """
     path = split_folder(root, split) / METADATA
     if not _is_inside(path, root):
-        raise PSAError(f"{path}: a link that leads out of {root}; copy the file there instead")
+        raise PSAError(f"{path}: {_leads_out(root)}")
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise PSAError(f"{path}: cannot be read ({error.strerror}); give a folder in SAGE's layout") from error
-    if not lines[-1]:
-        lines.pop()  # the end of the last line, not a line
+    while lines and not lines[-1].strip():
+        lines.pop()
     if not lines:
         raise PSAError(f"{path}: no rows in it; give a split with data")
     return lines
@@ -328,9 +335,10 @@ def scan_lines(root: Path, split: str, lines: Iterable[bytes]) -> Iterator[Row]:
         except RowError as error:
             problems.append(error)
         for name in (record.chosen, record.rejected):
+            entry = next((images[spelt] for spelt in _spellings(name) if spelt in images), None)
             try:
-                _check_entry(images.get(name), name, root)
-                pictures.append(name)
+                _check_entry(entry, name, root)
+                pictures.append(entry.name)
             except RowError as error:
                 problems.append(error)
         if line_of.setdefault(record.file_name, number) != number:
@@ -351,7 +359,7 @@ def split_folder(root: Path, split: str) -> Path:
     if not folder.is_dir():
         raise PSAError(f"{folder}: no such folder; give a folder in SAGE's layout ({', '.join(SPLITS)})")
     if not _is_inside(folder, root):
-        raise PSAError(f"{folder}: a link that leads out of {root}; copy the data there instead")
+        raise PSAError(f"{folder}: {_leads_out(root)}")
     return folder
 
 
@@ -362,9 +370,10 @@ def image_path(root: Path, split: str, name: str) -> Path:
       PSAError: the name holds a path, or the file is missing or lies outside `root`.
     """
     _check_plain(name, "picture")
-    path = split_folder(root, split) / name
+    folder = split_folder(root, split)
+    path = next((folder / spelt for spelt in _spellings(name) if os.path.lexists(folder / spelt)), folder / name)
     if not _is_inside(path, root):
-        raise PSAError(f"{path}: a link that leads out of {root}; copy the picture there instead")
+        raise PSAError(f"{path}: {_leads_out(root)}")
     if not path.is_file():
         raise PSAError(f"{path}: picture is missing; restore it or remove its rows")
     return Path(os.path.realpath(path))
@@ -381,12 +390,40 @@ def _check_entry(entry: os.DirEntry | None, name: str, root: Path) -> None:
     if entry is None:
         raise RowError("pictures", f"picture {name} is missing; restore it or remove its rows")
     if entry.is_symlink() and not _is_inside(Path(entry.path), root):
-        raise RowError("pictures", f"picture {name} is a link that leads out of the folder; copy the picture there")
+        raise RowError("pictures", f"picture {name} is {_leads_out()}")
     # A DirEntry raises where a link leads to itself; for anything else it need not look at the disk again.
     if not (Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()):
         raise RowError("pictures", f"picture {name} is not a file; restore it")
 
 
+def _spellings(name: str) -> dict[str, None]:
+    """The name as given, with its marks in its letters, and with them apart, as macOS writes names."""
+    return dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
+
+
 def _is_inside(path: Path, root: Path) -> bool:
-    """Whether `path`, all links followed, lies under `root`. (`Path.resolve` raises where a link leads to itself.)"""
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    """Whether `path`, all links followed, lies under `root` or is a file of the hub's cache that belongs to it.
+
+    (`Path.resolve` raises where a link leads to itself.)
+    """
+    real, inside = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    return real.is_relative_to(inside) or real.parent == _blobs(inside)
+
+
+def _blobs(inside: Path) -> Path | None:
+    """Where the hub's cache keeps the files of the snapshot that `inside` is, or is a folder of.
+
+    The cache is `<kind>s--<owner>--<name>/snapshots/<revision>/…`, all links into `blobs` beside `snapshots`. What is
+    in there is of the same repository; that `blobs` itself leads nowhere else is looked at.
+    """
+    for snapshots in inside.parents:
+        if snapshots.name == "snapshots" and re.fullmatch("(datasets|models|spaces)--.+", snapshots.parent.name):
+            blobs = snapshots.parent / "blobs"
+            return blobs if Path(os.path.realpath(blobs)) == blobs else None
+    return None
+
+
+def _leads_out(root: Path | None = None) -> str:
+    """Ends a sentence about a link. The advice holds for any number of them; what is stored names no place."""
+    copy = f"cp -rL {'FOLDER' if root is None else shlex.quote(str(root))} NEW"
+    return f"a link that leads out of the folder; copy the folder with what its links lead to: {copy}"

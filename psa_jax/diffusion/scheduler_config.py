@@ -84,9 +84,24 @@ def sampler_name(config: Mapping[str, Any], where: str = "scheduler_config.json"
     for name, (scheduler, _) in SAMPLERS.items():
         if wanted == scheduler:
             return name
-    able = [name for name in SAMPLERS if not _refusal(_config_for(config, name), name, where)]
-    way_out = f"choose a sampler: {', '.join(able)}" if able else "no sampler can take its place"
-    raise PSAError(f"{where}: the scheduler {wanted!r} is not supported; {way_out}")
+    raise PSAError(f"{where}: the scheduler {wanted!r} is not supported; {_way_out(config, where)}")
+
+
+def _way_out(config: Mapping[str, Any], where: str) -> str:
+    given = {name: _config_for(config, name) for name in SAMPLERS}
+    able = [name for name in SAMPLERS if not _refusal(given[name], name, where) and _ends(given[name], name, where)]
+    return f"choose a sampler: {', '.join(able)}" if able else "no sampler can take its place"
+
+
+def _ends(config: Mapping[str, Any], name: str, where: str) -> bool:
+    """Whether a sampler has weights with these settings, whatever the steps: see `methods.ddim` and `methods.unipc`."""
+    values = read_keys(config, _keys(name), where)
+    if name == "ddim":
+        no_signal = config.get("rescale_betas_zero_snr") and values["timestep_spacing"] != "leading"
+        return not no_signal or config.get("prediction_type", "epsilon") != "epsilon"
+    if name == "unipc" and values["final_sigmas_type"] == "zero":
+        return values["solver_type"] == "bh2" and values["predict_x0"] and values["lower_order_final"]
+    return name != "unipc" or values["solver_order"] < 3 or values["lower_order_final"]
 
 
 def _config_for(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -131,8 +146,7 @@ def _refusals(config: Mapping[str, Any], name: str, where: str) -> Iterator[str]
     if not all(type(step) is int for step in values.get("disable_corrector", ())):
         yield f"{where}: disable_corrector must be a list of steps, not {config['disable_corrector']!r}"
     if config.get("prediction_type") == "sample" and name in ("euler-ancestral", "pndm"):
-        others = ", ".join(other for other in SAMPLERS if other not in ("euler-ancestral", "pndm"))
-        yield f"{where}: prediction_type 'sample' is not supported by {name}; use {others}"
+        yield f"{where}: prediction_type 'sample' is not supported by {name}"
 
 
 def sampler_from_config(
@@ -158,9 +172,9 @@ def sampler_from_config(
     if name is not None and name not in SAMPLERS:
         raise PSAError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     name = sampler_name(config, where) if name is None else name
-    config = _config_for(config, name)
+    folder, config = config, _config_for(config, name)
     if refusal := _refusal(config, name, where):
-        raise PSAError(refusal)
+        raise PSAError(f"{refusal}; {_way_out(folder, where)}")
     values, schedule = read_keys(config, _keys(name), where), NoiseSchedule.from_config(config, where)
     if karras and "use_karras_sigmas" not in values:
         able = ", ".join(other for other in SAMPLERS if "use_karras_sigmas" in _keys(other))

@@ -48,7 +48,7 @@ def read_folder(folder: Path) -> Described:
     listed = {name: _entry(folder, index, name, pipeline, *expected) for name, expected in classes.items()}
     files = {name: folder / name / "config.json" for name in names}
     configs = {name: read_config(name, file) for name, file in files.items()}
-    scheduler = _scheduler(read_scheduler(folder), listed["scheduler"])
+    scheduler = _scheduler(folder, listed["scheduler"])
     if pipeline == SD:
         configs["unet"] = _at_least_64(configs["unet"], files["unet"])
         scheduler = _corrected(scheduler)
@@ -92,8 +92,11 @@ def _entry(
     return entry[1]
 
 
-def _scheduler(config: dict[str, Any], class_name: str) -> dict[str, Any]:
-    defaults = config.pop("_use_default_values", None) or ()
+def _scheduler(folder: Path, class_name: str) -> dict[str, Any]:
+    config = read_scheduler(folder)
+    defaults = config.pop("_use_default_values", [])  # a live config's own bookkeeping: diffusers does not read these
+    if not isinstance(defaults, list):
+        raise PSAError(f"{folder}: scheduler: _use_default_values must be a list of keys, not {defaults!r}; remove it")
     return {key: value for key, value in config.items() if key not in defaults} | {"_class_name": class_name}
 
 

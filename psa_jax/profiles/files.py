@@ -30,6 +30,16 @@ def write_private(path: str | Path, content: bytes) -> None:
         raise PSAError(f"{path}: cannot be written ({error.strerror}); choose a file in an existing folder") from error
 
 
+def check_new(path: str | Path, advice: str = "give another name, or remove it first") -> None:
+    """Refuses to replace what is there: a name that was typed may be another file's.
+
+    Raises:
+      PSAError: something has that name, be it a link to nothing.
+    """
+    if os.path.lexists(path):
+        raise PSAError(f"{path}: exists already; {advice}")
+
+
 def read_bytes(path: str | Path) -> bytes:
     """Content of a file.
 

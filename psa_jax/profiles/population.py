@@ -113,6 +113,8 @@ def read_users_csv(path: str | Path) -> list[UserProfile]:
         text = read_bytes(path).decode("utf-8-sig")
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         rows = [(reader.line_num, row) for row in reader]
+        while rows and not any(cell.strip() for cell in rows[-1][1]):
+            rows.pop()  # empty lines at the end, which editors and spreadsheets leave
     except (UnicodeDecodeError, csv.Error) as error:
         raise PSAError(f"{path}: not a UTF-8 CSV file ({error})") from error
     if len(rows) < 2:

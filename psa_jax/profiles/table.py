@@ -125,18 +125,50 @@ class EmbeddingTable:
             raise PSAError("new embeddings hold NaN or infinity; check the encoder")
         return scaled
 
-    def without(self, user_id: str) -> "EmbeddingTable":
-        """The table without one user.
+    def without(self, *user_ids: str) -> "EmbeddingTable":
+        """The table without these users.
 
         Raises:
-          PSAError: the user is not in it, or is the only one.
+          PSAError: one is not in it, or none would be left.
         """
-        self.lookup([user_id])
-        if len(self.ids) == 1:
-            raise PSAError(f"embedding table: user {user_id} is the only one in it; delete the file")
-        row = self._rows[user_id]
-        ids = self.ids[:row] + self.ids[row + 1 :]
-        return replace(self, ids=ids, embeddings=np.delete(self.embeddings, row, axis=0))
+        for user_id in user_ids:
+            if user_id not in self._rows:
+                raise PSAError(f"user {user_id!r} is not in the embedding table: nothing is forgotten; check the ids")
+        kept = [row for row, user_id in enumerate(self.ids) if user_id not in user_ids]
+        if not kept:
+            raise PSAError("embedding table: no other user is in it; delete the file")
+        return replace(self, ids=[self.ids[row] for row in kept], embeddings=self.embeddings[kept])
+
+    def check_encoder(self, name: str, fingerprint: str) -> None:
+        """Refuses any other encoder than the one that made this table."""
+        if fingerprint != self.fingerprint:
+            raise PSAError(
+                f"the new users are encoded by {name} ({fingerprint}), those of the embedding table by {self.encoder} "
+                f"({self.fingerprint}); use its encoder and settings"
+            )
+
+    def joined(self, others: "EmbeddingTable", *, update: bool = False) -> "EmbeddingTable":
+        """The table with other users behind its own, brought to its scale.
+
+        Args:
+          others: raw, by the same encoder.
+          update: users of both get their embedding from `others`; without it they are an error.
+
+        Raises:
+          PSAError: another encoder or D, a standardised table of others, or a user of both.
+        """
+        self.check_encoder(others.encoder, others.fingerprint)
+        if others.mean is not None:
+            raise PSAError("the new users are standardised on their own; give their raw embeddings")
+        known = [user_id for user_id in others.ids if user_id in self._rows]
+        if known and not update:
+            raise PSAError(
+                f"{len(known)} of the new users are in the embedding table already, such as {known[0]}; leave them "
+                "out, or encode with --update to replace their embeddings"
+            )
+        rows = dict(zip(self.ids, self.embeddings, strict=True))
+        rows |= zip(others.ids, self.apply(others.embeddings), strict=True)
+        return replace(self, ids=list(rows), embeddings=np.stack(list(rows.values())))
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file (mode 0600, atomic); equal tables give equal bytes.

@@ -10,7 +10,7 @@ def population(parser: ArgumentParser) -> None:
     """Flags of `psa-jax population`."""
     parser.add_argument("--n", type=int, default=1000, help="number of users (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=2025, help="2025 gives the users released with SAGE (the default)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the users.csv to write (mode 0600)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new users.csv (mode 0600)")
 
 
 def encode(parser: ArgumentParser) -> None:
@@ -18,12 +18,24 @@ def encode(parser: ArgumentParser) -> None:
     parser.add_argument(
         "source", type=Path, metavar="USERS", help="users.csv, or a folder of <id>.npy; with --forget a table"
     )
-    parser.add_argument("--out", type=Path, metavar="TABLE", help="the embedding table to write (mode 0600)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="TABLE",
+        help="new embedding table (mode 0600); with --add an old one",
+    )
     parser.add_argument(
         "--encoder", default="features", choices=["features", "features-no-bans", "qwen"], help="default: features"
     )
     parser.add_argument("--standardise", action="store_true", help="every column to mean 0 and deviation 1, recorded")
-    parser.add_argument("--forget", metavar="ID", help="remove this user from the table USERS, and do nothing else")
+    parser.add_argument("--add", action="store_true", help="add users to the table that --out names, on its scale")
+    parser.add_argument("--update", action="store_true", help="as --add, and replace what it has of these users")
+    parser.add_argument(
+        "--forget",
+        metavar="ID",
+        action="append",
+        help="remove this user from the table USERS, and do nothing else; may be given several times",
+    )
     qwen = parser.add_argument_group("qwen")
     qwen.add_argument("--model", type=Path, metavar="DIR", help="Qwen2.5 folder in transformers' layout")
     qwen.add_argument("--pooling", default="mean", choices=["mean", "sum"], help="over the tokens (default: mean)")
@@ -38,7 +50,7 @@ def levels(parser: ArgumentParser) -> None:
     parser.add_argument("table", type=Path, metavar="TABLE", help="embedding table")
     parser.add_argument("--users", type=Path, required=True, metavar="FILE", help="the users.csv it was made from")
     parser.add_argument("--seed", type=int, default=0, help="of the clustering (default: 0)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for levels.json and levels.png")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for new levels.json and .png")
 
 
 def mini(parser: ArgumentParser) -> None:
@@ -51,8 +63,10 @@ def mini(parser: ArgumentParser) -> None:
 def check(parser: ArgumentParser) -> None:
     """Flags of `psa-jax check`."""
     parser.add_argument("sage_dir", type=Path, metavar="SAGE_DIR", help="folder in SAGE's layout")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report for programs (mode 0600)")
-    parser.add_argument("--quarantine", type=Path, metavar="FILE", help="bad rows (default: SAGE_DIR/quarantine.jsonl)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="new file for the report (mode 0600)")
+    parser.add_argument(
+        "--quarantine", type=Path, metavar="FILE", help="new file for bad rows (default: SAGE_DIR/quarantine.jsonl)"
+    )
     parser.add_argument("--users", type=Path, metavar="FILE", help="users.csv to compare with (default: the released)")
     parser.add_argument("--processes", type=int, metavar="N", help="processes that decode (default: one a core)")
     parser.add_argument(
@@ -93,7 +107,7 @@ def bench(parser: ArgumentParser) -> None:
         help="input: pairs a second of the input pipeline alone; step: a training step's seconds and peak memory; "
         "generate: a sampling step with an adapter over one without, in JAX and torch",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="new file for the result")
     parser.add_argument("--steps", type=int, default=15, help="step, generate: measured, each way (default: 15)")
     parser.add_argument(
         "--resolution", type=int, metavar="PX", help="input, step: of training (default: 512; step: the model's own)"

@@ -18,6 +18,7 @@ from psa_jax.data.pipeline import make_pipeline
 from psa_jax.data.sage import read_split
 from psa_jax.data.shards import Shards, open_shards
 from psa_jax.profiles.encoders import get_encoder
+from psa_jax.profiles.files import check_new
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.tools import bench_generate, bench_step
 
@@ -27,6 +28,8 @@ _TOKENS = 77
 
 def run(args: Namespace) -> int:
     """Runs the benchmark `args.what`."""
+    if args.json is not None:
+        check_new(args.json)  # before minutes of measuring
     return {"input": input_, "step": bench_step.run, "generate": bench_generate.run}[args.what](args)
 
 

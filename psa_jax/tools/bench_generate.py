@@ -123,7 +123,8 @@ def _torch_ways(config: UNetConfig, side: int, adapters: dict[str, Adapter]) -> 
         import torch
         from diffusers import UNet2DConditionModel
 
-        from psa_jax.torch.adapter import attach, cross_attentions, empty_adapter
+        from psa_jax.torch.adapter import empty_adapter
+        from psa_jax.torch.processors import attach, cross_attentions
     except ImportError as error:
         raise PSAError(f"psa-jax bench generate compares with torch ({error}); pip install 'psa_jax[torch]'") from error
 

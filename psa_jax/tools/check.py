@@ -1,5 +1,6 @@
 """`psa-jax check`: is a SAGE folder sound? A table, a quarantine of bad rows, and exit code 1 if there are any."""
 
+import contextlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from psa_jax.data.check import KINDS, SPLITS, Report, check_sage, quarantine
 from psa_jax.errors import PSAError
-from psa_jax.profiles.files import write_private
+from psa_jax.profiles.files import check_new, write_private
 from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.schema import CATEGORIES
 
@@ -26,8 +27,12 @@ def run(args: Namespace) -> int:
     if not args.sage_dir.is_dir():
         raise PSAError(f"{args.sage_dir}: no such folder; give a folder in SAGE's layout")
     store = args.quarantine or args.sage_dir / "quarantine.jsonl"
+    for path in filter(None, (args.quarantine, args.json)):
+        check_new(path)
     for path in filter(None, (store, args.json)):
         _check_writable(path)  # before an hour of decoding, not after
+    if store != args.quarantine:
+        _check_own(store)
     report = check_sage(
         args.sage_dir,
         users=read_users_csv(args.users) if args.users else None,
@@ -55,6 +60,14 @@ def _progress(items: Iterable[Any], name: str, count: int) -> Iterable[Any]:
 def _check_writable(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise PSAError(f"{path}: cannot be written; choose a file in an existing folder of yours")
+
+
+def _check_own(store: Path) -> None:
+    """The quarantine of an earlier check is renewed; another file of that name stays."""
+    with contextlib.suppress(FileNotFoundError), store.open("rb") as file:
+        first = file.readline(1 << 16)
+        if first and not first.startswith(b'{"file": "'):
+            raise PSAError(f"{store}: exists already and is no quarantine; give another with --quarantine")
 
 
 def _table(report: Report) -> str:

@@ -24,6 +24,7 @@ from psa_jax.interop.native import load_adapter
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import get_encoder
+from psa_jax.profiles.files import check_new
 from psa_jax.profiles.policy import banned_categories, is_banned
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
@@ -70,6 +71,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
     """
     if record is not None and not compare:
         raise PSAError("--record writes the runs that --compare makes; give both")
+    if record is not None:
+        check_new(record)
     start, recipe = time.perf_counter(), recipe_of(config)
     recorded = None if compare else read_recorded(RECORDED)
     if recorded is not None and recorded["recipe"] != recipe:

@@ -1,4 +1,4 @@
-"""`psa-jax encode`: users to an embedding table, and one user out of it again. The last line on stdout is JSON."""
+"""`psa-jax encode`: users to an embedding table, and out of it again. The last line on stdout is JSON."""
 
 import json
 from argparse import Namespace
@@ -8,27 +8,41 @@ import jax.numpy as jnp
 
 from psa_jax.errors import PSAError
 from psa_jax.profiles.encoders import Encoder, get_encoder
+from psa_jax.profiles.files import check_new
 from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.table import EmbeddingTable
 
 
 def run(args: Namespace) -> int:
-    """Writes a table from a users.csv or a folder of the torch original's .npy files, or forgets a user."""
+    """Writes a table from a users.csv or a folder of the torch original's .npy files, adds to one, or forgets users."""
     if args.forget is not None:
         return _forget(args)
     if args.out is None:
         raise PSAError("give --out FILE, the embedding table to write")
-    counts = {}
+    adding = args.add or args.update
+    if adding and args.standardise:
+        raise PSAError("--standardise is for a new table: users that are added get the scale that the table has")
+    if not adding:
+        check_new(args.out, "give another --out, or --add to add these users to that table")
+    before = EmbeddingTable.load(args.out) if adding else None
+    changed, replies = {}, {}
     if args.source.is_dir():
         table = EmbeddingTable.from_npy_folder(args.source)
     else:
         encoder = _encoder(args)
+        if before is not None:
+            before.check_encoder(encoder.name, encoder.fingerprint)  # before hours of encoding
         table = EmbeddingTable.from_profiles(read_users_csv(args.source), encoder)
-        counts = dict(getattr(encoder, "counts", {}))
-    table = table.standardised() if args.standardise else table
+        replies = dict(getattr(encoder, "counts", {}))
+    if before is not None:
+        new, table = len(table.ids), before.joined(table, update=args.update)
+        added = len(table.ids) - len(before.ids)
+        changed = {"added": added, "updated": new - added}
+    elif args.standardise:
+        table = table.standardised()
     table.save(args.out)
     about = {"out": str(args.out), "users": len(table.ids), "dim": table.dim, "encoder": table.fingerprint}
-    print(json.dumps(about | ({"replies": counts} if counts else {})))
+    print(json.dumps(about | changed | ({"replies": replies} if replies else {})))
     return 0
 
 
@@ -52,11 +66,12 @@ def _encoder(args: Namespace) -> Encoder:
 
 
 def _forget(args: Namespace) -> int:
-    """Rewrites the table without one user; nothing of the user stays in the file."""
+    """Rewrites the table without these users; nothing of them stays in the file."""
     path: Path = args.source
-    if args.out is not None:
-        raise PSAError("--forget changes the table itself: leave out --out")
-    table = EmbeddingTable.load(path).without(args.forget)
+    if args.out is not None or args.add or args.update or args.standardise:
+        raise PSAError("--forget changes the table itself: leave out --out, --add, --update and --standardise")
+    forgotten = list(dict.fromkeys(args.forget))
+    table = EmbeddingTable.load(path).without(*forgotten)
     table.save(path)
-    print(json.dumps({"out": str(path), "users": len(table.ids), "forgotten": 1}))
+    print(json.dumps({"out": str(path), "users": len(table.ids), "forgotten": forgotten}))
     return 0

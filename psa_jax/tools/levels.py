@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections import Counter
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.files import write_private
+from psa_jax.profiles.files import check_new, write_private
 from psa_jax.profiles.levels import CLUSTERS, Levels, find_levels, principal_axes
 from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.table import EmbeddingTable
@@ -14,6 +14,8 @@ from psa_jax.profiles.table import EmbeddingTable
 
 def run(args: Namespace) -> int:
     """Writes `levels.json` and `levels.png` (mode 0600); prints a table, and JSON in the last line."""
+    for name in ("levels.json", "levels.png"):
+        check_new(args.out / name, "give another --out, or remove it first")
     table = EmbeddingTable.load(args.table)
     levels = find_levels(table, read_users_csv(args.users), args.seed)
     counts = Counter(levels.level.tolist())

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psa_jax.errors import PSAError
 from psa_jax.models.adapter_config import AdapterConfig
 
 
@@ -110,60 +109,6 @@ def _answer(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor
     if "to_k_user" not in layer:
         return value
     return attend(layer["to_q_user"](text), layer["to_k_user"](z), value, heads)
-
-
-class UserProcessor:
-    """Attention processor of diffusers for one cross-attention with a user.
-
-    A plain object: an nn.Module would become part of the UNet, and of what `save_pretrained` writes. `context` is set
-    for a call and taken away after it. A tensor that is read from an attribute is an input of a compiled graph, so
-    another user compiles nothing again.
-    """
-
-    def __init__(self):
-        self.context: Context | None = None
-        self.unprotected = False
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
-        context = self.context
-        if context is None:
-            if not self.unprotected:
-                raise PSAError("no user was given: call psa(prompt, user=...) and not the pipeline itself")
-            context = Context()
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        batch = hidden_states.shape[0]
-        for added in (context.text_value, context.value):
-            if added is not None and added.shape[0] != batch:
-                raise PSAError(
-                    f"the UNet draws {batch} pictures (both sides of guidance counted), users were given for "
-                    f"{added.shape[0]}; do not change the batch or the guidance during a call"
-                )
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], batch)
-            attention_mask = attention_mask.unflatten(0, (batch, -1))
-        query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
-        if context.text_value is not None:
-            value = value + context.text_value
-        out = attend(query, key, value, attn.heads, attention_mask)
-        if context.key is not None:
-            asked = query if context.query is None else F.linear(out, context.query)
-            out = out + attend(asked, context.key, context.value, attn.heads)
-        elif context.value is not None:
-            out = out + context.value
-        return attn.to_out[1](attn.to_out[0](out))
-
-
-def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    """Processor name -> cross-attention, in the order of the adapter's layers."""
-    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
-    return {name: unet.get_submodule(name.removesuffix(".processor")) for name in names}
-
-
-def attach(unet: nn.Module) -> list[UserProcessor]:
-    """Gives every cross-attention a `UserProcessor`; the self-attentions keep theirs."""
-    processors = {name: UserProcessor() for name in cross_attentions(unet)}
-    unet.set_attn_processor(unet.attn_processors | processors)
-    return list(processors.values())
 
 
 def empty_adapter(config: AdapterConfig) -> UserAdapter:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from psa_jax.errors import PSAError
-from psa_jax.torch.adapter import UserAdapter, attach
+from psa_jax.profiles.files import check_new
+from psa_jax.torch.adapter import UserAdapter
+from psa_jax.torch.processors import attach
 
 
 class AdaptedUNet(nn.Module):
@@ -48,7 +50,7 @@ class AdaptedUNet(nn.Module):
             return self.unet(sample, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
         finally:
             for processor in self._processors:
-                processor.context = None
+                processor.context, processor.text = None, None
 
 
 def export_unet(unet: nn.Module, adapter: UserAdapter, path: str | Path, *example: Tensor) -> None:
@@ -60,6 +62,7 @@ def export_unet(unet: nn.Module, adapter: UserAdapter, path: str | Path, *exampl
     path = Path(path)
     if path.suffix != ".pt2":
         raise PSAError(f"{path}: name it .pt2, which torch.export.save asks for")
+    check_new(path)
     before = dict(unet.attn_processors)
     try:
         with torch.no_grad():

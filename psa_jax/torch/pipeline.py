@@ -3,13 +3,17 @@
 The pipeline stays as it is but for two things: its cross-attentions get processors (`UserProcessor`), and its
 `encode_prompt` is followed by the adapter, which then knows the text states of both sides of guidance and works out
 what the user adds to each layer, once for all steps. `torch.compile(pipe.unet)` sees tensors alone.
+
+During a call the scheduler's `step` is preceded by a look at the processors (`Installed`): a step in which one of them
+was not run, or with other text states, is an error and no picture.
 """
 
 import contextlib
+import functools
 import inspect
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +21,54 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.torch.adapter import Context, attach, cross_attentions
+from psa_jax.torch.adapter import Context
 from psa_jax.torch.files import adapter_file, load_adapter
+from psa_jax.torch.processors import AGAIN, NOBODY, cross_attentions, installed
 
 OLDEST_DIFFUSERS = (0, 35)
 UNCONDITIONAL = ("off", "zeros", "same")
+_EMBEDS = "prompt_embeds", "negative_prompt_embeds"
+_ENCODES = {*_EMBEDS, "num_images_per_prompt", "do_classifier_free_guidance"}
+"""Parameters of the `encode_prompt` of Stable Diffusion's pipelines that say what the UNet will be given."""
 
 Users = str | Sequence[str] | np.ndarray | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Request:
-    """Who is drawn for in the call under way; `users` None: nobody, the base model draws."""
+    """Who is drawn for in the call under way; `users` None: nobody, the base model draws.
+
+    Attributes:
+      text: the states that the UNet is to be given, both sides of guidance.
+      steps: of the sampler, each looked at.
+      adapted: what `encode_prompt` gave out with the prompt kind's answer in it, by parameter.
+      used: whether the pipeline was called at all.
+    """
 
     users: Tensor | None
     scale: Tensor
     unconditional: str
+    text: Tensor | None = None
+    steps: int = 0
+    adapted: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _EMBEDS})
+    used: bool = False
+
+    def has_adapted(self, name: str, given: Tensor | None) -> bool:
+        """Whether the adapter is in these states already: an answer of `encode_prompt` that is given back."""
+        if given is None or not (answers := self.adapted[name]):
+            return False
+        if any(one.shape == given.shape and torch.equal(one, given.to(one)) for one in answers):
+            return True
+        rows = [row for one in answers for row in one]
+        if any(row.shape == new.shape and torch.equal(row, new.to(row)) for row in rows for new in given):
+            raise PSAError(f"{name} has rows that the adapter is in already; give what encode_prompt gave, whole")
+        return False
 
 
 def load_psa(
@@ -61,12 +92,13 @@ def load_psa(
     if version < OLDEST_DIFFUSERS:
         oldest = ".".join(map(str, OLDEST_DIFFUSERS))
         raise PSAError(f"diffusers {diffusers.__version__} is too old; psa_jax.torch needs {oldest} or newer")
-    unet = getattr(pipe, "unet", None)
-    unet = getattr(unet, "_orig_mod", unet)  # inside torch.compile
+    unet = _unet(pipe)
     if not isinstance(unet, UNet2DConditionModel) or not hasattr(pipe, "encode_prompt"):
         raise PSAError(f"{type(pipe).__name__} is no pipeline of Stable Diffusion with a UNet2DConditionModel")
     if getattr(pipe, "psa", None) is not None:
         raise PSAError("the pipeline has a user adapter already; unload() that one first")
+    if not inspect.signature(pipe.encode_prompt).parameters.keys() >= _ENCODES:
+        raise PSAError(f"{type(pipe).__name__}: its encode_prompt is not that of Stable Diffusion")
     if unet.encoder_hid_proj is not None:
         raise PSAError("the pipeline has an IP-Adapter in the same cross-attentions; unload_ip_adapter() first")
     path = adapter_file(adapter)
@@ -74,6 +106,9 @@ def load_psa(
     for attention in attentions:
         if attention.norm_cross or attention.residual_connection or attention.rescale_output_factor != 1:
             raise PSAError(f"{type(pipe).__name__}: its cross-attentions are not those of Stable Diffusion")
+    reading = [m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
+    if {id(attention) for attention in reading} != {id(attention) for attention in attentions}:
+        raise PSAError(f"{type(pipe).__name__}: its UNet reads the text in other places than Stable Diffusion's")
     layers = tuple((attention.inner_dim, attention.heads) for attention in attentions)
     loaded, about = load_adapter(path, layers, unet.config.cross_attention_dim)
     if about.get("family", family(unet)) != family(unet):
@@ -82,6 +117,12 @@ def load_psa(
     if table is not None:
         _check_table(path, about, loaded.config.user_dim, table)
     return PSA(pipe, unet, loaded, path, table, device)
+
+
+def _unet(pipe: DiffusionPipeline) -> torch.nn.Module | None:
+    """The pipeline's UNet, also inside torch.compile."""
+    unet = getattr(pipe, "unet", None)
+    return getattr(unet, "_orig_mod", unet)
 
 
 def family(unet: UNet2DConditionModel) -> str:
@@ -104,6 +145,27 @@ def _check_table(path: Path, about: dict[str, Any], user_dim: int, table: Embedd
         raise PSAError(f"{path}: the adapter needs embeddings of {user_dim} numbers, the table has {table.dim}")
 
 
+class _Hidden:
+    """An attribute that an object is given, hiding its class's, until `restore`."""
+
+    def __init__(self, owner: object, name: str, value: Any):
+        self.owner, self.name, self.value = owner, name, value
+        self._before = vars(owner).get(name)
+        setattr(owner, name, value)
+
+    @property
+    def holds(self) -> bool:
+        """False where somebody else replaced it."""
+        return vars(self.owner).get(self.name) is self.value
+
+    def restore(self) -> None:
+        if not self.holds:
+            return
+        delattr(self.owner, self.name)
+        if self._before is not None:
+            setattr(self.owner, self.name, self._before)
+
+
 class PSA:
     """A pipeline that draws for users. Called as the pipeline is, with `user`, `scale` and `unconditional` more.
 
@@ -112,13 +174,15 @@ class PSA:
 
     def __init__(self, pipe, unet, adapter, path, table, device):
         self.pipe, self.adapter, self.table = pipe, adapter, table
-        self._unet, self._path, self._device = unet, path, device
+        self._path, self._device = path, device
         self._request: _Request | None = None
-        self._before = dict(unet.attn_processors)
-        self._processors = [] if adapter.is_prompt else attach(unet)
         self._encode_prompt = pipe.encode_prompt
         self._signature = inspect.signature(pipe.encode_prompt)
-        pipe.encode_prompt = self._encode  # an attribute of this pipeline that hides the method of its class
+        self._installed = installed(unet)
+        self._installed.check()
+        self._installed.add_pipeline()
+        self._hook: _Hidden | None = _Hidden(pipe, "encode_prompt", self._encode)
+        self._watched: _Hidden | None = None  # the scheduler's step
         pipe.psa = self
 
     def __call__(
@@ -130,9 +194,16 @@ class PSA:
         allow_unprotected: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """What the pipeline gives, for these users (see `applied`)."""
+        """What the pipeline gives, for these users (see `applied`).
+
+        Raises:
+          PSAError: as `applied`; also what was drawn is not given out where it is not for the user.
+        """
         with self.applied(user, scale=scale, unconditional=unconditional, allow_unprotected=allow_unprotected):
-            return self.pipe(*args, **kwargs)
+            result = self.pipe(*args, **kwargs)
+            if self._request.users is not None and not (self._request.steps and self._watches(self.pipe.scheduler)):
+                raise PSAError("the pipeline drew without the steps of its own scheduler, so nobody saw for whom")
+        return result
 
     @contextlib.contextmanager
     def applied(
@@ -153,30 +224,40 @@ class PSA:
           allow_unprotected: with `user=None`, let the base model draw.
 
         Raises:
-          PSAError: no user, an unknown one, a wrong number of them, or an embedding that is none.
+          PSAError: no user, an unknown one, a wrong number of them, or an embedding that is none; the adapter is not in
+            the pipeline any more, or was left out of a step; another pipeline drew.
         """
         if unconditional not in UNCONDITIONAL:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
         if self._request is not None:
+            self._request.used = True
+        if self._installed.drawing:
             raise PSAError("the pipeline is drawing for another user; wait until it is done")
         users = self._users(user, allow_unprotected)
         scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
         if not torch.isfinite(scales).all():
             raise PSAError("scale must be finite numbers")
-        self._request = _Request(users, scales, unconditional)
-        for processor in self._processors:
-            processor.unprotected = users is None
+        self._check()
+        request = self._request = _Request(users, scales, unconditional)
+        self._installed.drawing = True
+        if users is None:
+            self._installed.leave_unprotected()
         try:
             yield
+            if users is not None:
+                self._finish(request)
         finally:
             self._request = None
-            for processor in self._processors:
-                processor.context, processor.unprotected = None, False
+            self._unwatch()
+            self._installed.end()
 
     def unload(self) -> None:
-        """The pipeline as it was before."""
-        self._unet.set_attn_processor(dict(self._before))
-        del self.pipe.encode_prompt
+        """The pipeline as it was before; once is enough, and twice no error."""
+        if self._hook is None:
+            return
+        self._hook.restore()
+        self._hook = None
+        self._installed.remove_pipeline()
         self.pipe.psa = None
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
@@ -211,31 +292,84 @@ class PSA:
             raise PSAError("a user embedding has NaN or infinity; encode the user again")
         return users
 
+    def _check(self) -> None:
+        """The adapter is where `load_psa` put it."""
+        if self._hook is None:
+            raise PSAError("the adapter was taken out by unload(); call load_psa again")
+        if _unet(self.pipe) is not self._installed.unet:
+            raise PSAError(f"pipe.unet is another UNet now, without the user's adapter; {AGAIN}")
+        if not self._hook.holds:
+            raise PSAError(f"pipe.encode_prompt was replaced, and with it what asks the user's adapter; {AGAIN}")
+        self._installed.check()
+
+    def _finish(self, request: _Request) -> None:
+        """What was drawn in `applied` was drawn for its users."""
+        self._check()
+        if not request.used:
+            raise PSAError("this pipeline drew nothing; applied() speaks for the pipeline given to load_psa alone")
+        if self._installed.were_run():  # by loops that call the UNet themselves
+            self._installed.check_run(request.text)
+
+    def _watch(self, request: _Request) -> None:
+        """From now on, before each step of the scheduler the processors are looked at."""
+        scheduler = self.pipe.scheduler
+        if self._watches(scheduler):
+            return
+        self._unwatch()
+        step = scheduler.step
+
+        @functools.wraps(step)  # pipelines look at its parameters
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._installed.check_run(request.text)
+            request.steps += 1
+            return step(*args, **kwargs)
+
+        self._watched = _Hidden(scheduler, "step", watched)
+
+    def _watches(self, scheduler: object) -> bool:
+        return self._watched is not None and self._watched.owner is scheduler and self._watched.holds
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._watched.restore()
+        self._watched = None
+
     @torch.no_grad()
     def _encode(self, *args: Any, **kwargs: Any) -> tuple:
         """The pipeline's `encode_prompt`, and after it the adapter."""
         request = self._request
         if request is None:
-            raise PSAError("no user was given: call psa(prompt, user=...) and not the pipeline itself")
+            raise PSAError(NOBODY)
+        request.used = True
         encoded = self._encode_prompt(*args, **kwargs)
         if request.users is None:
             return encoded
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         images, guided = (bound.arguments[n] for n in ("num_images_per_prompt", "do_classifier_free_guidance"))
-        with_prompt, without = encoded[:2]
+        # The unconditional side comes first.
+        sides = dict(zip(_EMBEDS[::-1], encoded[1::-1], strict=True)) if guided else {_EMBEDS[0]: encoded[0]}
+        with_prompt = encoded[0]
         users, scale = self._rows(request, len(with_prompt), images, with_prompt.device)
-        if guided:  # the unconditional side comes first
+        if guided:
             users = torch.cat([torch.zeros_like(users) if request.unconditional == "zeros" else users, users])
             scale = torch.cat([torch.zeros_like(scale) if request.unconditional == "off" else scale, scale])
-        text = torch.cat([without, with_prompt]) if guided else with_prompt
+        text = torch.cat(list(sides.values()))
         made = self.adapter(text.to(users), users, scale)
         if isinstance(made, Tensor):
-            made = made.to(text)
-            return (*(made.chunk(2)[::-1] if guided else (made, without)), *encoded[2:])
-        for processor, context in zip(self._processors, made, strict=True):
-            ready = [None if part is None else part.to(text.device, self._unet.dtype) for part in context]
-            processor.context = Context(*ready)
+            parts = zip(list(sides), made.to(text).chunk(len(sides)), scale.chunk(len(sides)), strict=True)
+            for name, new, strength in parts:
+                if not request.has_adapted(name, bound.arguments[name]):
+                    sides[name] = new
+                if strength.any():
+                    request.adapted[name].append(sides[name])
+            text = torch.cat(list(sides.values()))
+            encoded = (sides[_EMBEDS[0]], sides.get(_EMBEDS[1], encoded[1]), *encoded[2:])
+            made = [Context()] * self._installed.count
+        ready = [[None if p is None else p.to(text.device, self._installed.unet.dtype) for p in one] for one in made]
+        self._installed.begin([Context(*parts) for parts in ready])
+        request.text = text
+        self._watch(request)
         return encoded
 
     def _rows(self, request: _Request, rows: int, images: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,20 @@
 import csv
+import hashlib
 import json
+import os
+import shlex
+import shutil
+import subprocess
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_sage import write_rows
 
 from psa_jax.data import sage
+from psa_jax.data.check import check_sage
 from psa_jax.errors import PSAError
 from psa_jax.profiles.population import sample_population
 
@@ -266,6 +274,106 @@ def test_split_that_leads_out_is_refused(sage_dir: Path, tmp_path: Path):
     (sage_dir / "train").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PSAError, match="leads out"):
         sage.read_split(sage_dir, "train")
+
+
+@pytest.mark.parametrize("linked", ["train", "train/metadata.jsonl", "picture"])
+def test_the_advice_about_links_works(sage_dir: Path, tmp_path: Path, linked: str):
+    path = first_image(sage_dir) if linked == "picture" else sage_dir / linked
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PSAError, match="leads out") as caught:
+        sage.read_split(sage_dir, "train")
+    command = shlex.split(str(caught.value).split("lead to: ")[1])
+    assert command[:2] == ["cp", "-rL"] and command[3:] == ["NEW"]
+    source = sage_dir if command[2] == "FOLDER" else command[2]
+    subprocess.run(["cp", "-rL", source, tmp_path / "a copy"], check=True)
+    assert len(sage.read_split(tmp_path / "a copy", "train")) == 56
+
+
+def cached(sage_dir: Path, cache: Path) -> Path:
+    """The folder as the hub's cache has it: links into `blobs`, each file under the hash of its content."""
+    repository = cache / "datasets--owner--sage"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "blobs").mkdir(parents=True)
+    for path in sorted(sage_dir.rglob("*.*")):
+        link = snapshot / path.relative_to(sage_dir)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_the_hubs_cache_is_read(sage_dir: Path, tmp_path: Path):
+    snapshot = cached(sage_dir, tmp_path / "hub")
+    records = sage.read_split(snapshot, "train")
+    assert records == sage.read_split(sage_dir, "train")
+    found = sage.image_path(snapshot, "train", records[0].chosen)
+    assert found.parent.name == "blobs" and found.read_bytes() == first_image(sage_dir).read_bytes()
+    (tmp_path / "short").symlink_to(snapshot)
+    assert sage.read_split(tmp_path / "short", "train") == records
+
+
+def test_links_of_the_hubs_cache_lead_nowhere_else(sage_dir: Path, tmp_path: Path):
+    """Out of the cache, into another repository, or through a `blobs` that is itself a link."""
+    snapshot = cached(sage_dir, tmp_path / "hub")
+    blobs = snapshot.parents[1] / "blobs"
+    name = first_image(sage_dir).name
+    picture, blob = snapshot / "train" / name, Path(os.path.realpath(snapshot / "train" / name))
+    for target in (tmp_path / "secret", tmp_path / "hub" / "models--a--b" / "blobs" / "1", blobs / "deep" / "1"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(blob, target)
+        picture.unlink()
+        picture.symlink_to(target)
+        with pytest.raises(PSAError, match="leads out"):
+            sage.read_split(snapshot, "train")
+        with pytest.raises(PSAError, match="leads out"):
+            sage.image_path(snapshot, "train", name)
+    picture.unlink()
+    picture.symlink_to(blob)
+    assert sage.read_split(snapshot, "train")
+    blobs.rename(tmp_path / "private")
+    blobs.symlink_to(tmp_path / "private")
+    with pytest.raises(PSAError, match="leads out"):
+        sage.read_split(snapshot, "train")
+
+
+def test_a_folder_without_the_caches_name_is_none(sage_dir: Path, tmp_path: Path):
+    snapshot = cached(sage_dir, tmp_path / "hub")
+    snapshot.parents[1].rename(tmp_path / "hub" / "sage")
+    with pytest.raises(PSAError, match="leads out"):
+        sage.read_split(tmp_path / "hub" / "sage" / "snapshots" / snapshot.name, "train")
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n", b"\r\n\r\n \n"])
+def test_what_editors_add_to_metadata_is_no_row(sage_dir: Path, end: bytes):
+    path, records = sage_dir / "train" / "metadata.jsonl", sage.read_split(sage_dir, "train")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().rstrip(b"\n").replace(b"\n", b"\r\n") + end)
+    assert sage.read_split(sage_dir, "train") == records
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\r\n\r\n", 1))
+    with pytest.raises(PSAError, match="line 2: not a JSON object"):  # in between, something may be lost
+        sage.read_split(sage_dir, "train")
+    path.write_bytes(b"\xef\xbb\xbf" + end)
+    with pytest.raises(PSAError, match="no rows in it"):
+        sage.read_split(sage_dir, "train")
+
+
+@pytest.mark.parametrize("of_rows", ["NFC", "NFD"])
+@pytest.mark.parametrize("of_files", ["NFC", "NFD"])
+def test_letters_with_marks_have_two_spellings(sage_dir: Path, of_rows: str, of_files: str):
+    folder = sage_dir / "train"
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        for field in ("file_name", "chosen", "rejected"):
+            row[field] = unicodedata.normalize(of_rows, row[field].replace("a_thing", "café_각"))
+    write_rows(folder, rows)
+    for path in folder.glob("*a_thing*"):
+        path.rename(folder / unicodedata.normalize(of_files, path.name.replace("a_thing", "café_각")))
+    records = sage.read_split(sage_dir, "train")
+    assert len(records) == 56 and records[0].concept == "café_각"
+    for name in (records[0].chosen, rows[0]["chosen"]):
+        assert sage.image_path(sage_dir, "train", name).is_file()
+    assert check_sage(sage_dir, processes=1).ok
 
 
 @pytest.mark.parametrize("split", ["nope", "..", "val"])

@@ -209,8 +209,9 @@ def test_no_line_of_a_file_is_dropped(count: int):
     @given(st.lists(content, min_size=1, max_size=10), st.booleans())
     def fuzz(parts: list[bytes], ended: bool) -> None:
         whole = b"\n".join(parts) + b"\n" * ended
-        expected = whole.split(b"\n")
-        expected = expected[:-1] if expected[-1] == b"" else expected
+        expected = whole.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        while expected and not expected[-1].strip():  # empty lines at the end are no rows
+            expected.pop()
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             (root / "val").mkdir()

@@ -71,6 +71,9 @@ CASES: dict[str, tuple[str, dict, float]] = {
     "dpm-leading": ("dpmsolver++", LEADING, 0.0),
     "dpm-trailing": ("dpmsolver++", TRAILING, 0.0),
     "dpm-order-1": ("dpmsolver++", {"solver_order": 1}, 0.0),
+    "dpm-order-3": ("dpmsolver++", {"solver_order": 3}, 0.0),
+    "dpm-order-3-sigma-min": ("dpmsolver++", SIGMA_MIN | {"solver_order": 3, "euler_at_final": True}, 0.0),
+    "dpm-order-3-karras-v": ("dpmsolver++", KARRAS | V | {"solver_order": 3, "lower_order_final": False}, 0.0),
     "dpm-heun": ("dpmsolver++", {"solver_type": "heun"}, 0.0),
     "dpm-heun-sigma-min": ("dpmsolver++", SIGMA_MIN | {"solver_type": "heun"}, 0.0),
     "dpm-high-order-final": ("dpmsolver++", SIGMA_MIN | {"lower_order_final": False}, 0.0),
@@ -87,6 +90,32 @@ CASES: dict[str, tuple[str, dict, float]] = {
     "dpm-cosine-trailing": ("dpmsolver++", COSINE | V | TRAILING | {"lambda_min_clipped": -5.1}, 0.0),
     "dpm-cosine-karras": ("dpmsolver++", COSINE | KARRAS | V, 0.0),
     "dpm-zero-snr": ("dpmsolver++", ZERO_SNR | TRAILING, 0.0),
+    "unipc": ("unipc", {}, 0.0),
+    "unipc-leading": ("unipc", LEADING, 0.0),
+    "unipc-trailing": ("unipc", TRAILING, 0.0),
+    "unipc-order-1": ("unipc", {"solver_order": 1}, 0.0),
+    "unipc-order-3": ("unipc", {"solver_order": 3}, 0.0),
+    "unipc-bh1": ("unipc", SIGMA_MIN | {"solver_type": "bh1"}, 0.0),
+    "unipc-bh1-order-3": ("unipc", SIGMA_MIN | {"solver_type": "bh1", "solver_order": 3}, 0.0),
+    "unipc-noise": ("unipc", SIGMA_MIN | {"predict_x0": False}, 0.0),
+    "unipc-noise-bh1-order-3-v": (
+        "unipc",
+        SIGMA_MIN | V | {"predict_x0": False, "solver_type": "bh1", "solver_order": 3},
+        0.0,
+    ),
+    "unipc-high-order-final": ("unipc", SIGMA_MIN | {"lower_order_final": False}, 0.0),
+    "unipc-high-order-final-3": ("unipc", SIGMA_MIN | V | {"lower_order_final": False, "solver_order": 3}, 0.0),
+    "unipc-uncorrected": ("unipc", {"disable_corrector": [0, 3]}, 0.0),
+    "unipc-uncorrected-3": ("unipc", {"disable_corrector": [1, 2, 9], "solver_order": 3}, 0.0),
+    "unipc-karras": ("unipc", KARRAS, 0.0),
+    "unipc-karras-sigma-min": ("unipc", KARRAS | SIGMA_MIN, 0.0),
+    "unipc-karras-high-order-final": ("unipc", KARRAS | SIGMA_MIN | {"lower_order_final": False}, 0.0),
+    "unipc-v": ("unipc", LEADING | V, 0.0),
+    "unipc-sample": ("unipc", X0, 0.0),
+    "unipc-zero-snr": ("unipc", ZERO_SNR | TRAILING, 0.0),
+    "unipc-linear": ("unipc", LINEAR, 0.0),
+    "unipc-cosine-karras-v": ("unipc", COSINE | KARRAS | V, 0.0),
+    "unipc-other-solver": ("unipc", {"solver_type": "midpoint"}, 0.0),
     "pndm": ("pndm", PLMS | LEADING, 0.0),
     "pndm-no-offset": ("pndm", PLMS, 0.0),
     "pndm-alpha-one": ("pndm", PLMS | LEADING | {"set_alpha_to_one": True}, 0.0),
@@ -95,13 +124,19 @@ CASES: dict[str, tuple[str, dict, float]] = {
     "pndm-v": ("pndm", PLMS | LEADING | V, 0.0),
     "pndm-v-linspace": ("pndm", PLMS | LINSPACE | V, 0.0),
     "pndm-linear": ("pndm", PLMS | LINEAR, 0.0),
+    "pndm-runge-kutta": ("pndm", LEADING, 0.0),
+    "pndm-runge-kutta-v-linspace": ("pndm", LINSPACE | V | {"set_alpha_to_one": True}, 0.0),
+    "pndm-runge-kutta-trailing": ("pndm", TRAILING, 0.0),
 }
+LEAST = {"pndm-runge-kutta": 4, "pndm-runge-kutta-v-linspace": 4, "pndm-runge-kutta-trailing": 4}
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("case", CASES)
 def test_call_by_call(monkeypatch, case, steps):
     name, change, eta = CASES[case]
+    if steps < LEAST.get(case, 1):
+        steps = LEAST[case] + steps
     scheduler = getattr(diffusers, SAMPLERS[name][0])(**BETAS | change)
     sampler = sampler_from_config(BETAS | change | {"_class_name": SAMPLERS[name][0]}, steps, eta=eta)
     assert_same(monkeypatch, sampler, scheduler, steps, eta)
@@ -129,7 +164,7 @@ def test_one_step_of_a_turbo_model_is_its_clean_prediction():
     np.testing.assert_allclose(drawn, sigma * np.asarray(noise) - sigma * (np.tanh(inputs) + 1), atol=2e-5)
 
 
-LOOPS = ["ddim-v", "euler-karras-leading-v", "ancestral-v", "dpm-karras-v", "pndm-v"]
+LOOPS = ["ddim-v", "euler-karras-leading-v", "ancestral-v", "dpm-karras-v", "unipc-v", "pndm-v"]
 
 
 @pytest.mark.parametrize("case", LOOPS)

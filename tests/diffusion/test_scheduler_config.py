@@ -1,10 +1,15 @@
 """`scheduler_config.json` to samplers: released folders, other samplers for them, and what is refused."""
 
+import inspect
+import json
+
 import diffusers
 import pytest
+import torch
 from torch_samplers import BETAS, assert_same
 
-from psa_jax.diffusion.scheduler_config import SAMPLERS, sampler_from_config
+from psa_jax.diffusion.schedule import DEFAULTS
+from psa_jax.diffusion.scheduler_config import INERT, NEUTRAL, SAMPLERS, _keys, sampler_from_config
 from psa_jax.errors import PSAError
 
 # diffusers turns tensors into arrays in an old way.
@@ -64,7 +69,7 @@ def test_released_folders(monkeypatch, family, steps):
     assert_same(monkeypatch, sampler_from_config(config, steps), scheduler, steps)
 
 
-@pytest.mark.parametrize("name", ["euler", "dpmsolver++"])
+@pytest.mark.parametrize("name", ["euler", "dpmsolver++", "unipc"])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_karras_by_option(monkeypatch, name, wanted):
     config = SDXL | {"use_karras_sigmas": not wanted}
@@ -85,11 +90,6 @@ def test_what_was_only_a_default_of_the_other_class_is_left_out(monkeypatch):
     [
         (SD15 | {"_class_name": "DDPMScheduler"}, None, ["DDPMScheduler", "choose a sampler", "pndm"]),
         (BETAS, None, ["None is not supported", "choose a sampler"]),
-        (SD15 | {"skip_prk_steps": False}, None, ["skip_prk_steps False", "pndm", "True"]),
-        (BETAS | {"skip_prk_steps": False}, "pndm", ["skip_prk_steps False"]),
-        (SD15 | {"rescale_betas_zero_snr": True}, None, ["rescale_betas_zero_snr", "pndm"]),
-        (SD15 | {"clip_sample": True}, None, ["clip_sample", "pndm"]),
-        (SDXL_TURBO | {"use_karras_sigmas": True}, None, ["use_karras_sigmas", "euler-ancestral"]),
         (SDXL | {"interpolation_type": "log_linear"}, None, ["interpolation_type 'log_linear'", "only linear"]),
         (SDXL | {"timestep_type": "continuous"}, None, ["timestep_type"]),
         (SDXL | {"timestep_spacing": "sideways"}, None, ["timestep_spacing 'sideways'", "leading, linspace, trailing"]),
@@ -98,17 +98,31 @@ def test_what_was_only_a_default_of_the_other_class_is_left_out(monkeypatch):
         (SDXL | {"use_beta_sigmas": True}, None, ["use_beta_sigmas"]),
         (SDXL | {"use_exponential_sigmas": True}, None, ["use_exponential_sigmas"]),
         (SDXL | {"trained_betas": [0.1, 0.2]}, None, ["trained_betas"]),
-        (SDXL | {"thresholding": True}, None, ["thresholding"]),
+        (
+            SDXL | {"thresholding": True},
+            "ddim",
+            ["thresholding True is not supported", "a sampler: euler"],
+        ),
+        (SDXL | {"thresholding": True}, "unipc", ["thresholding"]),
+        (SDXL | {"sigma_min": 0.1}, "unipc", ["sigma_min 0.1"]),
+        (SDXL | {"use_flow_sigmas": True}, "unipc", ["use_flow_sigmas"]),
+        (SDXL | {"use_dynamic_shifting": True}, "unipc", ["use_dynamic_shifting"]),
+        (SDXL | {"shift_terminal": 0.1}, "unipc", ["shift_terminal"]),
+        (SDXL | {"solver_p": {}}, "unipc", ["solver_p {} is not supported by unipc (only None)"]),
+        (SDXL | {"solver_order": 4}, "unipc", ["solver_order 4", "1, 2, 3"]),
+        (SDXL | {"solver_type": "rk4"}, "unipc", ["solver_type 'rk4'", "bh1, bh2"]),
+        (SDXL | {"predict_x0": 1}, "unipc", ["predict_x0 must be a bool"]),
+        (SDXL | {"disable_corrector": None}, "unipc", ["disable_corrector must be a list"]),
+        (SDXL | {"disable_corrector": [0, "1"]}, "unipc", ["disable_corrector must be a list of steps, not [0, '1']"]),
         (SDXL | {"use_flow_sigmas": True}, "dpmsolver++", ["use_flow_sigmas"]),
         (SDXL | {"use_lu_lambdas": True}, "dpmsolver++", ["use_lu_lambdas"]),
-        (SDXL | {"solver_order": 3}, "dpmsolver++", ["solver_order 3", "1, 2"]),
-        (SDXL | {"solver_type": "bh2"}, "dpmsolver++", ["solver_type 'bh2'", "midpoint, heun"]),
+        (SDXL | {"solver_order": 4}, "dpmsolver++", ["solver_order 4", "1, 2, 3"]),
+        (SDXL | {"solver_type": "bh3"}, "dpmsolver++", ["solver_type 'bh3'", "midpoint, heun"]),
         (SDXL | {"algorithm_type": "sde-dpmsolver++"}, "dpmsolver++", ["algorithm_type 'sde-dpmsolver++'"]),
         (SDXL | {"variance_type": "learned"}, "dpmsolver++", ["variance_type"]),
         (SDXL | {"prediction_type": "sample"}, "euler-ancestral", ["prediction_type 'sample'"]),
         (SDXL | {"steps_offset": "1"}, None, ["steps_offset must be a int, not '1'"]),
         (SDXL | {"use_karras_sigmas": 1}, None, ["use_karras_sigmas must be a bool"]),
-        (SDXL | {"stepz_offset": 1}, None, ["unknown keys stepz_offset"]),
         (ZERO_SNR_NOISE, "ddim", ["rescale_betas_zero_snr", "epsilon"]),
     ],
 )
@@ -120,16 +134,138 @@ def test_what_is_not_done_is_refused_by_name(config, name, named):
     assert "\n" not in text
 
 
-def test_keys_that_only_another_sampler_understands_are_dropped_when_it_is_replaced(monkeypatch):
-    config = (
-        SD21
-        | {"_class_name": "UniPCMultistepScheduler", "predict_x0": True, "solver_p": None}
-        | {"use_karras_sigmas": True}
-    )
-    scheduler = diffusers.DDIMScheduler.from_config(config)
-    assert_same(monkeypatch, sampler_from_config(config, 4, "ddim"), scheduler, 4)
-    with pytest.raises(PSAError, match="UniPCMultistepScheduler"):
-        sampler_from_config(config, 4)
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (SD15 | {"rescale_betas_zero_snr": True, "use_karras_sigmas": True, "thresholding": True}, "pndm"),
+        (SD15 | {"clip_sample": True, "solver_order": 9, "solver_type": "none"}, "pndm"),
+        (SDXL_TURBO | {"use_karras_sigmas": True, "sigma_min": 0.1, "final_sigmas_type": "one"}, "euler-ancestral"),
+        (SDXL | {"thresholding": True, "variance_type": "learned", "shift_terminal": 0.2}, "euler"),
+        (SD21 | {"stepz_offset": 7, "interpolation_type": "log_linear", "tags": {"a": [1]}}, "ddim"),
+        (SDXL | {"clip_sample": True, "interpolation_type": "log_linear", "sigma_max": 9.0}, "dpmsolver++"),
+        (SDXL | {"algorithm_type": "sde-dpmsolver++", "variance_type": "learned", "use_lu_lambdas": True}, "unipc"),
+    ],
+)
+def test_keys_that_a_class_of_diffusers_does_not_read_are_no_error(monkeypatch, config, name):
+    config = config | {"_class_name": SAMPLERS[name][0]}
+    scheduler = getattr(diffusers, SAMPLERS[name][0]).from_config(config)
+    assert_same(monkeypatch, sampler_from_config(config, 4), scheduler, 4)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_key_that_a_class_of_diffusers_reads_is_known(name):
+    theirs = inspect.signature(getattr(diffusers, SAMPLERS[name][0]).__init__).parameters.keys() - {"self"}
+    known = {*DEFAULTS, *_keys(name), *NEUTRAL[name], *INERT, "trained_betas"}
+    assert theirs <= known
+    # And what is left out there is left out here.
+    assert {*_keys(name), *NEUTRAL[name]} - {"beta_schedule"} <= theirs
+
+
+# Of schedulers that are only asked for their settings.
+OLD_WAYS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")
+
+
+def own_schedulers():
+    """Schedulers of diffusers with the settings that folders have."""
+    solvers = {"use_karras_sigmas": True, "solver_order": 3}
+    for scheduler in diffusers.schedulers.KarrasDiffusionSchedulers.__members__:
+        if "beta_start" in inspect.signature(getattr(diffusers, scheduler).__init__).parameters:
+            yield scheduler, {}
+    yield "LCMScheduler", {}
+    yield "TCDScheduler", {}
+    yield "DDPMScheduler", {"variance_type": "learned", "clip_sample": True}
+    yield "DEISMultistepScheduler", {"steps_offset": 1, "use_karras_sigmas": True}
+    yield "DPMSolverMultistepScheduler", solvers | {"solver_type": "heun"}
+    yield "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}
+    yield "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    yield "DPMSolverSinglestepScheduler", {"lower_order_final": True, "solver_order": 2}
+    yield "UniPCMultistepScheduler", solvers | {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}
+    yield "UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min", "disable_corrector": [0]}
+    yield "HeunDiscreteScheduler", {"use_karras_sigmas": True, "clip_sample": True}
+    yield "EulerDiscreteScheduler", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    yield "DDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+@OLD_WAYS
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_on_a_folder_of_every_scheduler(monkeypatch, tmp_path, name):
+    """As `NewScheduler.from_config(scheduler.config)` makes it, or refused where it makes none or what is not done."""
+    target, loaded = getattr(diffusers, SAMPLERS[name][0]), 0
+    for own, settings in own_schedulers():
+        getattr(diffusers, own)(**BETAS | settings).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "scheduler_config.json").read_text())
+        live = getattr(diffusers, own).from_pretrained(tmp_path).config
+        options = {"skip_prk_steps": True} if name == "pndm" and own != SAMPLERS[name][0] else {}
+        if config.get("algorithm_type") in ("sde-dpmsolver++", "dpmsolver") and name == "dpmsolver++":
+            with pytest.raises(PSAError, match="algorithm_type .* is not supported by dpmsolver"):
+                sampler_from_config(config, 5, name)
+            continue
+        if (config.get("algorithm_type"), name) == ("deis", "dpmsolver++"):
+            # diffusers means it to be DPM-Solver++ too, and fails over the order of its checks.
+            options["algorithm_type"] = "dpmsolver++"
+        if (config.get("variance_type"), name) == ("learned", "dpmsolver++"):
+            with pytest.raises(PSAError, match="variance_type 'learned'"):
+                sampler_from_config(config, 5, name)
+            continue
+        if name == "unipc" and not config.get("lower_order_final", True):
+            with pytest.raises(PSAError, match="unipc ends in no finite picture"):
+                sampler_from_config(config, 5, name)
+            continue
+        scheduler = target.from_config(live, **options)
+        if (name, scheduler.config.get("rescale_betas_zero_snr")) == ("ddim", True) and own == "EulerDiscreteScheduler":
+            with pytest.raises(PSAError, match="rescale_betas_zero_snr leaves no signal"):
+                sampler_from_config(config, 5, name)
+            continue
+        assert_same(monkeypatch, sampler_from_config(config, 5, name), scheduler, 5)
+        loaded += 1
+    assert loaded >= 18
+
+
+@OLD_WAYS
+def test_every_sampler_that_an_error_recommends_can_be_used(tmp_path):
+    for own, settings in own_schedulers():
+        getattr(diffusers, own)(**BETAS | settings).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "scheduler_config.json").read_text())
+        try:
+            sampler_from_config(config, 5)
+        except PSAError as error:
+            names = str(error).partition("choose a sampler: ")[2].split(", ")
+            assert len(names) >= 4, error
+            for name in names:
+                assert sampler_from_config(config, 5, name).calls >= 5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver_type": "bh1"},
+        {"predict_x0": False},
+        {"lower_order_final": False},
+        {"lower_order_final": False, "solver_order": 3},
+        {"lower_order_final": False, "solver_order": 3, "use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
+    ],
+)
+def test_unipc_settings_with_which_diffusers_ends_in_nan_are_refused(settings):
+    config = BETAS | {"_class_name": "UniPCMultistepScheduler"} | settings
+    scheduler = diffusers.UniPCMultistepScheduler(**BETAS | settings)
+    scheduler.set_timesteps(5)
+    latents = torch.ones(1, 1, 2, 2)
+    try:
+        for timestep in scheduler.timesteps:
+            latents = scheduler.step(torch.ones_like(latents), timestep, latents).prev_sample
+        assert not latents.isfinite().any()
+    except RuntimeError as error:
+        assert "singular" in str(error)
+    with pytest.raises(PSAError, match="unipc ends in no finite picture with solver_type bh"):
+        sampler_from_config(config, 5)
+    way_out = {"solver_type": "bh2", "predict_x0": True, "lower_order_final": True, "final_sigmas_type": "zero"}
+    assert sampler_from_config(config | way_out, 5).calls == 5
+    assert sampler_from_config(config, 5, "euler").calls == 5
+
+
+def test_too_few_steps_for_runge_kutta():
+    with pytest.raises(PSAError, match="skip_prk_steps false needs 4 sampling steps or more, got 3"):
+        sampler_from_config(SD15 | {"skip_prk_steps": False}, 3)
 
 
 @pytest.mark.parametrize(

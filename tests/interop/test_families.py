@@ -189,6 +189,7 @@ def config(part, **changes):
             ["addition_embed_type is None", "text_time"],
         ),
         (config("text_encoder", max_position_embeddings=70), ["max_position_embeddings is 70"]),
+        (config("text_encoder_2", projection_dim=23), ["projection_class_embeddings_input_dim is 60"]),
         (config("text_encoder_2", vocab_size=100), ["tokenizer_2", "vocab_size is 100"]),
     ],
     ids=lambda value: value[0].replace(" ", "-") if isinstance(value, list) else "",

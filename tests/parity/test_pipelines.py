@@ -1,21 +1,19 @@
 """Whole pictures of SD2.x (v-prediction) and SDXL against diffusers' pipelines, with every sampler."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from torch_models import tensor
+from torch_pipelines import torch_noise
 
 from psa_jax.diffusion.generate import Generator
-from psa_jax.diffusion.samplers import step_noise
 from psa_jax.interop.diffusers import load_stable_diffusion
 
 # diffusers gives torch tensors to numpy in a way that numpy 2 warns about.
@@ -31,6 +29,7 @@ SAMPLERS = {
     "euler-ancestral": (EulerAncestralDiscreteScheduler, {}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {}),
     "dpmsolver++ karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
 }
 
@@ -40,17 +39,6 @@ def pipelines(request):
     """diffusers' pipeline and the same in JAX."""
     folder, theirs = request.getfixturevalue(request.param)
     return theirs, load_stable_diffusion(folder)
-
-
-def torch_noise(seeds: list[int]):
-    """diffusers' `randn_tensor`, giving call by call the noise that the generator here draws for these seeds."""
-    keys, calls = jnp.stack([jax.random.key(seed) for seed in seeds]), iter(range(1000))
-
-    def draw(shape, **_):
-        noise = step_noise(keys, jnp.int32(next(calls)), (shape[2], shape[3], shape[1]))
-        return torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2)
-
-    return draw
 
 
 def torch_pictures(theirs, scheduler, monkeypatch, **options) -> np.ndarray:

@@ -75,6 +75,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert [entry.name for entry in tmp_path.iterdir()] == ["users.csv"]
 
 
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\n,,,,,,\n", "\n  \n\n", ""])
+def test_empty_lines_at_the_end_are_no_users(tmp_path, end):
+    (tmp_path / "users.csv").write_bytes(f"\ufeff{HEADER}\n{ROW}{end}".encode())
+    assert [user.user_id for user in read_users_csv(tmp_path / "users.csv")] == ["0000001"]
+
+
 def test_writing_refuses_anonymous_and_repeated_users(tmp_path):
     user = sample_population(1)[0]
     with pytest.raises(PSAError, match="anonymous"):
@@ -93,7 +99,7 @@ def test_writing_refuses_anonymous_and_repeated_users(tmp_path):
         (HEADER + ",Name\n" + ROW + ",x", "unknown .'Name'"),
         (HEADER + ",Age\n" + ROW + ",35", "a column twice"),
         (f"{HEADER}\n{ROW},x\n", "line 2: 8 cells, but the header has 7"),
-        (f"{HEADER}\n{ROW}\n\n", "line 3: 0 cells"),
+        (f"{HEADER}\n\n{ROW}\n", "line 2: 0 cells"),
         (f"{HEADER}\n{ROW}\n{ROW}\n", "line 3: user 0000001 is listed twice"),
         (f"{HEADER}\n{ROW.replace('None', '')}\n", 'line 2: .*religion.*the text "None"'),
         (f"{HEADER}\n{ROW.replace('35', '35.0')}\n", "line 2: .*'35.0'"),

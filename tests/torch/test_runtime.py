@@ -17,7 +17,7 @@ from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch import load_adapter, load_psa
-from psa_jax.torch.adapter import cross_attentions
+from psa_jax.torch.processors import cross_attentions
 
 # diffusers gives torch tensors to numpy in a way that numpy 2 warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

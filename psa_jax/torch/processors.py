@@ -1,0 +1,191 @@
+"""Attention processors that add what a user adds, and the watch over them.
+
+A pipeline of diffusers lets anybody put other processors, another UNet or another forward pass in the place of these,
+and draws on without a word. So nothing is taken on trust: before a call, at each step and after it, `Installed` looks
+whether our processors are in their places, were all run, and with the text states that the user's part was made for.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psa_jax.errors import PSAError
+from psa_jax.torch.adapter import Context, attend
+
+NOBODY = (
+    "no user was given: call psa(prompt, user=...) and not the pipeline itself; "
+    "another pipeline with the same UNet needs its own load_psa"
+)
+AGAIN = "call it before load_psa, or psa.unload() now and load_psa again"
+_REPLACED_BY = {
+    "SlicedAttnProcessor": "enable_attention_slicing()",
+    "XFormersAttnProcessor": "enable_xformers_memory_efficient_attention()",
+    "FusedAttnProcessor2_0": "fuse_qkv_projections()",
+    "AttnProcessor": "set_attn_processor(), or a switch that was turned off,",
+    "AttnProcessor2_0": "set_attn_processor(), or a switch that was turned off,",
+    "UserProcessor": "unload_ip_adapter() or AdaptedUNet",
+}
+_IP_ADAPTER = "load_ip_adapter()", "one pipeline cannot have both: unload_ip_adapter(), psa.unload() and load_psa again"
+
+
+class UserProcessor:
+    """Attention processor of diffusers for one cross-attention with a user.
+
+    A plain object: an nn.Module would become part of the UNet, and of what `save_pretrained` writes. `context` is set
+    for a call and taken away after it. A tensor that is read from an attribute is an input of a compiled graph, so
+    another user compiles nothing again; `text`, the states it was run with, is only written there.
+    """
+
+    def __init__(self):
+        self.context: Context | None = None
+        self.text: Tensor | None = None
+        self.unprotected = False
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
+        context = self.context
+        if context is None:
+            if not self.unprotected:
+                raise PSAError(NOBODY)
+            context = Context()
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        self.text = text
+        batch = hidden_states.shape[0]
+        for added in (context.text_value, context.value):
+            if added is not None and added.shape[0] != batch:
+                raise PSAError(
+                    f"the UNet draws {batch} pictures (both sides of guidance counted), users were given for "
+                    f"{added.shape[0]}; do not change the batch or the guidance during a call"
+                )
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], batch)
+            attention_mask = attention_mask.unflatten(0, (batch, -1))
+        query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+        if context.text_value is not None:
+            value = value + context.text_value
+        out = attend(query, key, value, attn.heads, attention_mask)
+        if context.key is not None:
+            asked = query if context.query is None else F.linear(out, context.query)
+            out = out + attend(asked, context.key, context.value, attn.heads)
+        elif context.value is not None:
+            out = out + context.value
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
+    """Processor name -> cross-attention, in the order of the adapter's layers."""
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    return {name: unet.get_submodule(name.removesuffix(".processor")) for name in names}
+
+
+def attach(unet: nn.Module) -> list[UserProcessor]:
+    """Gives every cross-attention a `UserProcessor`; the self-attentions keep theirs."""
+    processors = {name: UserProcessor() for name in cross_attentions(unet)}
+    unet.set_attn_processor(unet.attn_processors | processors)
+    return list(processors.values())
+
+
+class Installed:
+    """Our processors in one UNet, for all pipelines that share it (`installed`).
+
+    Attributes:
+      drawing: whether a call is under way.
+    """
+
+    def __init__(self, unet: nn.Module):
+        self.unet = unet
+        self.drawing = False
+        self._pipelines = 0
+        self._attentions = cross_attentions(unet)
+        self._before = {name: attention.processor for name, attention in self._attentions.items()}
+        self._processors = dict(zip(self._attentions, attach(unet), strict=True))
+
+    @property
+    def count(self) -> int:
+        return len(self._processors)
+
+    def check(self) -> None:
+        """Our processors are where they were put.
+
+        Raises:
+          PSAError: they are not; it names what put others there.
+        """
+        now = cross_attentions(self.unet)
+        if now.keys() != self._processors.keys():
+            raise PSAError(f"the UNet has other cross-attentions than when load_psa was called; {AGAIN}")
+        for name, attention in now.items():
+            self._check_place(name, attention)
+
+    def begin(self, contexts: Sequence[Context]) -> None:
+        """What the processors add from now on."""
+        for processor, context in zip(self._processors.values(), contexts, strict=True):
+            processor.context, processor.text = context, None
+
+    def leave_unprotected(self) -> None:
+        """The base model draws, until `end`."""
+        for processor in self._processors.values():
+            processor.unprotected = True
+
+    def end(self) -> None:
+        """For nobody."""
+        self.drawing = False
+        for processor in self._processors.values():
+            processor.context, processor.text, processor.unprotected = None, None, False
+
+    def were_run(self) -> bool:
+        """Whether one of the processors was run since the last `check_run`."""
+        return any(processor.text is not None for processor in self._processors.values())
+
+    def check_run(self, text: Tensor) -> None:
+        """Every processor was run since the last check, with these text states.
+
+        Raises:
+          PSAError: one was not, so what was drawn is not for the user.
+        """
+        known = None
+        for name, processor in self._processors.items():
+            self._check_place(name, self._attentions[name])
+            seen, processor.text = processor.text, None
+            if seen is None:
+                raise PSAError(
+                    f"{name} was not run in a step, so the user was left out: something replaced or skips a part of "
+                    f"the UNet (a cache, another forward()); {AGAIN}, or do without it"
+                )
+            if seen is known:
+                continue
+            if seen.shape != text.shape or not torch.equal(seen, text.to(seen)):
+                raise PSAError(
+                    "the UNet was given other text states than those that the user's part was made for; do not change "
+                    "prompt_embeds or the guidance during a call"
+                )
+            known = seen
+
+    def add_pipeline(self) -> None:
+        self._pipelines += 1
+
+    def remove_pipeline(self) -> None:
+        """Without the last of the pipelines the UNet is as it was; processors that others put there stay."""
+        self._pipelines -= 1
+        if self._pipelines:
+            return
+        now = self.unet.attn_processors
+        ours = {name: self._before[name] for name, one in now.items() if isinstance(one, UserProcessor)}
+        self.unet.set_attn_processor(now | ours)
+        del self.unet.psa
+
+    def _check_place(self, name: str, attention: nn.Module) -> None:
+        if attention.processor is self._processors[name]:
+            return
+        other = type(attention.processor).__name__
+        switch, advice = _REPLACED_BY.get(other, f"a processor {other}"), AGAIN
+        if other.startswith("IPAdapter"):
+            switch, advice = _IP_ADAPTER
+        raise PSAError(f"{switch} took the user's adapter out of the UNet ({name} is {other}); {advice}")
+
+
+def installed(unet: nn.Module) -> Installed:
+    """Our processors in this UNet: those that are there, or new ones."""
+    if getattr(unet, "psa", None) is None:
+        unet.psa = Installed(unet)
+    return unet.psa
