@@ -58,6 +58,7 @@ setup(
         "flax>=0.12,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
+        "etils>=1.13,<2",  # Orbax's paths
         "grain>=0.2.18,<0.3",
         "ml-collections>=1.1,<2",
         "ml-dtypes>=0.5,<1",

@@ -28,6 +28,7 @@ from psa_jax.seeds import check_seed
 Place = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 """A batch of this process to where the training step wants it."""
 
+BALANCES = ("users", "rows", "none")
 _FLIPPED = "_flipped"
 
 
@@ -180,7 +181,7 @@ def make_pipeline(
     elif balance == "none":
         order = np.arange(len(source))
     else:
-        raise PSAError(f"balance is {balance!r}; use users, rows or none")
+        raise PSAError(f"balance is {balance!r}; use one of {', '.join(BALANCES)}")
     if num_epochs is not None and drop_remainder and len(order) * num_epochs < batch_size:
         raise PSAError(f"{len(order)} rows do not fill one batch of {batch_size}; use a smaller batch or more data")
     dataset = grain.MapDataset.source(_Order(order)).seed(seed)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from psa_jax.errors import PSAError
 from psa_jax.models.config import UNetConfig
 
 PROMPT_HEADS = 8
@@ -30,6 +31,17 @@ KINDS = {
 }
 
 
+def check_kind(kind: str, qk_dim: int | None) -> None:
+    """Raises PSAError for a kind that there is not, or one that has no such width."""
+    if kind not in KINDS:
+        raise PSAError(f"adapter kind {kind!r} is unknown (one of {', '.join(KINDS)})")
+    if qk_dim is not None and KINDS[kind].asks == "image":
+        raise PSAError(
+            f"adapter.qk_dim is {qk_dim}, which does not apply to the {kind} kind: it asks with the UNet's own "
+            "queries; leave it out"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """Sizes of an adapter.
@@ -51,17 +63,14 @@ class AdapterConfig:
     qk_dim: int | None = None
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"adapter kind {self.kind!r} is unknown (one of {', '.join(KINDS)})")
+        check_kind(self.kind, self.qk_dim)
         if self.tokens < 1:
-            raise ValueError(f"adapter tokens must be at least 1, got {self.tokens}")
+            raise PSAError(f"adapter tokens must be at least 1, got {self.tokens}")
         if self.qk_dim is None:
             return
-        if KINDS[self.kind].asks == "image":
-            raise ValueError("qk_dim does not apply to the published kind, which asks with the UNet's own queries")
         heads = {heads for _, heads in self.placed}
         if self.qk_dim < 1 or any(self.qk_dim % h for h in heads):
-            raise ValueError(
+            raise PSAError(
                 f"qk_dim {self.qk_dim} is no positive multiple of the heads of every layer ({sorted(heads)})"
             )
 

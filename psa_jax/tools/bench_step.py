@@ -26,9 +26,10 @@ USER_DIM = 35  # of the `features` encoder
 
 def run(args: Namespace) -> int:
     """Measures both ways and prints the ratios: how many times faster, and which share of the memory."""
+    from psa_jax.training.settings import validate  # not above: the process that measures torch loads no JAX
+
     config = args.config
-    if not config.model:
-        raise PSAError("bench step: the configuration leaves model open; give --config.model=DIR")
+    validate(config, "bench step")
     if args.against == "torch" and importlib.util.find_spec("diffusers") is None:
         raise PSAError("bench step compares with torch and diffusers; pip install 'psa_jax[torch]'")
     spec = {

@@ -30,6 +30,7 @@ from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.tools.train import with_mini
 from psa_jax.training.loop import train
+from psa_jax.training.settings import validate, validate_devices
 
 SPLITS = {"unseen": "test_unseen", "seen": "test_seen"}
 COMPARED = ("user_blind", "published_t1")
@@ -73,6 +74,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
         raise PSAError("--record writes the runs that --compare makes; give both")
     if record is not None:
         check_new(record)
+    validate(config, "demo", workdir)
+    validate_devices(config)
     start, recipe = time.perf_counter(), recipe_of(config)
     recorded = None if compare else read_recorded(RECORDED)
     if recorded is not None and recorded["recipe"] != recipe:

@@ -23,7 +23,8 @@ from psa_jax.preference.pairs import batch_arrays
 from psa_jax.tools.bench_step import USER_DIM, random_rows
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.reference import stored_or_none
-from psa_jax.training.sharding import by_rows, check_batch, make_mesh, replicated, shardings
+from psa_jax.training.settings import validate, validate_devices
+from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
 from psa_jax.training.step import init_state, make_step
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -32,11 +33,10 @@ _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 def run(args: Namespace) -> int:
     """Prints a line of JSON: bytes on each device."""
     config = args.config
-    if not config.model:
-        raise PSAError("fit: the configuration leaves model open; give --config.model=DIR")
+    validate(config, "fit")
     devices = jax.devices() if args.topology is None else _slice(args.topology)
+    validate_devices(config, devices)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    check_batch(config.batch_size, mesh, config.accumulate)
     model = load_stable_diffusion(config.model, dtype=config.dtype, abstract=MODELS)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **config.adapter)
     optimizer, objective = make_optimizer(config.optimizer, config.steps), Objective(**config.objective)

@@ -31,6 +31,7 @@ from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE
 from psa_jax.seeds import check_seed
 from psa_jax.training.pretrain import MiniSet, encode_all, json_log, train_denoiser, train_vae
+from psa_jax.training.settings import validate
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -67,6 +68,7 @@ def make_tokenizer(captions: list[str], length: int):
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Runs all phases; prints a last line in JSON with the measured qualities and sizes."""
+    validate(config, "pretrain", workdir)
     part, log = config.pretrain, json_log(workdir / "loss.jsonl")
     train = MiniSet(part.pictures, part.data_seed)
     vae = _vae(part, workdir, train, log)

@@ -12,13 +12,14 @@ import ml_collections
 
 from psa_jax.interop.diffusers import load_stable_diffusion
 from psa_jax.tools.mini_data import prepare
-from psa_jax.training.distributed import join, leader_first, leads
+from psa_jax.training.distributed import join, leader_first, leads, require_joined, say
 from psa_jax.training.loop import train
+from psa_jax.training.settings import validate, validate_devices
 
 
 def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
-    """Where `data.mini.users` is set, makes SAGE-mini in `folder` and points the configuration at it."""
-    if not config.data.mini.users:
+    """Where `data.mini.users` is set and no data is named, makes SAGE-mini in `folder` and names that."""
+    if not config.data.mini.users or config.data.shards or config.data.table:
         return config
     mini = config.data.mini
     splits = ("train", "val") if config.validate.every or config.sample_every else ("train",)
@@ -33,8 +34,13 @@ def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections
 def run(args: Namespace) -> int:
     """Trains; the last line names the adapter and the last metrics."""
     _hush_orbax()
-    join(args.coordinator, args.num_processes, args.process_id)
     workdir = args.workdir
+    validate(args.config, "train", workdir)
+    join(args.coordinator, args.num_processes, args.process_id)
+    require_joined()
+    validate_devices(args.config)
+    if args.config.data.shards and args.config.data.mini.users:
+        say(f"training on {args.config.data.shards}; SAGE-mini is not drawn")
     path = train(with_mini(args.config, workdir / "data"), workdir)
     if leads():
         last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
@@ -42,9 +48,13 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
+
+
 def _hush_orbax() -> None:
-    """Orbax raises what goes wrong; before that, each of its threads shows it with a traceback."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Orbax raises what goes wrong; before that, each of its threads shows it with a traceback. Warnings stay."""
+    logging.getLogger("absl").addFilter(_has_no_traceback)
     show = sys.unraisablehook
 
     def hook(found: Any) -> None:

@@ -6,7 +6,9 @@ the run is, the position in the data, held-out accuracy, a checksum of the state
 
 import contextlib
 import dataclasses
+import glob
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import gpath
 from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from psa_jax.errors import PeerLost, PSAError
+from psa_jax.paths import check_workdir
 from psa_jax.training.distributed import any_process, first_line, is_peer_lost, leads, say
 from psa_jax.training.step import TrainState
 
@@ -33,10 +38,12 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_best: int = 0, identity: dict[str, Any]):
+        check_workdir(folder)
         self._folder, self._identity = folder.absolute(), _as_json(identity)
         self._held_out: dict[int, float] = {}
+        self._saved: tuple[int, PyTree[jax.ShapeDtypeStruct]] | None = None  # the latest step and what its state is
         self._manager = _Manager(
-            self._folder,
+            as_it_is(self._folder),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(keep_best, self._held_out)]),
                 cleanup_tmp_directories=True,  # a killed save leaves one
@@ -49,7 +56,7 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, iterator: grain.DatasetIterator, held_out: float | None = None
     ) -> None:
-        """Starts writing; the next save, or leaving the context, waits for it. Call before the next batch is drawn.
+        """Starts writing; the next save, `verify`, or leaving the context waits. Call before the next batch is drawn.
 
         Args:
           held_out: accuracy of this very state, if it was measured.
@@ -62,7 +69,7 @@ class Checkpoints:
             # Grain's own item is a file for each process and cannot be read by another number of them.
             "data": iterator.get_state(),
             "held_out": held_out,
-            "checksum": int(_checksum(state._asdict())),
+            "checksum": _checksum(state._asdict()),
         }
         self._remember(step, held_out)
         with self._failures_named():
@@ -73,6 +80,40 @@ class Checkpoints:
                 ),
                 force=True,
             )
+        self._saved = step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state._asdict())
+
+    def verify(self) -> None:
+        """Waits for the latest save and reads it back, on the host: only then it may be relied on. All processes call.
+
+        Raises:
+          PSAError: it cannot be written, or not be read.
+        """
+        if self._saved is None:
+            return
+        with self._failures_named():
+            self._manager.wait_until_finished()
+        step, shapes = self._saved
+        # Arrays of NumPy are read to the host, which has room where a device may have none; these take none.
+        target = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
+        reason = None
+        try:
+            self._read(step, target, self._about(step)["checksum"])
+        except Exception as error:  # whatever makes a checkpoint useless
+            if is_peer_lost(error):
+                raise
+            reason = first_line(error)
+        if any_process(reason is not None):
+            raise PSAError(
+                f"{self._folder}: checkpoint {step} was written and cannot be read back "
+                f"({reason or 'in another process'}); check the disk, or use a --workdir on another one"
+            )
+
+    def _read(self, step: int, target: PyTree, checksum: int) -> PyTree[Array | np.ndarray]:
+        """The arrays of a checkpoint as `target` has them; whatever is wrong raises."""
+        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
+        if _checksum(found) != checksum:
+            raise ValueError("its checksum is another")
+        return found
 
     def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> TrainState | None:
         """The latest state that can be read, with the iterator moved to its place; None where nothing was saved.
@@ -86,11 +127,8 @@ class Checkpoints:
             try:
                 about = self._about(step)
                 self._require_same_run(step, about["identity"])
-                restored = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state._asdict()))
-                ).state
-                if int(_checksum(restored)) != about["checksum"]:
-                    raise ValueError("its checksum is another")
+                self._complete(step)
+                restored = self._read(step, state._asdict(), about["checksum"])
             except PSAError:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
@@ -108,6 +146,19 @@ class Checkpoints:
                 "bring a whole one back or use another --workdir"
             )
         return None
+
+    def _complete(self, step: int) -> None:
+        """Puts arrays where Orbax looks for them: earlier versions did not where a path looked like a pattern.
+
+        A process writes into a folder of its own, and those folders were then not found.
+        """
+        state = self._folder / str(step) / "state"
+        parts = list(state.glob("ocdbt.process_*"))
+        if any_process(leads() and len(parts) == 1 and not (state / "manifest.ocdbt").exists()):
+            if leads():
+                shutil.copytree(parts[0] / "d", state / "d", dirs_exist_ok=True)
+                shutil.copy(parts[0] / "manifest.ocdbt", state)  # last: with it the others count
+            any_process(False)  # the others wait
 
     def _about(self, step: int) -> dict[str, Any]:
         """The JSON item, read without Orbax, whose reader waits for all processes."""
@@ -180,6 +231,18 @@ def differences(saved: Any, ours: Any, name: str = "") -> Iterator[str]:
         yield f"{name} = {saved!r}, this run has {ours!r}"
 
 
+class _AsItIs(gpath.PosixGPath):
+    """A path that no glob takes for a pattern. etils, which Orbax uses, globs a folder and what is sought in one."""
+
+    def glob(self, pattern: str) -> Iterator["_AsItIs"]:
+        return (self / name for name in glob.glob(pattern, root_dir=self))
+
+
+def as_it_is(folder: Path) -> gpath.PosixGPath:
+    """The folder for Orbax, whatever is in its name."""
+    return _AsItIs(folder.absolute())
+
+
 class _Manager(ocp.CheckpointManager):
     """Orbax asks for preemption in its threads, with steps that are past; JAX's service counts every such call."""
 
@@ -200,20 +263,23 @@ class _Best:
         return [info.step in best for info in checkpoints]
 
 
-@jax.jit
-def _checksum(tree: PyTree[Array]) -> UInt32[Array, ""]:
+def _checksum(tree: PyTree[Array | np.ndarray]) -> int:
     """Σ bits · odd position over all arrays, mod 2³²: any one changed number changes it; no sharding does."""
-    total = jnp.zeros((), jnp.uint32)
-    for leaf in jax.tree.leaves(tree):
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-        position, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-        for axis in reversed(range(leaf.ndim)):
-            position += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= leaf.shape[axis]
-        part = jnp.sum(bits * (position * jnp.uint32(2) + jnp.uint32(1)), dtype=jnp.uint32)
-        total = total * jnp.uint32(31) + part
+    total = 0
+    for leaf in jax.tree.leaves(tree):  # one after the other: what is read back need not fit beside what trains
+        total = (31 * total + int(_weighted_bits(leaf))) % 2**32
     return total
+
+
+@jax.jit
+def _weighted_bits(leaf: Array) -> UInt32[Array, ""]:
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    position, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= leaf.shape[axis]
+    return jnp.sum(bits * (position * jnp.uint32(2) + jnp.uint32(1)), dtype=jnp.uint32)
 
 
 def _as_json(value: Any) -> Any:

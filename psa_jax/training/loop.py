@@ -33,7 +33,8 @@ from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.preemption import StopSignal, Watchdog
 from psa_jax.training.reference import reference_table, stored_or_none
 from psa_jax.training.samples import Samples
-from psa_jax.training.sharding import by_rows, check_batch, make_mesh, of_file, replicated, shardings
+from psa_jax.training.settings import validate, validate_devices
+from psa_jax.training.sharding import by_rows, make_mesh, of_file, replicated, shardings
 from psa_jax.training.speed import StepClock, peak_flops, step_flops
 from psa_jax.training.step import Metrics, compiled, init_state, make_step
 
@@ -54,18 +55,21 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
       Stopped: by SIGTERM or SIGINT, with a checkpoint.
     """
     # --- base model, data, adapter
-    for name, what in (("model", config.model), ("data.shards", config.data.shards), ("data.table", config.data.table)):
-        if not what:
-            raise PSAError(f"the configuration leaves {name} open; give --config.{name}=PATH")
+    validate(config, "train", workdir)
     require_joined()
+    validate_devices(config)
+    # What can be wrong with the data is said before the weights are read.
+    shards, table = Path(config.data.shards), EmbeddingTable.load(Path(config.data.table))
+    info = read_info(shards)
+    for split in ("train", *(["val"] if config.validate.every or config.sample_every else [])):
+        if split not in info["splits"]:
+            raise PSAError(f"{shards}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    check_batch(config.batch_size, mesh, config.accumulate)
     where, drawing = of_file(mesh, config.mesh.frozen), config.sample_every > 0
     model = load_stable_diffusion(
         config.model, dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",)
     )
     base_hash = model.base_hash
-    shards, table = Path(config.data.shards), EmbeddingTable.load(Path(config.data.table))
     adapter_config = AdapterConfig.for_unet(
         model.unet.config,
         user_dim=table.dim,
@@ -74,7 +78,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         qk_dim=config.adapter.qk_dim,
     )
     objective = Objective(**config.objective)
-    info = read_info(shards)
     vae = fingerprint(model.vae_tensors, Preprocess(info["resolution"]))
     stored = stored_or_none(config.reference.draws, config.reference.seed, objective, flips=info["flips"])
     of_pairs, of_all = batch_arrays(len(model.text_encoders), stored is not None)
@@ -184,6 +187,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         )
         clock, peak = StepClock(config.batch_size), peak_flops()
         running: list[tuple[int, Metrics, np.ndarray]] = []
+        verified = False
 
         def finish(ahead: int) -> None:
             """Waits until the device has no more than `ahead` steps to do, and looks at what it has done."""
@@ -224,6 +228,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
                 with clock.excluded():
                     writer.sync()
                     checkpoints.save(done, state, iterator, accuracy)
+                    if not verified or stopping or done == end:  # the first of a run, and what is said to be there
+                        checkpoints.verify()
+                        verified = True
             if config.sample_every and (done % config.sample_every == 0 or last):
                 with clock.excluded():
                     params = _whole(state.exported, mesh)

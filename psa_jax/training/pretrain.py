@@ -25,6 +25,7 @@ from psa_jax.models.clip import CLIPText
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE, latent_noise, sample_latents
 from psa_jax.seeds import check_seed
+from psa_jax.training.checkpoints import as_it_is
 
 KEEP_EVERY = 500
 """Steps between two checkpoints of a long phase."""
@@ -88,7 +89,7 @@ def fit(
     first = 0
     if keep is not None:
         options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=KEEP_EVERY)
-        manager = ocp.CheckpointManager(keep.absolute(), options=options)
+        manager = ocp.CheckpointManager(as_it_is(keep), options=options)
         first = manager.latest_step() or 0
         if first:
             kept = manager.restore(first, args=ocp.args.StandardRestore((params, average, state)))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from psa_jax.errors import PSAError
 from psa_jax.training.checkpoints import Checkpoints, differences
@@ -171,3 +172,57 @@ def test_restores_on_other_devices(saved: Path):
         found = checkpoints.restore(target, Position())
     assert found.params["w"].sharding == split
     jax.tree.map(np.testing.assert_array_equal, found, state_at(20))
+
+
+# What glob, TensorStore and URLs give a meaning to, and some that mean nothing to them.
+NAMES = ["a[1]", "[1]", "a*b", "a?b", "a{b}", "a@2", "50%", "a%20b", "#2", "a b, c", "a:b", "é", "a;|b", "a&b=c"]
+NAMES += ["~x", "a'b", "a+b$c"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_with_any_name(tmp_path: Path, name: str):
+    (tmp_path / "aXb" / "20.orbax-checkpoint-tmp" / "ocdbt.process_0").mkdir(parents=True)  # what a pattern would find
+    with open_checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save(20, state_at(20), Position(160))
+        checkpoints.verify()
+    assert_restores(tmp_path / name, 20)
+    (tmp_path / name).rename(tmp_path / "plain")
+    assert_restores(tmp_path / "plain", 20)
+
+
+def test_a_folder_that_tensorstore_would_write_elsewhere(tmp_path: Path):
+    with pytest.raises(PSAError, match="takes a backslash for /"):
+        open_checkpoints(tmp_path / "a\\b")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_what_an_earlier_version_left_in_such_a_folder(tmp_path: Path, monkeypatch, renamed: bool):
+    """Its arrays are in the folder of the process that wrote them, and Orbax looks beside it."""
+    folder = tmp_path / "a[1]"
+    with monkeypatch.context() as patch:
+        patch.setattr("psa_jax.training.checkpoints.as_it_is", epath.Path)
+        save(folder, [10, 20])
+    assert not (folder / "20" / "state" / "manifest.ocdbt").exists()
+    if renamed:
+        folder = folder.rename(tmp_path / "plain")
+    assert_restores(folder, 20)
+    assert steps_in(folder) == ["10", "20"]
+
+
+def test_a_save_that_cannot_be_read_is_no_save(tmp_path: Path, monkeypatch):
+    """The arrays go somewhere else, as they did where Orbax took a path for a pattern."""
+    monkeypatch.setattr("psa_jax.training.checkpoints.as_it_is", epath.Path)
+    with open_checkpoints(tmp_path / "a[1]") as checkpoints:
+        checkpoints.verify()  # nothing saved: nothing to say
+        checkpoints.save(20, state_at(20), Position(160))
+        with pytest.raises(PSAError, match="checkpoint 20 was written and cannot be read back .*NOT_FOUND"):
+            checkpoints.verify()
+
+
+def test_a_save_of_other_numbers_is_no_save(tmp_path: Path, monkeypatch):
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(20, state_at(20), Position(160))
+        monkeypatch.setattr(checkpoints, "_about", lambda step: {"checksum": 1})
+        with pytest.raises(PSAError, match="cannot be read back .*its checksum is another"):
+            checkpoints.verify()

@@ -1,0 +1,283 @@
+"""Every key of a configuration and what it may be, in one table, so that a mistake is told before any work."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from psa_jax.data.pipeline import BALANCES
+from psa_jax.data.shards import INFO_FILE
+from psa_jax.diffusion.generate import UNCONDITIONAL
+from psa_jax.errors import PSAError
+from psa_jax.models.adapter_config import KINDS, check_kind
+from psa_jax.models.attention import REMAT
+from psa_jax.paths import check_workdir, local_path
+from psa_jax.preference.objective import Objective
+from psa_jax.training.optimizer import DECAYED, OPTIMIZERS, SCHEDULES, make_optimizer
+from psa_jax.training.reference import stored_or_none
+from psa_jax.training.sharding import RULES, check_batch, make_mesh
+
+DTYPES = ("float32", "bfloat16", "float16")
+EMBEDDED = "tiny"
+
+
+class Rule(NamedTuple):
+    """What a value must be: a predicate, and the same in words."""
+
+    holds: Callable[[Any], bool]
+    wanted: str
+
+
+def whole(low: int, high: float = math.inf) -> Rule:
+    """A whole number from `low` to `high`; true and false are none."""
+    wanted = f"a whole number of {low} or more" if high == math.inf else f"a whole number from {low} to {high}"
+    return Rule(lambda value: type(value) is int and low <= value <= high, wanted)
+
+
+def number(low: float = 0.0, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
+    """A finite number from `low` to `high`, without the ends where `above` and `below` say so."""
+
+    def holds(value: Any) -> bool:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return False
+        return (low < value if above else low <= value) and (value < high if below else value <= high)
+
+    least = f"above {low:g}" if above else f"of {low:g} or more"
+    most = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
+    return Rule(holds, f"a finite number {least}{most}")
+
+
+def any_of(choices: Iterable[str]) -> Rule:
+    """One of some words."""
+    known = tuple(choices)
+    return Rule(lambda value: isinstance(value, str) and value in known, f"one of {', '.join(known)}")
+
+
+def optional(rule: Rule) -> Rule:
+    """None, or what another rule wants."""
+    return Rule(lambda value: value is None or rule.holds(value), f"{rule.wanted}, or none")
+
+
+SEED = whole(0, 2**32 - 1)
+COUNT, COUNT_OR_NONE = whole(1), whole(0)
+SHARE, DECAY = number(0.0, 1.0), number(0.0, 1.0, below=True)
+RATE, WEIGHT = number(above=True), number()
+FLAG = Rule(lambda value: type(value) is bool, "true or false")
+PLACE = Rule(lambda value: isinstance(value, str), "a path")
+WIDTHS = Rule(
+    lambda value: isinstance(value, tuple | list) and len(value) > 0 and all(COUNT.holds(each) for each in value),
+    "whole numbers of 1 or more, such as (32, 64)",
+)
+
+# Ranges are the objective's own: it refuses what is outside of them.
+_OF_OBJECTIVE = {
+    "float": Rule(lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number"),
+    "str": Rule(lambda value: isinstance(value, str), "a name"),
+}
+_OF_OBJECTIVE["float | None"] = optional(_OF_OBJECTIVE["float"])
+
+_PHASE = {"steps": COUNT, "batch_size": COUNT, "learning_rate": RATE, "weight_decay": WEIGHT, "seed": SEED}
+_AVERAGED = _PHASE | {"ema": DECAY}
+
+
+def _under(group: str, rules: dict[str, Rule]) -> dict[str, Rule]:
+    return {f"{group}.{key}": rule for key, rule in rules.items()}
+
+
+def _type_name(field: dataclasses.Field) -> str:
+    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
+
+
+TRAINING: dict[str, Rule] = {
+    "seed": SEED,
+    "model": PLACE,
+    "steps": COUNT,
+    "batch_size": COUNT,
+    "log_every": COUNT,
+    "checkpoint_every": COUNT,
+    "keep_checkpoints": COUNT,
+    "keep_best": COUNT_OR_NONE,
+    "validate.every": COUNT_OR_NONE,
+    "validate.rows": COUNT,
+    "validate.batch_size": COUNT,
+    "alarm_window": COUNT_OR_NONE,
+    "hang_timeout": WEIGHT,
+    "wandb": FLAG,
+    "sample_every": COUNT_OR_NONE,
+    "mesh.data": Rule(lambda value: type(value) is int and (value == -1 or value >= 1), "1 or more, or -1 for all"),
+    "mesh.fsdp": COUNT,
+    "mesh.frozen": any_of(RULES),
+    "accumulate": COUNT,
+    "remat": any_of(REMAT),
+    "dtype": any_of(DTYPES),
+    "adapter.kind": any_of(KINDS),
+    "adapter.tokens": COUNT,
+    "adapter.qk_dim": optional(COUNT),
+    **{f"objective.{field.name}": _OF_OBJECTIVE[_type_name(field)] for field in dataclasses.fields(Objective)},
+    "reference.draws": COUNT_OR_NONE,
+    "reference.seed": SEED,
+    "reference.folder": PLACE,
+    "optimizer.name": any_of(OPTIMIZERS),
+    "optimizer.learning_rate": RATE,
+    "optimizer.warmup_steps": COUNT_OR_NONE,
+    "optimizer.schedule": any_of(SCHEDULES),
+    "optimizer.decay_share": SHARE,
+    "optimizer.b2": DECAY,
+    "optimizer.weight_decay": WEIGHT,
+    "optimizer.decayed": any_of(DECAYED),
+    "optimizer.clip_norm": RATE,
+    "optimizer.ema": DECAY,
+    "data.shards": PLACE,
+    "data.table": PLACE,
+    "data.balance": any_of(BALANCES),
+    "data.safe_share": SHARE,
+    "data.mini.users": COUNT_OR_NONE,
+    "data.mini.seed": SEED,
+}
+EVALUATION: dict[str, Rule] = {
+    "evaluate.per_rate.unseen": COUNT,
+    "evaluate.per_rate.seen": COUNT,
+    "evaluate.steps": COUNT,
+    "evaluate.guidance": number(),
+    "evaluate.unconditional": any_of(UNCONDITIONAL),
+    "evaluate.batch_size": COUNT,
+}
+PRETRAINING: dict[str, Rule] = _under(
+    "pretrain",
+    {
+        "pictures": COUNT,
+        "held_out": COUNT,
+        "samples": COUNT,
+        "data_seed": whole(0, 2**32 - 4),  # seeds up to 3 above it are used, too
+        **dict.fromkeys(("text.hidden_size", "text.layers", "text.heads", "text.length"), COUNT),
+        "unet.widths": WIDTHS,
+        "unet.heads": COUNT,
+        "vae.widths": WIDTHS,
+        "vae.kl_weight": WEIGHT,
+        **_under("vae.crops", _PHASE | {"size": COUNT}),
+        **_under("vae.whole", _PHASE | {"size": COUNT}),
+        **_under("oracle", _AVERAGED | {"decoded": COUNT}),
+        "min_snr": RATE,
+        "text_dropout": SHARE,
+        **_under("denoiser", _AVERAGED | {"seed": whole(0, 2**32 - 2)}),  # the UNet has the next one
+        **_under("restart", _AVERAGED),
+    },
+)
+RULES_OF: dict[str, dict[str, Rule]] = {
+    "train": TRAINING,
+    "fit": TRAINING,
+    "bench step": TRAINING,
+    "demo": TRAINING | EVALUATION,
+    "pretrain": PRETRAINING,
+}
+"""What a command asks of a configuration. What else is in it is checked where this file knows it."""
+EVERY_RULE = TRAINING | EVALUATION | PRETRAINING
+PATHS = tuple(key for key, rule in EVERY_RULE.items() if rule is PLACE)
+_ABSENT = object()
+
+
+def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | None = None) -> None:
+    """Checks every value, and that they fit together; neither data nor weights are read, no device is asked.
+
+    Args:
+      command: a key of `RULES_OF`.
+      workdir: where checkpoints would be written.
+
+    Raises:
+      PSAError: the first mistake, by its key.
+    """
+    required = RULES_OF[command]
+    for key, rule in EVERY_RULE.items():
+        value = _value(config, key)
+        if value is _ABSENT:
+            if key in required:
+                raise PSAError(f"the configuration has no {key}; give it {rule.wanted}")
+        elif not rule.holds(value):
+            raise PSAError(f"{key} is {value!r}; give {rule.wanted}")
+        elif rule is PLACE and value:
+            _named(key, local_path, value)
+    if workdir is not None:
+        check_workdir(workdir)
+    if command == "pretrain":
+        return
+    _require_known(config.objective, "objective", [field.name for field in dataclasses.fields(Objective)])
+    _require_known(config.adapter, "adapter", ["kind", "tokens", "qk_dim"])
+    check_kind(config.adapter.kind, config.adapter.qk_dim)
+    objective = Objective(**config.objective)
+    stored_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
+    make_optimizer(config.optimizer, config.steps)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise PSAError("wandb is asked for and not installed; pip install wandb, or --config.wandb=false")
+    _check_model(config.model)
+    if command in ("train", "demo"):
+        _check_data(config, command)
+
+
+def validate_devices(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+    """Checks mesh and batches against the devices (default: of all processes, which have joined).
+
+    Raises:
+      PSAError: too few devices, or a batch that they cannot share evenly.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    check_batch(config.batch_size, mesh, config.accumulate)
+    if config.validate.every and config.validate.batch_size % mesh.size:
+        raise PSAError(
+            f"validate.batch_size is {config.validate.batch_size}; give a multiple of the {mesh.size} devices"
+        )
+
+
+def _value(config: ml_collections.ConfigDict, key: str) -> Any:
+    def inside(group: Any, name: str) -> Any:
+        return group[name] if isinstance(group, ml_collections.ConfigDict) and name in group else _ABSENT
+
+    return functools.reduce(inside, key.split("."), config)
+
+
+def _require_known(group: ml_collections.ConfigDict, name: str, known: Sequence[str]) -> None:
+    for key in group:
+        if key not in known:
+            raise PSAError(f"{name}.{key} is unknown; the keys of {name} are {', '.join(known)}")
+
+
+def _named(key: str, check: Callable[[Any], object], value: Any) -> None:
+    try:
+        check(value)
+    except PSAError as error:
+        raise PSAError(f"{key}: {error}") from error
+
+
+def _check_model(model: str) -> None:
+    if not model:
+        raise PSAError("the configuration leaves model open; give --config.model=PATH")
+    if model != EMBEDDED and not Path(model).exists():
+        raise PSAError(f"model is {model}, which is not there; give a base model's folder or file, or {EMBEDDED}")
+
+
+def _check_data(config: ml_collections.ConfigDict, command: str) -> None:
+    data = config.data
+    if command == "demo":
+        for key in ("shards", "table"):
+            if data[key]:
+                raise PSAError(
+                    f"data.{key} is {data[key]}, but the demo draws its own data, by which it judges; "
+                    f"leave it empty, or train with psa-jax train"
+                )
+        if not data.mini.users:
+            raise PSAError("data.mini.users is 0, but the demo draws its own data; give the number of users")
+        return
+    if data.mini.users and not data.shards and not data.table:
+        return
+    for key in ("shards", "table"):
+        if not data[key]:
+            raise PSAError(f"the configuration leaves data.{key} open; give --config.data.{key}=PATH")
+    if not (Path(data.shards) / INFO_FILE).is_file():
+        raise PSAError(f"data.shards is {data.shards}, where no shards are; make them with psa-jax build")
+    if not Path(data.table).is_file():
+        raise PSAError(f"data.table is {data.table}, which is not there; make it with psa-jax encode")
