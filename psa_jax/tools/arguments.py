@@ -156,6 +156,11 @@ def demo(parser: ArgumentParser) -> None:
     parser.add_argument("--config", default=str(TINY), metavar="FILE[:ARG]", help="default: the embedded tiny model's")
     parser.add_argument("--compare", action="store_true", help="train the comparison adapters too")
     parser.add_argument("--record", type=Path, metavar="FILE", help="with --compare: write what later runs quote")
+    parser.add_argument(
+        "--all-ways",
+        action="store_true",
+        help="judge the adapter with every unconditional side (off, zeros, same), for cards of every export format",
+    )
 
 
 def generate(parser: ArgumentParser) -> None:
@@ -174,7 +179,7 @@ def generate(parser: ArgumentParser) -> None:
         "--model-config", type=Path, metavar="DIR", help="diffusers folder with its JSON files, for such a checkpoint"
     )
     user = parser.add_argument_group("user")
-    user.add_argument("--adapter", type=Path, metavar="FILE", help="native adapter; without it the base model draws")
+    user.add_argument("--adapter", type=Path, metavar="FILE", help="native adapter or its folder; without it the base model draws")
     user.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
     user.add_argument("--user", metavar="ID", help="a user id in --table")
     user.add_argument("--table", type=Path, metavar="FILE", help="embedding table")
