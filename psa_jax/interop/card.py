@@ -74,7 +74,7 @@ One user is in the weights, at one scale, on both sides of guidance.""",
 }
 
 UPSTREAM_DIM = 3584
-"""Length of a user embedding in the torch original: its loader makes the projection for Qwen2.5-7B's states."""
+"""Length of a user embedding in the torch original: the width of Qwen2.5-7B's states."""
 
 UNCONDITIONAL = {"native": "off", "diffusers": "off", "upstream": "zeros", "ip-adapter": "zeros", "baked": "same"}
 """Format → what the adapter does on the unconditional side where it is drawn with: rates of another way are not its.
@@ -125,8 +125,8 @@ def upstream_limit(config: AdapterConfig) -> str:
     if config.user_dim == UPSTREAM_DIM:
         return ""
     return (
-        f"the torch original's loader makes its projection for embeddings of its own width, {UPSTREAM_DIM}, and does not "
-        f"load this adapter for embeddings of {config.user_dim} until it is told so (there, the width is in the code)"
+        f"the torch original's loader needs embeddings of its own width, {UPSTREAM_DIM} numbers of Qwen2.5-7B; this "
+        f"adapter takes {config.user_dim}, so that its projection does not load there as it is"
     )
 
 
@@ -164,8 +164,8 @@ def _results(report: Mapping[str, Any] | None, format_: str, scale: float) -> st
     if not rows or scale != 1.0:
         why = f"at scale {scale:g}" if rows else f"in this way (the unconditional side of guidance: `{way}`)"
         return (
-            f"Not measured {why}. The adapter was evaluated as `{measured.get('unconditional', 'unknown')}` at scale 1, "
-            "and rates of one way say little about another: suppression and retention shift by tens of percent. "
+            f"Not measured {why}. The adapter was evaluated as `{measured.get('unconditional', 'unknown')}` at scale "
+            "1, and rates of one way say little about another: suppression and retention shift by tens of percent. "
             f"`psa-jax demo --all-ways` measures every way{'' if rows else ' on SAGE-mini'}, at scale 1."
         )
     lines = [f"| users | {' | '.join(name.replace('_', ' ') for name in _RATES)} | prompts |", "|---" * 8 + "|"]

@@ -191,8 +191,8 @@ def user_embedding(args: Namespace, adapter: Path, about: dict) -> Float[np.ndar
     if about["encoder"] not in ENCODERS:
         made = "psa-jax encode users.csv --encoder=qwen --model=DIR --out=FILE" if about["encoder"] == "qwen" else ""
         raise PSAError(
-            f"{adapter}: trained with the encoder {about['encoder']!r}, which --profile cannot run; give --user ID with "
-            f"--table FILE, a table of that encoder{f' ({made})' if made else ''}"
+            f"{adapter}: trained with the encoder {about['encoder']!r}, which --profile cannot run; give --user ID "
+            f"with --table FILE, a table of that encoder{f' ({made})' if made else ''}"
         )
     encoder = get_encoder(about["encoder"])
     if encoder.fingerprint != trained:

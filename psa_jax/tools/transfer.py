@@ -37,7 +37,6 @@ from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.tools.generate import user_embedding
 
-
 SPLITS = ("unseen", "seen")
 
 
@@ -111,8 +110,8 @@ def _report(args: Namespace, source: Source) -> dict[str, Any] | None:
         for method, rates in report.get(split, {}).items():
             if not isinstance(rates, dict) or not all(type(value) in (int, float) for value in rates.values()):
                 raise PSAError(
-                    f"{path}: {split}, {method} does not hold rates, which are numbers; give a report that psa-jax demo "
-                    "wrote"
+                    f"{path}: {split}, {method} does not hold rates, which are numbers; give a report that psa-jax "
+                    "demo wrote"
                 )
     judged, found = report.get("adapter", {}).get("sha256"), adapter_hash(source.tensors, source.config)
     advice = "leave --report out" if args.report else "move it out of the folder"

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import constant_keys, find_adapter, fitting_config, read_metadata, read_tensors
 from psa_jax.models.adapter_config import Layers
 from psa_jax.torch.adapter import UserAdapter, empty_adapter
