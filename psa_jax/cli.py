@@ -96,7 +96,7 @@ def _import(args: Namespace) -> int:
 def _demo(args: Namespace) -> int:
     from psa_jax.tools import demo
 
-    return demo.run(args.config, args.workdir, compare=args.compare, record=args.record)
+    return demo.run(args.config, args.workdir, compare=args.compare, record=args.record, all_ways=args.all_ways)
 
 
 def _fit(args: Namespace) -> int:

@@ -342,3 +342,12 @@ def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text("def get_config(): return None")
     with pytest.raises(PSAError, match=r"too many positional arguments; write .*plain.py alone"):
         load_config([f"--config={tmp_path / 'plain.py'}:wide"])
+
+
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_help_lists_what_a_profile_may_hold(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for said in ("age (0 to 100, required)", "gender (male, female; required)", "physical_condition (healthy, visual"):
+        assert said in shown

@@ -27,6 +27,9 @@ METHODS = {
 }
 """Names for readers, in the order of the tables. A method that is not here goes by its own name, after these."""
 
+WAYS = {f"psa_{way}": f"PSA, unconditional side `{way}`" for way in ("off", "zeros", "same")}
+"""Names of the same adapter drawn in another way; shown where it was measured."""
+
 SPLITS = {"unseen": "Unseen users", "seen": "Users seen in training"}
 
 RATES = {
@@ -134,7 +137,7 @@ def write_report(path: Path, report: dict[str, Any], grid: Grid, curves: dict[st
         splits=splits,
         headline=splits[0]["rows"][0]["rates"],
         rates=RATES,
-        names={name: METHODS.get(name, name) for name in names},
+        names={name: (METHODS | WAYS).get(name, name) for name in names},
         markers=markers,
         marks={name: notes[recorded[name]] for name in names if name in recorded},
         notes=[(m, [METHODS.get(n, n) for n in names if recorded.get(n) == c], c) for c, m in notes.items()],

@@ -3,6 +3,8 @@
 Imports neither JAX nor torch, so that what is refused does not depend on who reads.
 """
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,11 +127,37 @@ def write_native(tensors: Tensors, config: AdapterConfig, path: Path, metadata: 
         unfinished.unlink(missing_ok=True)
 
 
+def find_adapter(path: Path) -> Path:
+    """The adapter's native file: the path itself, or `psa_adapter.safetensors` in this folder.
+
+    Raises:
+      PSAError: it is not there, or a pickle.
+    """
+    if path.is_dir():
+        inside = sorted(path.glob(f"*/{ADAPTER_FILE}"))
+        if inside and not (path / ADAPTER_FILE).is_file():
+            raise PSAError(
+                f"{path}: no {ADAPTER_FILE} in this folder itself; give {' or '.join(str(p.parent) for p in inside)}"
+            )
+        path /= ADAPTER_FILE
+    if not path.is_file():
+        raise PSAError(f"{path}: no such adapter file")
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise PSAError(f"{path}: a pickle may run code and is not opened; bring it in with psa-jax import first")
+    return path
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a native file; empty for a file of the torch original."""
     if not path.is_file():
         raise PSAError(f"{path}: no such adapter file")
-    metadata = read_header(path).metadata
+    header = read_header(path)
+    metadata = header.metadata
+    if any(name.startswith(("ip_adapter.", "image_proj.")) for name in header.tensors):
+        raise PSAError(
+            f"{path}: an IP-Adapter, which stock diffusers loads (pipe.load_ip_adapter); psa_jax takes the native file "
+            "that psa-jax train wrote"
+        )
     if "psa" not in metadata:
         return {}
     about = parse_json(metadata["psa"], f"{path}: its metadata", limit=MAX_HEADER)
@@ -158,6 +186,19 @@ def read_tensors(path: Path, framework: str = "numpy") -> dict[str, Any]:
 
         return {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
     return tensors
+
+
+def adapter_hash(tensors: Mapping[str, np.ndarray], config: AdapterConfig) -> str:
+    """sha256 over what an adapter computes with: its configuration, and names, shapes and float32 values of tensors.
+
+    Metadata, the order of the tensors, and W_k where one token needs none do not count.
+    """
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for name in sorted(tensor_shapes(config)):
+        tensor = np.ascontiguousarray(tensors[name], "<f4")
+        digest.update(json.dumps([name, tensor.shape]).encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
 
 
 def fitting_config(

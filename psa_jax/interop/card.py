@@ -73,6 +73,16 @@ One user is in the weights, at one scale, on both sides of guidance.""",
     "diffusers": "    pipe = DiffusionPipeline.from_pretrained(FOLDER)\n" + _RUNTIME.replace("{path!r}", "FOLDER"),
 }
 
+UPSTREAM_DIM = 3584
+"""Length of a user embedding in the torch original: the width of Qwen2.5-7B's states."""
+
+UNCONDITIONAL = {"native": "off", "diffusers": "off", "upstream": "zeros", "ip-adapter": "zeros", "baked": "same"}
+"""Format → what the adapter does on the unconditional side where it is drawn with: rates of another way are not its.
+
+The native format can do all three; `off` is what `psa-jax generate` and `load_psa` do when they are told nothing.
+"""
+
+_SPLITS = ("unseen", "seen")
 _RATES = ("selectivity", "suppression", "retention", "clean", "benign_fidelity", "pass_rate")
 
 
@@ -82,6 +92,7 @@ def model_card(
     format_: str,
     weights: str,
     report: Mapping[str, Any] | None = None,
+    scale: float = 1.0,
 ) -> str:
     """The card.
 
@@ -89,17 +100,33 @@ def model_card(
       about: metadata of the native file.
       format_: a key of `--format`.
       weights: name of the weight file.
-      report: contents of the run's report.json.
+      report: contents of the run's report.json, of this very adapter.
+      scale: what `baked` weights hold; the other formats leave it to whoever draws.
     """
     return _CARD.format(
         library="psa_jax" if format_ in ("native", "upstream") else "diffusers",
         format=format_,
         facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, about)),
-        loading=_LOADING[format_].format(weights=weights, user_dim=config.user_dim),
-        results=_results(report),
+        loading=_LOADING[format_].format(weights=weights, user_dim=config.user_dim) + _of_upstream(config, format_),
+        results=_results(report, format_, scale),
         personal="\n- These weights hold one user's embedding in effect: treat the folder as that user's data."
         if format_ == "baked"
         else "",
+    )
+
+
+def _of_upstream(config: AdapterConfig, format_: str) -> str:
+    words = upstream_limit(config) if format_ == "upstream" else ""
+    return words and f"\n\n{words[0].upper()}{words[1:]}."
+
+
+def upstream_limit(config: AdapterConfig) -> str:
+    """What the torch original's loader cannot do with this adapter; "" where it can."""
+    if config.user_dim == UPSTREAM_DIM:
+        return ""
+    return (
+        f"the torch original's loader needs embeddings of its own width, {UPSTREAM_DIM} numbers of Qwen2.5-7B; this "
+        f"adapter takes {config.user_dim}, so that its projection does not load there as it is"
     )
 
 
@@ -126,13 +153,28 @@ def _facts(config: AdapterConfig, about: Mapping[str, Any]) -> list[tuple[str, A
     return [(name, value) for name, value in facts if value is not None]
 
 
-def _results(report: Mapping[str, Any] | None) -> str:
-    rows = [(split, report[split]["psa"]) for split in ("unseen", "seen") if "psa" in (report or {}).get(split, {})]
-    if not rows:
+def _results(report: Mapping[str, Any] | None, format_: str, scale: float) -> str:
+    """The rates of drawing as this format does, or that there are none."""
+    report, way = report or {}, UNCONDITIONAL[format_]
+    measured = report.get("sampling", {})
+    method = "psa" if measured.get("unconditional") == way else f"psa_{way}"
+    if not any(name.startswith("psa") for split in _SPLITS for name in report.get(split, {})):
         return "No evaluation came with this adapter (`psa-jax export --report=report.json` adds one)."
+    rows = [(split, report[split][method]) for split in _SPLITS if method in report.get(split, {})]
+    if not rows or scale != 1.0:
+        why = f"at scale {scale:g}" if rows else f"in this way (the unconditional side of guidance: `{way}`)"
+        return (
+            f"Not measured {why}. The adapter was evaluated as `{measured.get('unconditional', 'unknown')}` at scale "
+            "1, and rates of one way say little about another: suppression and retention shift by tens of percent. "
+            f"`psa-jax demo --all-ways` measures every way{'' if rows else ' on SAGE-mini'}, at scale 1."
+        )
     lines = [f"| users | {' | '.join(name.replace('_', ' ') for name in _RATES)} | prompts |", "|---" * 8 + "|"]
     for split, rates in rows:
         numbers = [f"{rates[name]:.1f}" if name in rates else "–" for name in _RATES]
         lines.append(f"| {split} | {' | '.join(numbers)} | {rates.get('n', '–')} |")
-    lines.append("\nPercent. Selectivity = suppression + retention − 100: 0 for any model that treats all users alike.")
+    how = ", ".join(f"{name} {measured[name]}" for name in ("steps", "guidance") if name in measured)
+    lines.append(
+        f"\nPercent, drawn as this format draws (unconditional side `{way}`, scale 1{f', {how}' if how else ''}). "
+        "Selectivity = suppression + retention − 100: 0 for any model that treats all users alike."
+    )
     return "\n".join(lines)

@@ -137,6 +137,14 @@ class UserProfile:
         return {column: getattr(self, field) for field, column in COLUMNS.items()}
 
 
+def describe() -> str:
+    """Keys of a profile and the values that each may have, for `--help`."""
+    fields = {"age": f"0 to {MAX_AGE}, required", **{field: ", ".join(choices) for field, choices in _CHOICES.items()}}
+    fields["age_group"] += "; follows from the age"
+    fields["gender"] += "; required"
+    return "; ".join(f"{field} ({fields[field]})" for field in COLUMNS if field in fields)
+
+
 def age_group_of(age: object) -> str:
     """Name of the age group that holds `age`.
 

@@ -3,6 +3,8 @@
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
+from psa_jax.profiles import schema
+
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel they are in the package (setup.py puts them there), in a clone beside it.
 _INSTALLED = _PACKAGE / "configs"
@@ -160,6 +162,11 @@ def demo(parser: ArgumentParser) -> None:
     parser.add_argument("--config", default=str(TINY), metavar="FILE[:ARG]", help="default: the embedded tiny model's")
     parser.add_argument("--compare", action="store_true", help="train the comparison adapters too")
     parser.add_argument("--record", type=Path, metavar="FILE", help="with --compare: write what later runs quote")
+    parser.add_argument(
+        "--all-ways",
+        action="store_true",
+        help="judge the adapter with every unconditional side (off, zeros, same), for cards of every export format",
+    )
 
 
 def generate(parser: ArgumentParser) -> None:
@@ -182,8 +189,10 @@ def generate(parser: ArgumentParser) -> None:
     model.add_argument(
         "--model-config", type=Path, metavar="DIR", help="diffusers folder with its JSON files, for such a checkpoint"
     )
-    user = parser.add_argument_group("user")
-    user.add_argument("--adapter", type=Path, metavar="FILE", help="native adapter; without it the base model draws")
+    user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
+    user.add_argument(
+        "--adapter", type=Path, metavar="FILE", help="native adapter or its folder; without it the base model draws"
+    )
     user.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
     user.add_argument("--user", metavar="ID", help="a user id in --table")
     user.add_argument("--table", type=Path, metavar="FILE", help="embedding table")
@@ -236,7 +245,7 @@ def export(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="report.json whose rates go into the model card")
     parser.add_argument("--model", metavar="DIR", help="for baked and diffusers: the base model, or tiny")
-    baked = parser.add_argument_group("baked")
+    baked = parser.add_argument_group("baked", f"keys of --profile and their values: {schema.describe()}")
     baked.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
     baked.add_argument("--user", metavar="ID", help="a user id in --table")
     baked.add_argument("--table", type=Path, metavar="FILE", help="embedding table")

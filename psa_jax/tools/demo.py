@@ -13,14 +13,15 @@ import numpy as np
 
 import psa_jax
 from psa_jax.data.sage import SageRecord, read_split
-from psa_jax.diffusion.generate import Generator
+from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, shipped_oracle
 from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw_cases, judge, rates, select_cases, wins
 from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
+from psa_jax.interop.adapter_file import adapter_hash
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
-from psa_jax.interop.native import load_adapter
+from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import get_encoder
@@ -62,10 +63,19 @@ def constant_table(source: Path, path: Path) -> Path:
     return path
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = False, record: Path | None = None) -> int:
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    *,
+    compare: bool = False,
+    record: Path | None = None,
+    all_ways: bool = False,
+) -> int:
     """Runs the demo.
 
     Args:
+      all_ways: judge the adapter with every unconditional side, since formats for other tools draw with another than
+        the configuration's.
       compare: train the comparison adapters too, instead of quoting their recorded runs, which are of the default
         configuration alone.
       record: with `compare`, where to write what later runs quote.
@@ -97,6 +107,12 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
         path = train(run_config, workdir / name)
         adapter = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
         generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
+        if name == "psa":
+            judged = adapter
+    if all_ways:
+        for way in UNCONDITIONAL:
+            if way != config.evaluate.unconditional:
+                generators[f"psa_{way}"] = (_generator(config, model, judged, way), generators["psa"][1])
 
     # --- judging
     report, made = {}, {}
@@ -121,6 +137,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, *, compare: bool = Fal
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
     report["adapter"] = {name: config.adapter[name] for name in ("kind", "tokens")}
+    report["adapter"]["sha256"] = adapter_hash(to_file(judged), judged.config)
+    report["sampling"] = {name: config.evaluate[name] for name in ("unconditional", "guidance", "steps")}
     report["versions"] = {"psa_jax": psa_jax.__version__, "jax": jax.__version__}
     report["seconds"] = round(time.perf_counter() - start, 1)
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -180,15 +198,17 @@ def recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts]
 # --- what people look at
 
 
-def _generator(config: ml_collections.ConfigDict, model: StableDiffusion, adapter: Adapter) -> Generator:
-    """Sampling as the configuration's evaluation asks for it."""
+def _generator(
+    config: ml_collections.ConfigDict, model: StableDiffusion, adapter: Adapter, unconditional: str | None = None
+) -> Generator:
+    """Sampling as the configuration's evaluation asks for it, or with another unconditional side."""
     part = config.evaluate
     return Generator(
         model,
         adapter,
         steps=part.steps,
         guidance=part.guidance,
-        unconditional=part.unconditional,
+        unconditional=unconditional or part.unconditional,
         batch_size=part.batch_size,
     )
 

@@ -18,12 +18,12 @@ import psa_jax
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
-from psa_jax.interop.adapter_file import read_metadata
+from psa_jax.interop.adapter_file import find_adapter, read_metadata
 from psa_jax.interop.diffusers import StableDiffusion, check_text, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
-from psa_jax.profiles.encoders import get_encoder
+from psa_jax.profiles.encoders import ENCODERS, get_encoder
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
@@ -122,13 +122,13 @@ def _wanted(args: Namespace) -> list[_Picture]:
 
 
 def _adapter_and_user(args: Namespace, model: StableDiffusion) -> tuple[Adapter, Float[np.ndarray, "1 d"]]:
-    about = read_metadata(args.adapter)
+    path = find_adapter(args.adapter)
+    about = read_metadata(path)
     if not model.is_base_of(about):
-        raise PSAError(f"{args.adapter}: the adapter was trained for another base model than {model.folder}")
+        raise PSAError(f"{path}: the adapter was trained for another base model than {model.folder}")
     unet = model.unet.config
-    return load_adapter(args.adapter, unet.cross_attentions, unet.cross_attention_dim), user_embedding(
-        args, args.adapter, about
-    )
+    adapter = load_adapter(path, unet.cross_attentions, unet.cross_attention_dim)
+    return adapter, user_embedding(args, path, about)
 
 
 def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:
@@ -188,9 +188,18 @@ def user_embedding(args: Namespace, adapter: Path, about: dict) -> Float[np.ndar
         return table.lookup([args.user])
     if trained is None:
         raise PSAError(f"{adapter}: does not say which encoder it was trained with; use --user with --table")
+    if about["encoder"] not in ENCODERS:
+        made = "psa-jax encode users.csv --encoder=qwen --model=DIR --out=FILE" if about["encoder"] == "qwen" else ""
+        raise PSAError(
+            f"{adapter}: trained with the encoder {about['encoder']!r}, which --profile cannot run; give --user ID "
+            f"with --table FILE, a table of that encoder{f' ({made})' if made else ''}"
+        )
     encoder = get_encoder(about["encoder"])
     if encoder.fingerprint != trained:
-        raise PSAError(f"{adapter}: trained with another version of the encoder {about['encoder']!r} ({trained})")
+        raise PSAError(
+            f"{adapter}: trained with another version of the encoder {about['encoder']!r} ({trained}); give --user ID "
+            "with --table FILE, the table that it was trained with"
+        )
     if about.get("standardised") and table is None:
         raise PSAError(f"{adapter}: trained on a standardised table; give it with --table to scale --profile alike")
     raw = encoder.encode([UserProfile.from_json(args.profile)])

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,13 +18,15 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
     Tensors,
+    adapter_hash,
+    find_adapter,
     fitting_config,
     read_metadata,
     read_tensors,
     write_native,
 )
 from psa_jax.interop.baked import bake
-from psa_jax.interop.card import model_card
+from psa_jax.interop.card import model_card, upstream_limit
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion, save_stable_diffusion
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
 from psa_jax.interop.native import load_adapter
@@ -33,6 +36,8 @@ from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.tools.generate import user_embedding
+
+SPLITS = ("unseen", "seen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +54,20 @@ def export(args: Namespace) -> int:
     """Writes the adapter of a run's folder, or of a native file, in another format, with a model card beside it."""
     if args.out.exists():
         raise PSAError(f"{args.out}: exists already; give another --out")
-    path = args.adapter / ADAPTER_FILE if args.adapter.is_dir() else args.adapter
+    path = find_adapter(args.adapter)
     about = read_metadata(path)
     if not about:
         raise PSAError(f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import first")
     tensors = read_tensors(path)
     source = Source(path, about, fitting_config(path, tensors, about), tensors)
-    report = _report(args)
+    report = _report(args, source)
     name, write = FORMATS[args.format]
+    # At another scale than the rates' only the baked format draws by itself.
+    scale = args.scale if args.format == "baked" else 1.0
+
+    def card_text(weights: str) -> str:
+        return model_card(source.config, about, args.format, weights, report, scale)
+
     if args.out.suffix in (".safetensors", ".bin"):
         if name is None:
             raise PSAError(f"{args.out}: --format={args.format} writes a folder; give --out without {args.out.suffix}")
@@ -64,12 +75,13 @@ def export(args: Namespace) -> int:
         card = args.out.with_name("README.md")
         # Beside a file of this name there may be a page that has nothing to do with it.
         card = card.with_name(f"{args.out.stem}.README.md") if card.exists() else card
-        card.write_text(model_card(source.config, about, args.format, args.out.name, report), encoding="utf-8")
+        card.write_text(card_text(args.out.name), encoding="utf-8")
     else:
         with _folder(args.out) as folder:
             write(source, folder / (name or ""), args)
-            text = model_card(source.config, about, args.format, name or "", report)
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            (folder / "README.md").write_text(card_text(name or ""), encoding="utf-8")
+    if args.format == "upstream" and (limit := upstream_limit(source.config)):
+        print(f"psa-jax: {args.out}: {limit}", file=sys.stderr)
     return _done(source.config, args.out, args.format)
 
 
@@ -85,17 +97,34 @@ def _folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _report(args: Namespace) -> dict[str, Any] | None:
-    """What the evaluation found: `--report`, or report.json in the run's folder."""
+def _report(args: Namespace, source: Source) -> dict[str, Any] | None:
+    """What the evaluation of this very adapter found: `--report`, or report.json in the run's folder."""
     path = args.report or (args.adapter / "report.json" if args.adapter.is_dir() else None)
     if path is None or (args.report is None and not path.is_file()):
         return None
-    report = read_json(path, hint="give the report.json of psa-jax evaluate or demo")
-    for split in ("unseen", "seen"):
-        rates = report.get(split, {})
-        rates = rates.get("psa", {}) if isinstance(rates, dict) else rates
-        if not isinstance(rates, dict) or not all(type(value) in (int, float) for value in rates.values()):
-            raise PSAError(f"{path}: {split} does not hold rates, which are numbers; give a report that psa-jax wrote")
+    report = read_json(path, hint="give the report.json that psa-jax demo wrote")
+    for name in ("adapter", "sampling", *SPLITS):
+        if not isinstance(report.get(name, {}), dict):
+            raise PSAError(f"{path}: {name} is not an object; give a report that psa-jax demo wrote")
+    for split in SPLITS:
+        for method, rates in report.get(split, {}).items():
+            if not isinstance(rates, dict) or not all(type(value) in (int, float) for value in rates.values()):
+                raise PSAError(
+                    f"{path}: {split}, {method} does not hold rates, which are numbers; give a report that psa-jax "
+                    "demo wrote"
+                )
+    judged, found = report.get("adapter", {}).get("sha256"), adapter_hash(source.tensors, source.config)
+    advice = "leave --report out" if args.report else "move it out of the folder"
+    if judged is None:
+        raise PSAError(
+            f"{path}: does not say which adapter it judged (earlier versions wrote no hash); run psa-jax demo again in "
+            f"its folder, which trains nothing anew, or {advice}"
+        )
+    if judged != found:
+        raise PSAError(
+            f"{path}: judged another adapter than {source.path}, whose hash is {found[:16]}…; give this adapter's own "
+            f"report, or {advice}"
+        )
     return report
 
 

@@ -3,21 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from psa_jax.errors import PSAError
-from psa_jax.interop.adapter_file import ADAPTER_FILE, constant_keys, fitting_config, read_metadata, read_tensors
+from psa_jax.interop.adapter_file import constant_keys, find_adapter, fitting_config, read_metadata, read_tensors
 from psa_jax.models.adapter_config import Layers
 from psa_jax.torch.adapter import UserAdapter, empty_adapter
 
 
 def adapter_file(path: str | Path) -> Path:
     """The adapter's file: the path itself, or `psa_adapter.safetensors` in this folder."""
-    path = Path(path)
-    path = path / ADAPTER_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise PSAError(f"{path}: no such adapter file")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise PSAError(f"{path}: a pickle may run code and is not opened; bring it in with psa-jax import first")
-    return path
+    return find_adapter(Path(path))
 
 
 def load_adapter(

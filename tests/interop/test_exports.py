@@ -130,19 +130,35 @@ ABOUT = {
     "versions": {"psa_jax": "0.1", "jax": "0.10.2"},
 }
 REPORT = {"unseen": {"psa": {"selectivity": 83.21, "suppression": 90.0, "retention": 93.2, "clean": 29.0, "n": 268}}}
+SAMPLING = {"sampling": {"unconditional": "off", "guidance": 4.0, "steps": 12}}
 
 
 @pytest.mark.parametrize("format_", ["native", "upstream", "ip-adapter", "baked", "diffusers"])
 def test_card(format_):
     config = AdapterConfig("text", 4, 35, 768, LAYERS)
-    card = model_card(config, ABOUT, format_, "weights.safetensors", REPORT)
+    card = model_card(config, ABOUT, format_, "weights.safetensors", REPORT | SAMPLING)
     assert card.startswith("---\nlibrary_name: ")
     assert card.count("\n---\n") == 1
-    for fact in ("`text`", "| 35 |", "sd1", "`ab12`", "features", "60.0", "540", "jax 0.10.2", "| 83.2 |", "268"):
+    for fact in ("`text`", "| 35 |", "sd1", "`ab12`", "features", "60.0", "540", "jax 0.10.2"):
         assert fact in card, fact
+    drawn_so = format_ in ("native", "diffusers")
+    assert all((fact in card) == drawn_so for fact in ("| 83.2 |", "268"))
+    assert ("Not measured in this way" in card) != drawn_so
     for part in ("## How to load", "## Limits", "## Privacy and misuse", "no access control"):
         assert part in card
     assert ("one user's embedding" in card) == (format_ == "baked")
+
+
+def test_card_of_rates_that_do_not_say_how_they_were_measured():
+    card = model_card(AdapterConfig("text", 4, 35, 768, LAYERS), ABOUT, "native", "a.safetensors", REPORT)
+    assert "83.2" not in card and "Not measured in this way" in card
+
+
+def test_card_of_one_user_at_another_scale():
+    config, rates = AdapterConfig("text", 1, 35, 768, LAYERS), {"unseen": {"psa_same": REPORT["unseen"]["psa"]}}
+    whole, half = (model_card(config, ABOUT, "baked", "", SAMPLING | rates, scale) for scale in (1.0, 0.5))
+    assert "| 83.2 |" in whole and "side `same`, scale 1, steps 12, guidance 4.0" in whole
+    assert "83.2" not in half and "Not measured at scale 0.5" in half
 
 
 def test_card_of_what_is_not_known():

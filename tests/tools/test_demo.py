@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from psa_jax.cli import main
 from psa_jax.data.sage import read_split
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.protocol import rates, select_cases
@@ -57,12 +58,21 @@ def test_recorded_runs_fit_the_default_configuration(tmp_path, pytestconfig):
 def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
     """Four steps: every file is there, and nothing is quoted from runs of another configuration."""
     config = read_config(f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke")
-    assert demo.run(config, tmp_path) == 0
+    assert demo.run(config, tmp_path, all_ways=True) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert "recorded comparison runs are of another configuration" in printed
-    assert "recorded" not in report and set(report["unseen"]) == set(report["seen"]) == {"psa", "base"}
-    assert report["unseen"]["psa"]["n"] == 17 and report["adapter"] == {"kind": "text", "tokens": 8}
+    assert "recorded" not in report and set(report["unseen"]) == set(report["seen"]) == {
+        "psa",
+        "base",
+        "psa_zeros",
+        "psa_same",
+    }
+    assert report["unseen"]["psa"]["n"] == 17 and report["adapter"].items() >= {"kind": "text", "tokens": 8}.items()
+    assert report["sampling"]["unconditional"] == "off"
+    words = [str(tmp_path / "psa"), f"--report={tmp_path / 'report.json'}", f"--out={tmp_path / 'out'}"]
+    assert main(["export", *words]) == 0
+    assert f"| {report['unseen']['psa']['selectivity']:.1f} |" in (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path / "report.html") in printed.splitlines()[-1]
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 20

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 from torch_adapters import random_adapter
 
 from psa_jax.cli import main
-from psa_jax.interop.adapter_file import read_metadata
-from psa_jax.interop.native import save_adapter
+from psa_jax.interop.adapter_file import adapter_hash, read_metadata
+from psa_jax.interop.native import save_adapter, to_file
 from psa_jax.interop.single_file import CONFIGS
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
@@ -36,7 +36,12 @@ def run_folder(small_pipeline, tmp_path_factory):
         "steps": 7,
     }
     save_adapter(random_adapter(config), folder / "psa_adapter.safetensors", about)
-    (folder / "report.json").write_text(json.dumps({"unseen": {"psa": {"selectivity": 12.34, "n": 9}}}))
+    report = {
+        "unseen": {"psa": {"selectivity": 12.34, "n": 9}, "psa_zeros": {"selectivity": 45.67, "n": 9}},
+        "adapter": {"sha256": adapter_hash(to_file(random_adapter(config)), config)},
+        "sampling": {"unconditional": "off", "guidance": 4.0, "steps": 12},
+    }
+    (folder / "report.json").write_text(json.dumps(report))
     EmbeddingTable.from_profiles(sample_population(3), encoder).save(folder / "table.safetensors")
     return model.folder, folder
 
@@ -64,7 +69,9 @@ def test_a_folder_with_a_card(run_folder, tmp_path, capsys, format_):
     assert sorted(os.listdir(out)) == FORMATS[format_]
     card = (out / "README.md").read_text()
     assert FORMATS[format_][1] in card
-    assert "| 12.3 |" in card
+    rates = {"native": ("| 12.3 |", "| 45.7 |"), "upstream": ("| 45.7 |", "| 12.3 |")}
+    shown, hidden = rates.get(format_, rates["upstream"])
+    assert shown in card and hidden not in card
     assert "exists already" in refused(capsys, "export", run_folder[1], f"--format={format_}", f"--out={out}")
     assert os.listdir(tmp_path) == ["out"]
 
@@ -206,3 +213,73 @@ def test_what_cannot_be_imported(run_folder, tmp_path, capsys):
     (tmp_path / "c.bin").write_bytes((tmp_path / "b.bin").read_bytes()[:3000])
     assert "not a whole file" in refused(capsys, "import", tmp_path / "c.bin", f"--model={model}", *words)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_report_is_of_the_adapter_that_is_exported(run_folder, tmp_path, capsys):
+    report = json.loads((run_folder[1] / "report.json").read_text())
+    tensors = safetensors.torch.load_file(run_folder[1] / "psa_adapter.safetensors")
+    about = json.dumps({**read_metadata(run_folder[1] / "psa_adapter.safetensors"), "format": "psa_jax.adapter/1"})
+    tensors["user_proj.norm.bias"][0] += 1e-6
+    safetensors.torch.save_file(tensors, tmp_path / "other.safetensors", {"psa": about})
+    words = (f"--report={run_folder[1] / 'report.json'}", f"--out={tmp_path / 'out'}")
+    error = refused(capsys, "export", tmp_path / "other.safetensors", *words)
+    assert "judged another adapter" in error and "leave --report out" in error
+    del report["adapter"]["sha256"]
+    (tmp_path / "old.json").write_text(json.dumps(report))
+    words = (run_folder[1], f"--report={tmp_path / 'old.json'}", f"--out={tmp_path / 'out'}")
+    assert "does not say which adapter it judged" in refused(capsys, "export", *words)
+    assert not (tmp_path / "out").exists()
+    # The advice works, and what was exported and imported again is the same adapter.
+    assert main(["export", str(tmp_path / "other.safetensors"), f"--out={tmp_path / 'out'}"]) == 0
+    again = tmp_path / "again.safetensors"
+    words = [str(run_folder[1] / "psa_adapter.safetensors"), f"--model={run_folder[0]}", f"--out={again}"]
+    assert main(["import", *words]) == 0
+    report = f"--report={run_folder[1] / 'report.json'}"
+    assert main(["export", str(again), report, f"--out={tmp_path / 'card'}"]) == 0
+    assert "| 12.3 |" in (tmp_path / "card" / "README.md").read_text()
+
+
+def test_a_baked_card_has_no_rates_of_another_way(run_folder, tmp_path):
+    model, folder = run_folder
+    words = [f"--model={model}", "--format=baked", f"--table={folder / 'table.safetensors'}", "--user=0000002"]
+    assert main(["export", str(folder), *words, f"--out={tmp_path / 'baked'}"]) == 0
+    card = (tmp_path / "baked" / "README.md").read_text()
+    assert "Not measured in this way (the unconditional side of guidance: `same`)" in card
+    assert "12.3" not in card and "45.7" not in card
+
+
+def test_the_width_that_the_original_needs_is_said(run_folder, tmp_path, capsys):
+    assert main(["export", str(run_folder[1]), "--format=upstream", f"--out={tmp_path / 'out'}"]) == 0
+    dim = get_encoder("features").dim
+    for said in (capsys.readouterr().err, (tmp_path / "out" / "README.md").read_text()):
+        assert "its own width, 3584 numbers" in said and f"takes {dim}" in said
+
+
+def test_what_is_given_for_an_adapter(run_folder, tmp_path, capsys):
+    """Its folder; the folder above; an IP-Adapter."""
+    model, folder = run_folder
+    draw = ["generate", f"--model={model}", "--prompt=a cat", "--steps=1", f"--out={tmp_path / 'drawn'}"]
+    user = [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
+    assert main([*draw, f"--adapter={folder}", *user]) == 0
+    os.symlink(folder, tmp_path / "run")
+    error = refused(capsys, *draw, f"--adapter={tmp_path}", *user)
+    assert f"give {tmp_path / 'run'}" in error
+    assert main(["export", str(folder), "--format=ip-adapter", f"--out={tmp_path / 'ip'}"]) == 0
+    ip = tmp_path / "ip" / "ip_adapter.safetensors"
+    error = refused(capsys, "import", ip, f"--model={model}", f"--out={tmp_path / 'x.safetensors'}")
+    assert "an IP-Adapter, which stock diffusers loads" in error and "version" not in error
+
+
+def test_a_profile_for_an_adapter_of_another_encoder(run_folder, tmp_path, capsys):
+    """What the error tells to give draws."""
+    model, folder = run_folder
+    table = EmbeddingTable.load(folder / "table.safetensors")
+    dataclasses.replace(table, encoder="qwen", fingerprint="qwen-1").save(tmp_path / "table.safetensors")
+    about = read_metadata(folder / "psa_adapter.safetensors") | {"encoder": "qwen", "encoder_fingerprint": "qwen-1"}
+    config = AdapterConfig("published", 1, table.dim, about["cross_dim"], tuple(map(tuple, about["layers"])))
+    save_adapter(random_adapter(config), tmp_path / "psa_adapter.safetensors", about)
+    words = ["generate", f"--model={model}", "--prompt=a cat", "--steps=1", f"--adapter={tmp_path}"]
+    words.append(f"--out={tmp_path / 'out'}")
+    error = refused(capsys, *words, '--profile={"age": 9, "gender": "female"}')
+    assert "'qwen', which --profile cannot run; give --user ID with --table FILE" in error
+    assert main([*words, "--user=0000002", f"--table={tmp_path / 'table.safetensors'}"]) == 0
