@@ -24,6 +24,8 @@ def run(args: Namespace) -> int:
         raise PSAError("--standardise is for a new table: users that are added get the scale that the table has")
     if not adding:
         check_new(args.out, "give another --out, or --add to add these users to that table")
+    elif not args.out.exists():
+        raise PSAError(f"{args.out}: no embedding table there to add to; leave out --add and --update to make one")
     before = EmbeddingTable.load(args.out) if adding else None
     changed, replies = {}, {}
     if args.source.is_dir():

@@ -34,10 +34,10 @@ class Rule(NamedTuple):
     wanted: str
 
 
-def whole(low: int, high: float = math.inf) -> Rule:
+def whole(low: int, high: int | None = None) -> Rule:
     """A whole number from `low` to `high`; true and false are none."""
-    wanted = f"a whole number of {low} or more" if high == math.inf else f"a whole number from {low} to {high}"
-    return Rule(lambda value: type(value) is int and low <= value <= high, wanted)
+    wanted = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
+    return Rule(lambda value: type(value) is int and low <= value and (high is None or value <= high), wanted)
 
 
 def number(low: float = 0.0, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:

@@ -205,7 +205,7 @@ def test_a_folder_of_npy_files(shared_data, tmp_path):
         (["--out=OUT", "--encoder=qwen", "--model=missing"], "no such model folder"),
         (["--forget=0000001", "--out=OUT"], "leave out --out"),
         (["--forget=0000001", "--add"], "leave out --out, --add"),
-        (["--out=OUT", "--add"], "no readable embedding table there"),
+        (["--out=OUT", "--add"], "no embedding table there to add to"),
         (["--out=OUT", "--update", "--standardise"], "get the scale that the table has"),
     ],
 )
