@@ -26,6 +26,8 @@ def run(args: Namespace) -> int:
     """Makes the shards, or encodes one host's part of them."""
     if (args.host is None) != (args.hosts is None):
         raise PSAError("--host=I and --hosts=N belong together; give both or neither")
+    if args.host is not None and args.host >= args.hosts:
+        raise PSAError(f"--host={args.host} of --hosts={args.hosts}: count from 0")
     model = load_stable_diffusion(args.model)
     folder = build(
         model,
