@@ -1,8 +1,8 @@
 """`psa-jax COMMAND`: one table of commands; a command's module is imported only when the command runs.
 
-Exit codes: 0 done, 1 a one-line error, 2 wrong usage or a value that its flag does not take, 75 stopped from outside
-(by a signal, with a checkpoint; or another process of the group is gone): the same command goes on, 130 interrupted.
-Anything else that is raised is a bug and shows its traceback.
+Exit codes: 0 done, 1 a one-line error, 2 wrong usage, 75 stopped from outside (by a signal, with a checkpoint; or
+another process of the group is gone): the same command goes on, 130 interrupted. Anything else that is raised is a bug
+and shows its traceback.
 """
 
 import argparse
@@ -185,7 +185,7 @@ def _run(name: str, words: list[str]) -> int:
     except argparse.ArgumentError as error:
         if error.argument_name is None:  # a flag that is missing: from Python 3.12 on it comes here, too
             parser.error(str(error))
-        parser.exit(2, f"{parser.prog}: error: {_one_line(error)}\n")
+        raise PSAError(f"{error.argument_name}: {error.message}") from error
     if getattr(args, "takes_config", False):
         from psa_jax.tools.configs import load_config  # not above: it takes a third of the time that --help has
 
@@ -212,8 +212,8 @@ def _parser() -> ArgumentParser:
 def _command_parser(name: str) -> ArgumentParser:
     command = COMMANDS[name]
     description = f"{command.help[0].upper()}{command.help[1:]}."
-    # No abbreviations: --conf would swallow what a later flag of that name means. A value that does not fit raises, so
-    # that the line about it is the only one: how to use the command is another question.
+    # No abbreviations: --conf would swallow what a later flag of that name means. A value that does not fit is an
+    # error as any other, of one line: its advice would be lost under the usage.
     parser = ArgumentParser(prog=f"psa-jax {name}", description=description, allow_abbrev=False, exit_on_error=False)
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show a traceback on errors")

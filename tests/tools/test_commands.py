@@ -120,6 +120,8 @@ def test_a_folder_holds_the_pictures_of_one_user(files, tmp_path, capsys):
         (["--adapter=missing.safetensors", "--profile={}"], "no such adapter"),
         (["--model=missing"], "no such model folder"),
         (["--size=63"], "picture size"),
+        (["--steps=0"], "--steps: '0' does not fit; give a whole number of 1 or more"),
+        (["--images=0"], "--images: '0' does not fit; give a whole number of 1 or more"),
         (["--sampler=magic"], "choose one of ddim"),
         (["--eta=0.5", "--sampler=euler"], "eta is DDIM's"),
         (["--prompts=EMPTY"], "columns"),
