@@ -205,6 +205,13 @@ def test_data_that_is_named_is_used_or_refused(complete, no_work, capsys, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_data_that_is_named_is_what_is_trained_on(complete, no_work, tmp_path):
+    config = complete("tiny", "smoke")
+    named = changed(changed(config, "data.shards", str(tmp_path)), "data.table", str(tmp_path / "table.safetensors"))
+    validate(named, "train")
+    assert named.data.mini.users and train.with_mini(named, tmp_path / "data") is named
+
+
 @pytest.mark.parametrize("key", ["shards", "table"])
 def test_the_demo_judges_by_data_of_its_own(no_work, capsys, tmp_path, key: str):
     words = [f"--workdir={tmp_path / 'run'}", f"--config.data.{key}={tmp_path}"]
