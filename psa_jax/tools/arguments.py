@@ -121,9 +121,7 @@ def bench(parser: ArgumentParser) -> None:
     )
     parser.set_defaults(takes_config=True)
     training = parser.add_argument_group("step")
-    training.add_argument(
-        "--config", default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's"
-    )
+    training.add_argument("--config", default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's")
     training.add_argument("--against", choices=["torch"], help="measure that way, too, and print the ratios")
     training.add_argument("--pairs", type=int, metavar="N", help="in a step (default: batch_size of the config)")
     drawing = parser.add_argument_group("generate")
