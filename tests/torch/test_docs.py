@@ -1,5 +1,6 @@
 """docs/torch.md: its snippets run in their order, and its lists are those of the tests."""
 
+import copy
 import functools
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import test_pipelines
 import test_switches
 import torch
 from torch_adapters import random_adapter
+from torch_runtime import IDS, STEPS, difference, draw
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import TINY, load_unet
@@ -18,6 +20,7 @@ from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.torch import load_psa
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
@@ -93,3 +96,15 @@ def test_its_changes_are_those_of_the_tests():
         assert in_code(said) == [name.strip() for name in tested]
     assert set(list(test_switches.REFUSED)[-5:]) == test_switches.HERE_TO_STAY
     assert f"{len(test_switches.PROTECTED) + len(test_switches.REFUSED)} changes are tested" in text
+
+
+def test_compiled_before_load_psa(models, table):
+    model, path = models["text"]
+    expected = draw(load_psa(copy.deepcopy(model), path, table=table), user=IDS, **STEPS)
+    pipe = copy.deepcopy(model)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert difference(draw(load_psa(pipe, path, table=table), user=IDS, **STEPS), expected) <= 1e-5
+
+
+def test_readme_links_here():
+    assert "(docs/torch.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
