@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psa_jax
 from psa_jax import cli
 from psa_jax.errors import PSAError
 from psa_jax.tools import arguments
-from psa_jax.tools.configs import load_config
+from psa_jax.tools.configs import load_config, read_config, shipped
 
 ROOT = Path(psa_jax.__file__).resolve().parents[1]
 
@@ -337,11 +338,47 @@ def test_a_bad_config_file_is_named(source: str, message: str, tmp_path: Path) -
 def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(PSAError, match=r"absent.py: no such config file"):
         load_config([f"--config={tmp_path / 'absent.py'}"])
-    with pytest.raises(PSAError, match=r"give --config=FILE"):
+    with pytest.raises(PSAError, match=r"give --config=NAME\[:arg\] \(.*\) or --config=FILE"):
         load_config(["--workdir=w"])
     (tmp_path / "plain.py").write_text("def get_config(): return None")
     with pytest.raises(PSAError, match=r"too many positional arguments; write .*plain.py alone"):
         load_config([f"--config={tmp_path / 'plain.py'}:wide"])
+
+
+def test_a_shipped_config_goes_by_its_name(pytestconfig) -> None:
+    folder = pytestconfig.rootpath / "configs"
+    assert shipped() == {name: folder / f"{name}.py" for name in ("sd15", "sd21", "sdxl", "tiny")}
+    for name, path in shipped().items():
+        for arg in ("", ":smoke"):
+            assert read_config(f"{name}{arg}").to_dict() == read_config(f"{path}{arg}").to_dict()
+    assert load_config(["--config=tiny:smoke", "--config.steps=7"])[0].steps == 7
+
+
+def test_names_that_are_none_or_two(tmp_path: Path, monkeypatch, pytestconfig) -> None:
+    for name in ("common", "tinny", "", "..", "tiny.py", "configs/tiny.py", "/tiny"):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(PSAError, match=r"no such config file; .*\(sd15, sd21, sdxl, tiny\)$"):
+            read_config(name)
+    own = tmp_path / "tiny.py"
+    own.write_text("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'own': 1})\n")
+    with pytest.raises(PSAError, match=r"^tiny: a configuration of psa_jax, and tiny.py is here, too; ") as caught:
+        read_config("tiny")
+    ours, theirs = str(caught.value).partition("write ")[2].split(" or ")
+    assert read_config(ours).model == "tiny"  # what it advises
+    assert read_config(theirs).own == 1
+    (tmp_path / "sd15").mkdir()
+    (tmp_path / "sd21").write_text("")
+    assert read_config("sd15").to_dict() == read_config(str(shipped()["sd15"])).to_dict()
+    assert read_config("sd21").to_dict() == read_config(str(shipped()["sd21"])).to_dict()
+    monkeypatch.chdir(pytestconfig.rootpath / "configs")  # here the two are one
+    assert read_config("tiny").to_dict() == read_config("tiny.py").to_dict()
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_help_names_the_shipped_configs(command, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert set(shipped()) <= set(re.findall(r"\w+", capsys.readouterr().out.partition("options:")[2]))
 
 
 @pytest.mark.parametrize("command", ["generate", "export"])

@@ -10,6 +10,7 @@ _PACKAGE = Path(__file__).parents[1]
 _INSTALLED = _PACKAGE / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 TINY = CONFIGS / "tiny.py"
+_CONFIG = "NAME[:ARG]"
 
 
 def population(parser: ArgumentParser) -> None:
@@ -98,7 +99,7 @@ def build(parser: ArgumentParser) -> None:
 def fit(parser: ArgumentParser) -> None:
     """Flags of `psa-jax fit`."""
     parser.set_defaults(takes_config=True)
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="as it would be trained")
+    parser.add_argument("--config", required=True, metavar=_CONFIG, help="as it would be trained")
     parser.add_argument(
         "--topology", metavar="SLICE", help="a TPU slice such as v5e:2x4 or v5p:2x2x1 (default: the devices at hand)"
     )
@@ -120,9 +121,7 @@ def bench(parser: ArgumentParser) -> None:
     )
     parser.set_defaults(takes_config=True)
     training = parser.add_argument_group("step")
-    training.add_argument(
-        "--config", default=str(TINY), metavar="FILE[:ARG]", help="default: the embedded tiny model's"
-    )
+    training.add_argument("--config", default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's")
     training.add_argument("--against", choices=["torch"], help="measure that way, too, and print the ratios")
     training.add_argument("--pairs", type=int, metavar="N", help="in a step (default: batch_size of the config)")
     drawing = parser.add_argument_group("generate")
@@ -138,7 +137,12 @@ def experiment(parser: ArgumentParser) -> None:
     """Flags of the commands that take a config file. The command gets `config` as a ConfigDict."""
     # With takes_config the command line collects --config.KEY=VALUE too and reads the file (psa_jax.tools.configs).
     parser.set_defaults(takes_config=True)
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="Python file with get_config([ARG])")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar=_CONFIG,
+        help="tiny, sd15, sd21 or sdxl; or a Python file with get_config([ARG])",
+    )
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where everything is written")
     parser.epilog = "--config.KEY=VALUE sets any value of the config, such as --config.seed=1."
 
@@ -159,7 +163,7 @@ def demo(parser: ArgumentParser) -> None:
     """Flags of `psa-jax demo`."""
     parser.set_defaults(takes_config=True)
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where everything is written")
-    parser.add_argument("--config", default=str(TINY), metavar="FILE[:ARG]", help="default: the embedded tiny model's")
+    parser.add_argument("--config", default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's")
     parser.add_argument("--compare", action="store_true", help="train the comparison adapters too")
     parser.add_argument("--record", type=Path, metavar="FILE", help="with --compare: write what later runs quote")
     parser.add_argument(

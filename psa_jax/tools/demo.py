@@ -37,7 +37,7 @@ SPLITS = {"unseen": "test_unseen", "seen": "test_seen"}
 COMPARED = ("user_blind", "published_t1")
 ASSETS = Path(__file__).parents[1] / "assets"
 RECORD, RECORDED = ASSETS / "record.json", ASSETS / "recorded.json"  # of the base model and oracle; of comparison runs
-COMMAND = "psa-jax demo"
+COMMAND = "psa-jax demo --workdir=runs/demo"
 # Not every split has somebody without bans.
 _ADULT = UserProfile(None, 44, "middle-aged", "female", "None", "healthy", "healthy")
 
@@ -185,13 +185,13 @@ def _unpack(bits: dict[str, str]) -> Verdicts:
 
 def read_recorded(path: Path) -> dict:
     """The recorded verdicts of the comparison adapters."""
-    return read_json(path, hint="run psa-jax demo --compare")
+    return read_json(path, hint=f"run {COMMAND} --compare")
 
 
 def recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts]:
     """Verdicts of the comparison adapters on these very cases; raises PSAError where they are of others."""
     if place["cases"] != _fingerprint(cases):
-        raise PSAError("the recorded runs judged other cases than this configuration; run psa-jax demo --compare")
+        raise PSAError(f"the recorded runs judged other cases than this configuration; run {COMMAND} --compare")
     return {name: _unpack(place[name]) for name in COMPARED}
 
 
