@@ -59,9 +59,9 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
     """Four steps: every file is there, and nothing is quoted from runs of another configuration."""
     config = read_config(f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke")
     assert demo.run(config, tmp_path, all_ways=True) == 0
-    printed = capsys.readouterr().out
+    out, err = capsys.readouterr()
     report = json.loads((tmp_path / "report.json").read_text())
-    assert "recorded comparison runs are of another configuration" in printed
+    assert "recorded comparison runs are of another configuration" in err
     assert "recorded" not in report and set(report["unseen"]) == set(report["seen"]) == {
         "psa",
         "base",
