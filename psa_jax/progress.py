@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 EVERY = 10.0
 """Seconds between two lines where there is no terminal."""
 _REDRAW = 0.2  # seconds between two looks of a bar
-_COLUMNS = 80  # of a terminal that does not know its size
+_COLUMNS, _ROWS = 80, 24  # of a terminal that does not know its size
 
 _hushed = False
 
@@ -85,6 +85,7 @@ class Progress:
                 mininterval=_REDRAW,
                 miniters=1,
                 ncols=None if width else _COLUMNS,
+                nrows=None if width else _ROWS,
                 dynamic_ncols=width > 0,
             )
 
