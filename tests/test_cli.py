@@ -124,7 +124,6 @@ def test_version_is_the_package_version() -> None:
         ["draw"],
         ["--", "mini"],
         ["population"],
-        ["population", "--n=many", "--out=x.csv"],
         ["population", "--out=x.csv", "--color=red"],
         ["population", "--ou=x.csv"],
         ["mini", "--out=x", "extra"],
@@ -172,7 +171,7 @@ def test_debug_shows_the_traceback() -> None:
     done = psa_jax_command("population", "--n=0", "--out=users.csv", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("psa_jax.errors.PSAError: population: ")
+    assert done.stderr.splitlines()[-1].startswith("psa_jax.errors.PSAError: --n: ")
 
 
 def test_a_message_of_several_lines_becomes_one(monkeypatch, capsys) -> None:

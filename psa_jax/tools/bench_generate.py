@@ -36,8 +36,6 @@ BATCH = 2  # one picture, both sides of guidance
 
 def run(args: Namespace) -> int:
     """Measures an SD1.5-sized UNet; prints the result as JSON and writes it where `--json` says."""
-    if args.size % 64 or args.size < 64 or args.steps < 1:
-        raise PSAError(f"--size={args.size} --steps={args.steps}: sides in multiples of 64, at least one step")
     load = Load()
     stage(f"an SD1.5-sized UNet of random weights, in JAX and then in torch; {args.steps} turns each, after compiling")
     result = ratios(UNetConfig(), args.size // 8, args.steps)

@@ -26,6 +26,8 @@ def run(args: Namespace) -> int:
     """Makes the shards, or encodes one host's part of them."""
     if (args.host is None) != (args.hosts is None):
         raise PSAError("--host=I and --hosts=N belong together; give both or neither")
+    if args.host is not None and args.host >= args.hosts:
+        raise PSAError(f"--host={args.host} of --hosts={args.hosts}: count from 0")
     stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
     model = load_stable_diffusion(args.model)
     folder = build(

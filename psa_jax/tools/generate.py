@@ -108,10 +108,7 @@ class _Picture(NamedTuple):
 
 def _wanted(args: Namespace) -> list[_Picture]:
     """Every prompt with each of its seeds, under a name that depends on nothing else."""
-    if args.images < 1:
-        raise PSAError(f"--images {args.images}: give a number from 1 up")
     wanted = []
-    check_seed(args.seed, "--seed", PICTURE_BITS)
     check_text(args.negative or "", "--negative", "the terminal must send UTF-8; or give --prompts FILE.csv with it")
     for index, prompt in enumerate(read_prompts(args)):
         negative = args.negative if prompt.negative is None else prompt.negative

@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 import importlib.util
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -19,6 +18,21 @@ from psa_jax.models.adapter_config import KINDS, check_kind
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
 from psa_jax.preference.objective import Objective
+from psa_jax.rules import (
+    COUNT,
+    COUNT_OR_NONE,
+    DECAY,
+    FINITE,
+    RATE,
+    SEED,
+    SHARE,
+    WEIGHT,
+    Rule,
+    any_of,
+    number,
+    optional,
+    whole,
+)
 from psa_jax.training.optimizer import DECAYED, OPTIMIZERS, SCHEDULES, make_optimizer
 from psa_jax.training.reference import stored_or_none
 from psa_jax.training.sharding import RULES, check_batch, make_mesh
@@ -26,48 +40,6 @@ from psa_jax.training.sharding import RULES, check_batch, make_mesh
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED = "tiny"
 
-
-class Rule(NamedTuple):
-    """What a value must be: a predicate, and the same in words."""
-
-    holds: Callable[[Any], bool]
-    wanted: str
-
-
-def whole(low: int, high: int | None = None) -> Rule:
-    """A whole number from `low` to `high`; true and false are none."""
-    wanted = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
-    return Rule(lambda value: type(value) is int and low <= value and (high is None or value <= high), wanted)
-
-
-def number(low: float = 0.0, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
-    """A finite number from `low` to `high`, without the ends where `above` and `below` say so."""
-
-    def holds(value: Any) -> bool:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            return False
-        return (low < value if above else low <= value) and (value < high if below else value <= high)
-
-    least = f"above {low:g}" if above else f"of {low:g} or more"
-    most = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
-    return Rule(holds, f"a finite number {least}{most}")
-
-
-def any_of(choices: Iterable[str]) -> Rule:
-    """One of some words."""
-    known = tuple(choices)
-    return Rule(lambda value: isinstance(value, str) and value in known, f"one of {', '.join(known)}")
-
-
-def optional(rule: Rule) -> Rule:
-    """None, or what another rule wants."""
-    return Rule(lambda value: value is None or rule.holds(value), f"{rule.wanted}, or none")
-
-
-SEED = whole(0, 2**32 - 1)
-COUNT, COUNT_OR_NONE = whole(1), whole(0)
-SHARE, DECAY = number(0.0, 1.0), number(0.0, 1.0, below=True)
-RATE, WEIGHT = number(above=True), number()
 FLAG = Rule(lambda value: type(value) is bool, "true or false")
 PLACE = Rule(lambda value: isinstance(value, str), "a path")
 WIDTHS = Rule(
@@ -77,7 +49,7 @@ WIDTHS = Rule(
 
 # Ranges are the objective's own: it refuses what is outside of them.
 _OF_OBJECTIVE = {
-    "float": Rule(lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number"),
+    "float": FINITE,
     "str": Rule(lambda value: isinstance(value, str), "a name"),
 }
 _OF_OBJECTIVE["float | None"] = optional(_OF_OBJECTIVE["float"])

@@ -47,7 +47,9 @@ def changed_prompts(text: str, rng: random.Random) -> bytes:
         return changed_bytes(text.encode(), rng)
     for _ in range(rng.choice((1, 1, 2, 3))):
         at = rng.randrange(len(text) + 1)
-        put = rng.choice(["", '"', ",", "\t", "\n", "\r", "\0", "\ufeff", "\u2028", "\x0c", "9" * 25, "-1", "seed", "😀"])
+        put = rng.choice(
+            ["", '"', ",", "\t", "\n", "\r", "\0", "\ufeff", "\u2028", "\x0c", "9" * 25, "-1", "seed", "😀"]
+        )
         text = text[:at] + put + text[at + rng.randrange(3) :]
     return text.encode(rng.choice(["utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"]), "replace")
 
