@@ -1,7 +1,6 @@
 """Every key of a configuration and what it may be, in one table, so that a mistake is told before any work."""
 
 import dataclasses
-import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +34,8 @@ from psa_jax.rules import (
 )
 from psa_jax.training.optimizer import DECAYED, OPTIMIZERS, SCHEDULES, make_optimizer
 from psa_jax.training.reference import stored_or_none
-from psa_jax.training.sharding import RULES, check_batch, make_mesh
+from psa_jax.training.sharding import REPLICATED, RULES, check_batch, make_mesh
+from psa_jax.training.step import check_parts
 
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED = "tiny"
@@ -50,9 +50,9 @@ WIDTHS = Rule(
 # Ranges are the objective's own: it refuses what is outside of them.
 _OF_OBJECTIVE = {
     "float": FINITE,
+    "float | None": optional(FINITE),
     "str": Rule(lambda value: isinstance(value, str), "a name"),
 }
-_OF_OBJECTIVE["float | None"] = optional(_OF_OBJECTIVE["float"])
 
 _PHASE = {"steps": COUNT, "batch_size": COUNT, "learning_rate": RATE, "weight_decay": WEIGHT, "seed": SEED}
 _AVERAGED = _PHASE | {"ema": DECAY}
@@ -108,7 +108,7 @@ TRAINING: dict[str, Rule] = {
     "data.shards": PLACE,
     "data.table": PLACE,
     "data.balance": any_of(BALANCES),
-    "data.safe_share": SHARE,
+    "data.safe_share": DECAY,
     "data.mini.users": COUNT_OR_NONE,
     "data.mini.seed": SEED,
 }
@@ -183,7 +183,18 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     check_kind(config.adapter.kind, config.adapter.qk_dim)
     objective = Objective(**config.objective)
     stored_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
+    check_parts(objective, config.accumulate)
     make_optimizer(config.optimizer, config.steps)
+    if config.sample_every and config.mesh.frozen != REPLICATED and config.mesh.fsdp != 1:
+        raise PSAError(
+            f"sample_every = {config.sample_every} draws on one device, and with mesh.frozen = {config.mesh.frozen} "
+            "none has the whole model; set it to 0 and draw with psa-jax generate"
+        )
+    if config.validate.every and config.validate.rows < config.validate.batch_size:
+        raise PSAError(
+            f"validate: {config.validate.rows} held-out rows do not fill a batch of {config.validate.batch_size}; "
+            "lower validate.batch_size or raise validate.rows"
+        )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise PSAError("wandb is asked for and not installed; pip install wandb, or --config.wandb=false")
     _check_model(config.model)
@@ -206,10 +217,10 @@ def validate_devices(config: ml_collections.ConfigDict, devices: Sequence[jax.De
 
 
 def _value(config: ml_collections.ConfigDict, key: str) -> Any:
-    def inside(group: Any, name: str) -> Any:
-        return group[name] if isinstance(group, ml_collections.ConfigDict) and name in group else _ABSENT
-
-    return functools.reduce(inside, key.split("."), config)
+    found: Any = config
+    for name in key.split("."):
+        found = found[name] if isinstance(found, ml_collections.ConfigDict) and name in found else _ABSENT
+    return found
 
 
 def _require_known(group: ml_collections.ConfigDict, name: str, known: Sequence[str]) -> None:
