@@ -196,7 +196,12 @@ def _flush_output() -> None:
 
 def _run(name: str, words: list[str]) -> int:
     parser = _command_parser(name)
-    args, rest = parser.parse_known_args(words)
+    try:
+        args, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        if error.argument_name is None:  # a flag that is missing: from Python 3.12 on it comes here, too
+            parser.error(str(error))
+        raise PSAError(f"{error.argument_name}: {error.message}") from error
     if getattr(args, "takes_config", False):
         from psa_jax.tools.configs import load_config  # not above: it takes a third of the time that --help has
 
@@ -223,8 +228,9 @@ def _parser() -> ArgumentParser:
 def _command_parser(name: str) -> ArgumentParser:
     command = COMMANDS[name]
     description = f"{command.help[0].upper()}{command.help[1:]}."
-    # No abbreviations: --conf would swallow what a later flag of that name means.
-    parser = ArgumentParser(prog=f"psa-jax {name}", description=description, allow_abbrev=False)
+    # No abbreviations: --conf would swallow what a later flag of that name means. A value that does not fit is an
+    # error as any other, of one line: its advice would be lost under the usage.
+    parser = ArgumentParser(prog=f"psa-jax {name}", description=description, allow_abbrev=False, exit_on_error=False)
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
     return parser

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
-from tqdm import tqdm
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.qwen2 import LanguageModel, load_qwen2, pad_left
@@ -21,6 +20,7 @@ from psa_jax.models.qwen2 import Qwen2
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.qwen_prompt import PROFILE, QUESTION, Answer, Template, count_answers, decide, read_template
 from psa_jax.profiles.schema import UserProfile
+from psa_jax.progress import Progress
 
 POOLINGS = ("mean", "sum")
 _BUCKET = 64  # lengths are rounded up to this, so that few programs are compiled
@@ -131,11 +131,13 @@ class QwenEncoder:
             raise PSAError(f"{where}: {longest} tokens, the model reads {limit - room}; shorten the text")
         if not all(rows):
             raise PSAError(f"{lm.folder}: a prompt has no tokens; the tokenizer does not belong to the model")
-        for start in tqdm(range(0, len(rows), self.batch_size), desc=where, unit="batch", disable=None):
-            batch = rows[start : start + self.batch_size]
-            length = -(-max(map(len, batch)) // _BUCKET) * _BUCKET
-            filled = batch + batch[:1] * (self.batch_size - len(batch))
-            yield *pad_left(filled, length), len(batch)
+        with Progress(len(rows), "prompt", where) as progress:
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                length = -(-max(map(len, batch)) // _BUCKET) * _BUCKET
+                filled = batch + batch[:1] * (self.batch_size - len(batch))
+                yield *pad_left(filled, length), len(batch)
+                progress.step(len(batch))
 
 
 @partial(jax.jit, static_argnames="pooling")

@@ -1,9 +1,27 @@
 """The flags of every command, in one file that imports nothing heavy: `psa-jax COMMAND --help` must answer at once."""
 
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser
 from pathlib import Path
 
 from psa_jax.profiles import schema
+from psa_jax.tools.flags import (
+    count,
+    finite,
+    index,
+    path,
+    picture_seed,
+    picture_side,
+    place,
+    rate,
+    seed,
+    share,
+    side,
+    side_64,
+    size,
+    user_count,
+    weight,
+    workers,
+)
 
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel they are in the package (setup.py puts them there), in a clone beside it.
@@ -15,19 +33,19 @@ _CONFIG = "NAME[:ARG]"
 
 def population(parser: ArgumentParser) -> None:
     """Flags of `psa-jax population`."""
-    parser.add_argument("--n", type=int, default=1000, help="number of users (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=2025, help="2025 gives the users released with SAGE (the default)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new users.csv (mode 0600)")
+    parser.add_argument("--n", type=user_count, default=1000, help="number of users (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=2025, help="2025 gives the users released with SAGE (the default)")
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="a new users.csv (mode 0600)")
 
 
 def encode(parser: ArgumentParser) -> None:
     """Flags of `psa-jax encode`."""
     parser.add_argument(
-        "source", type=Path, metavar="USERS", help="users.csv, or a folder of <id>.npy; with --forget a table"
+        "source", type=path, metavar="USERS", help="users.csv, or a folder of <id>.npy; with --forget a table"
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="TABLE",
         help="new embedding table (mode 0600); with --add an old one",
     )
@@ -44,38 +62,40 @@ def encode(parser: ArgumentParser) -> None:
         help="remove this user from the table USERS, and do nothing else; may be given several times",
     )
     qwen = parser.add_argument_group("qwen")
-    qwen.add_argument("--model", type=Path, metavar="DIR", help="Qwen2.5 folder in transformers' layout")
+    qwen.add_argument("--model", type=path, metavar="DIR", help="Qwen2.5 folder in transformers' layout")
     qwen.add_argument("--pooling", default="mean", choices=["mean", "sum"], help="over the tokens (default: mean)")
-    qwen.add_argument("--template", type=Path, metavar="FILE", help="text with fields such as <<AGE>>, for the prompt")
+    qwen.add_argument("--template", type=path, metavar="FILE", help="text with fields such as <<AGE>>, for the prompt")
     qwen.add_argument("--ask-model", action="store_true", help="let the model propose the bans (minors: never fewer)")
     qwen.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
-    qwen.add_argument("--batch-size", type=int, default=16, metavar="N", help="profiles a call (default: 16)")
+    qwen.add_argument("--batch-size", type=count, default=16, metavar="N", help="profiles a call (default: 16)")
 
 
 def levels(parser: ArgumentParser) -> None:
     """Flags of `psa-jax levels`."""
-    parser.add_argument("table", type=Path, metavar="TABLE", help="embedding table")
-    parser.add_argument("--users", type=Path, required=True, metavar="FILE", help="the users.csv it was made from")
-    parser.add_argument("--seed", type=int, default=0, help="of the clustering (default: 0)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for new levels.json and .png")
+    parser.add_argument("table", type=path, metavar="TABLE", help="embedding table")
+    parser.add_argument("--users", type=path, required=True, metavar="FILE", help="the users.csv it was made from")
+    parser.add_argument("--seed", type=seed, default=0, help="of the clustering (default: 0)")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for new levels.json and .png")
 
 
 def mini(parser: ArgumentParser) -> None:
     """Flags of `psa-jax mini`."""
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; absent or empty")
-    parser.add_argument("--users", type=int, default=200, help="train users (default: 200); other splits in proportion")
-    parser.add_argument("--seed", type=int, default=0, help="seed of concepts, scenes and captions (default: 0)")
+    parser.add_argument("--out", type=path, required=True, help="folder to write; absent or empty")
+    parser.add_argument(
+        "--users", type=user_count, default=200, help="train users (default: 200); other splits in proportion"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of concepts, scenes and captions (default: 0)")
 
 
 def check(parser: ArgumentParser) -> None:
     """Flags of `psa-jax check`."""
-    parser.add_argument("sage_dir", type=Path, metavar="SAGE_DIR", help="folder in SAGE's layout")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="new file for the report (mode 0600)")
+    parser.add_argument("sage_dir", type=path, metavar="SAGE_DIR", help="folder in SAGE's layout")
+    parser.add_argument("--json", type=path, metavar="FILE", help="new file for the report (mode 0600)")
     parser.add_argument(
-        "--quarantine", type=Path, metavar="FILE", help="new file for bad rows (default: SAGE_DIR/quarantine.jsonl)"
+        "--quarantine", type=path, metavar="FILE", help="new file for bad rows (default: SAGE_DIR/quarantine.jsonl)"
     )
-    parser.add_argument("--users", type=Path, metavar="FILE", help="users.csv to compare with (default: the released)")
-    parser.add_argument("--processes", type=int, metavar="N", help="processes that decode (default: one a core)")
+    parser.add_argument("--users", type=path, metavar="FILE", help="users.csv to compare with (default: the released)")
+    parser.add_argument("--processes", type=workers, metavar="N", help="processes that decode (default: one a core)")
     parser.add_argument(
         "--no-images", dest="images", action="store_false", help="do not open the pictures; they must still be there"
     )
@@ -83,27 +103,29 @@ def check(parser: ArgumentParser) -> None:
 
 def build(parser: ArgumentParser) -> None:
     """Flags of `psa-jax build`."""
-    parser.add_argument("sage_dir", type=Path, metavar="SAGE_DIR", help="folder in SAGE's layout")
-    parser.add_argument("--model", required=True, metavar="DIR", help="base model: diffusers folder, or tiny")
-    parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder to make (mode 0700)")
-    parser.add_argument("--resolution", type=int, metavar="PX", help="side of the pictures (default: the model's)")
+    parser.add_argument("sage_dir", type=path, metavar="SAGE_DIR", help="folder in SAGE's layout")
+    parser.add_argument(
+        "--model", type=place, required=True, metavar="DIR", help="base model: diffusers folder, or tiny"
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="SHARDS", help="folder to make (mode 0700)")
+    parser.add_argument("--resolution", type=side, metavar="PX", help="side of the pictures (default: the model's)")
     parser.add_argument("--flips", action="store_true", help="store every picture mirrored, too")
     parser.add_argument("--text-embeddings", action="store_true", help="store the text encoders' states, too")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="pictures a call (default: 16)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads that decode (default: one a core)")
+    parser.add_argument("--batch-size", type=count, default=16, metavar="N", help="pictures a call (default: 16)")
+    parser.add_argument("--threads", type=workers, metavar="N", help="threads that decode (default: one a core)")
     hosts = parser.add_argument_group("several hosts", "each encodes a part; a last call without these makes shards")
-    hosts.add_argument("--host", type=int, metavar="I", help="which host this is, from 0")
-    hosts.add_argument("--hosts", type=int, metavar="N", help="how many there are")
+    hosts.add_argument("--host", type=index, metavar="I", help="which host this is, from 0")
+    hosts.add_argument("--hosts", type=workers, metavar="N", help="how many there are")
 
 
 def fit(parser: ArgumentParser) -> None:
     """Flags of `psa-jax fit`."""
     parser.set_defaults(takes_config=True)
-    parser.add_argument("--config", required=True, metavar=_CONFIG, help="as it would be trained")
+    parser.add_argument("--config", type=place, required=True, metavar=_CONFIG, help="as it would be trained")
     parser.add_argument(
         "--topology", metavar="SLICE", help="a TPU slice such as v5e:2x4 or v5p:2x2x1 (default: the devices at hand)"
     )
-    parser.add_argument("--resolution", type=int, metavar="PX", help="of the shards (default: the model's own)")
+    parser.add_argument("--resolution", type=side, metavar="PX", help="of the shards (default: the model's own)")
 
 
 def bench(parser: ArgumentParser) -> None:
@@ -114,23 +136,27 @@ def bench(parser: ArgumentParser) -> None:
         help="input: pairs a second of the input pipeline alone; step: a training step's seconds and peak memory; "
         "generate: a sampling step with an adapter over one without, in JAX and torch",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="new file for the result")
-    parser.add_argument("--steps", type=int, default=15, help="step, generate: measured, each way (default: 15)")
+    parser.add_argument("--json", type=path, metavar="FILE", help="new file for the result")
+    parser.add_argument("--steps", type=count, default=15, help="step, generate: measured, each way (default: 15)")
     parser.add_argument(
-        "--resolution", type=int, metavar="PX", help="input, step: of training (default: 512; step: the model's own)"
+        "--resolution", type=side, metavar="PX", help="input, step: of training (default: 512; step: the model's own)"
     )
     parser.set_defaults(takes_config=True)
     training = parser.add_argument_group("step")
-    training.add_argument("--config", default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's")
+    training.add_argument(
+        "--config", type=place, default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's"
+    )
     training.add_argument("--against", choices=["torch"], help="measure that way, too, and print the ratios")
-    training.add_argument("--pairs", type=int, metavar="N", help="in a step (default: batch_size of the config)")
+    training.add_argument("--pairs", type=count, metavar="N", help="in a step (default: batch_size of the config)")
     drawing = parser.add_argument_group("generate")
-    drawing.add_argument("--size", type=int, default=128, metavar="PX", help="side of the picture (default: 128)")
+    drawing.add_argument("--size", type=side_64, default=128, metavar="PX", help="side of the picture (default: 128)")
     parser = parser.add_argument_group("input")
-    parser.add_argument("--picture-size", type=int, default=512, metavar="PX", help="of the JPEGs (default: 512)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pairs a batch (default: 32)")
-    parser.add_argument("--threads", type=int, default=4, metavar="N", help="threads of either way (default: 4)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of measuring, each way (default: 8)")
+    parser.add_argument(
+        "--picture-size", type=picture_side, default=512, metavar="PX", help="of the JPEGs (default: 512)"
+    )
+    parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="pairs a batch (default: 32)")
+    parser.add_argument("--threads", type=workers, default=4, metavar="N", help="threads of either way (default: 4)")
+    parser.add_argument("--seconds", type=rate, default=8.0, help="of measuring, each way (default: 8)")
 
 
 def experiment(parser: ArgumentParser) -> None:
@@ -139,11 +165,12 @@ def experiment(parser: ArgumentParser) -> None:
     parser.set_defaults(takes_config=True)
     parser.add_argument(
         "--config",
+        type=place,
         required=True,
         metavar=_CONFIG,
         help="tiny, sd15, sd21 or sdxl; or a Python file with get_config([ARG])",
     )
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help="where everything is written")
     parser.epilog = "--config.KEY=VALUE sets any value of the config, such as --config.seed=1."
 
 
@@ -155,17 +182,19 @@ def train(parser: ArgumentParser) -> None:
         "all given the same command; on TPU pods, SLURM and Open MPI they find each other, elsewhere say who is who",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; auto: let JAX find all three")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument("--num-processes", type=workers, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=index, metavar="I", help="which one this is, from 0")
 
 
 def demo(parser: ArgumentParser) -> None:
     """Flags of `psa-jax demo`."""
     parser.set_defaults(takes_config=True)
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where everything is written")
-    parser.add_argument("--config", default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's")
+    parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument(
+        "--config", type=place, default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's"
+    )
     parser.add_argument("--compare", action="store_true", help="train the comparison adapters too")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="with --compare: write what later runs quote")
+    parser.add_argument("--record", type=path, metavar="FILE", help="with --compare: write what later runs quote")
     parser.add_argument(
         "--all-ways",
         action="store_true",
@@ -177,66 +206,67 @@ def generate(parser: ArgumentParser) -> None:
     """Flags of `psa-jax generate`."""
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", required=True, metavar="DIR", help="diffusers folder, .safetensors checkpoint, or tiny: the embedded"
+        "--model",
+        type=place,
+        required=True,
+        metavar="DIR",
+        help="diffusers folder, .safetensors checkpoint, or tiny: the embedded",
     )
     model.add_argument("--variant", help="weight files of a folder to read, such as fp16")
     model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
-    model.add_argument("--vae", type=Path, metavar="DIR", help="another VAE: folder or .safetensors")
+    model.add_argument("--vae", type=path, metavar="DIR", help="another VAE: folder or .safetensors")
     model.add_argument(
         "--lora",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="LoRA of UNet and text encoders: kohya's or diffusers' file, or peft's folder",
     )
-    model.add_argument("--lora-scale", type=float, default=1.0, help="its strength (default: 1)")
-    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer files, for a .safetensors checkpoint")
+    model.add_argument("--lora-scale", type=finite, default=1.0, help="its strength (default: 1)")
+    model.add_argument("--tokenizer", type=path, metavar="DIR", help="tokenizer files, for a .safetensors checkpoint")
     model.add_argument(
-        "--model-config", type=Path, metavar="DIR", help="diffusers folder with its JSON files, for such a checkpoint"
+        "--model-config", type=path, metavar="DIR", help="diffusers folder with its JSON files, for such a checkpoint"
     )
     user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
     user.add_argument(
-        "--adapter", type=Path, metavar="FILE", help="native adapter or its folder; without it the base model draws"
+        "--adapter", type=path, metavar="FILE", help="native adapter or its folder; without it the base model draws"
     )
     user.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
     user.add_argument("--user", metavar="ID", help="a user id in --table")
-    user.add_argument("--table", type=Path, metavar="FILE", help="embedding table")
-    user.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (default: 1)")
-    user.add_argument("--unconditional", default="off", help="adapter on the unconditional side: off, zeros or same")
+    user.add_argument("--table", type=path, metavar="FILE", help="embedding table")
+    user.add_argument("--scale", type=finite, default=1.0, help="strength of the adapter (default: 1)")
+    user.add_argument(
+        "--unconditional",
+        default="off",
+        choices=["off", "zeros", "same"],
+        help="adapter on the unconditional side (default: off)",
+    )
     prompt = parser.add_argument_group("prompts")
     prompt.add_argument("--prompt", action="append", help="may be given several times")
     prompt.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt a line, or .csv/.tsv with columns prompt, negative, seed"
+        "--prompts", type=path, metavar="FILE", help="a prompt a line, or .csv/.tsv with columns prompt, negative, seed"
     )
     prompt.add_argument("--negative", metavar="PROMPT", help="negative prompt")
     prompt.add_argument(
-        "--seed", type=int, default=0, help="of the first picture of each prompt, 0 to 2^64 - 1 (default: 0)"
+        "--seed", type=picture_seed, default=0, help="of the first picture of each prompt, 0 to 2^64 - 1 (default: 0)"
     )
-    prompt.add_argument("--images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
+    prompt.add_argument("--images", type=count, default=1, metavar="N", help="pictures a prompt (default: 1)")
     how = parser.add_argument_group("sampling")
     how.add_argument(
         "--sampler", help="ddim, euler, euler-ancestral, dpmsolver++, unipc or pndm (default: the folder's scheduler)"
     )
-    how.add_argument("--steps", type=int, default=20, help="sampler steps (default: 20)")
-    how.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance (default: 7.5)")
-    how.add_argument("--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
-    how.add_argument("--eta", type=float, default=0.0, help="DDIM's share of fresh noise (default: 0)")
+    how.add_argument("--steps", type=count, default=20, help="sampler steps (default: 20)")
+    how.add_argument("--guidance", type=weight, default=7.5, help="classifier-free guidance (default: 7.5)")
+    how.add_argument("--guidance-rescale", type=share, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
+    how.add_argument("--eta", type=share, default=0.0, help="DDIM's share of fresh noise (default: 0)")
     how.add_argument("--karras", action="store_true", help="Karras' noise levels (euler, dpmsolver++)")
     how.add_argument("--size", type=size, metavar="HxW", help="such as 768 or 512x768 (default: the model's)")
-    how.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures a call (default: 8)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the PNG files")
-
-
-def size(text: str) -> tuple[int, int]:
-    """Height and width from `768` or `512x768`."""
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise ArgumentTypeError(f"{text!r} is no size; give such as 768 or 512x768 (height x width)")
-    return int(sides[0]), int(sides[-1])
+    how.add_argument("--batch-size", type=count, default=8, metavar="N", help="pictures a call (default: 8)")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the PNG files")
 
 
 def export(parser: ArgumentParser) -> None:
     """Flags of `psa-jax export`."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="a run's folder or a native adapter file")
+    parser.add_argument("adapter", type=path, metavar="ADAPTER", help="a run's folder or a native adapter file")
     parser.add_argument(
         "--format",
         choices=["native", "upstream", "ip-adapter", "baked", "diffusers"],
@@ -245,21 +275,23 @@ def export(parser: ArgumentParser) -> None:
         "stock diffusers; baked: a whole model for one user; diffusers: the base model with the adapter beside it",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="folder or .safetensors to write; must not exist"
+        "--out", type=path, required=True, metavar="PATH", help="folder or .safetensors to write; must not exist"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="report.json whose rates go into the model card")
-    parser.add_argument("--model", metavar="DIR", help="for baked and diffusers: the base model, or tiny")
+    parser.add_argument("--report", type=path, metavar="FILE", help="report.json whose rates go into the model card")
+    parser.add_argument("--model", type=place, metavar="DIR", help="for baked and diffusers: the base model, or tiny")
     baked = parser.add_argument_group("baked", f"keys of --profile and their values: {schema.describe()}")
     baked.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
     baked.add_argument("--user", metavar="ID", help="a user id in --table")
-    baked.add_argument("--table", type=Path, metavar="FILE", help="embedding table")
-    baked.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (default: 1)")
+    baked.add_argument("--table", type=path, metavar="FILE", help="embedding table")
+    baked.add_argument("--scale", type=finite, default=1.0, help="strength of the adapter (default: 1)")
 
 
 def import_(parser: ArgumentParser) -> None:
     """Flags of `psa-jax import`."""
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help="native file, or the torch original's psa_adapter.bin or safetensors"
+        "file", type=path, metavar="FILE", help="native file, or the torch original's psa_adapter.bin or safetensors"
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="the base model it belongs to, or tiny")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="native file to write; must not exist")
+    parser.add_argument(
+        "--model", type=place, required=True, metavar="DIR", help="the base model it belongs to, or tiny"
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="native file to write; must not exist")

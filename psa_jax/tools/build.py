@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,16 @@ from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import truncation
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.progress import say, stage
 
 
 def run(args: Namespace) -> int:
     """Makes the shards, or encodes one host's part of them."""
     if (args.host is None) != (args.hosts is None):
         raise PSAError("--host=I and --hosts=N belong together; give both or neither")
+    if args.host is not None and args.host >= args.hosts:
+        raise PSAError(f"--host={args.host} of --hosts={args.hosts}: count from 0")
+    stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
     model = load_stable_diffusion(args.model)
     folder = build(
         model,
@@ -97,7 +100,7 @@ def _telling(model: StableDiffusion) -> Tokenizer:
         if lost:
             length = model.text_encoder.config.max_position_embeddings
             first = truncation("caption", lost[0][0], length, lost[0][1])
-            print(f"psa-jax: {len(lost)} of {len(distinct)} captions are too long; {first}", file=sys.stderr)
+            say(f"{len(lost)} of {len(distinct)} captions are too long; {first}")
         return model.tokenize(captions)
 
     return tokenize

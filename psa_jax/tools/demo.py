@@ -29,6 +29,7 @@ from psa_jax.profiles.files import check_new
 from psa_jax.profiles.policy import banned_categories, is_banned
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import say, stage
 from psa_jax.tools.train import with_mini
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
@@ -89,10 +90,12 @@ def run(
     start, recipe = time.perf_counter(), recipe_of(config)
     recorded = None if compare else read_recorded(RECORDED)
     if recorded is not None and recorded["recipe"] != recipe:
-        print(
+        say(
             "the recorded comparison runs are of another configuration: the base model alone is compared; use --compare"
         )
         recorded = None
+    whole = "280 to 396 s on two shared virtual cores" if recorded is not None and not all_ways else ""
+    stage("data, training, judging and a report", whole)
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --- data, training
@@ -103,7 +106,7 @@ def run(
         runs |= {name: variant(config, name, workdir / "data") for name in COMPARED}
     generators = {}
     for name, run_config in runs.items():
-        print(f"training {name}")
+        stage(f"training {name}: {run_config.steps} steps of {run_config.batch_size} pairs")
         path = train(run_config, workdir / name)
         adapter = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
         generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
@@ -118,7 +121,8 @@ def run(
     report, made = {}, {}
     for place, split in SPLITS.items():
         cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate[place], config.seed)
-        verdicts = _judge_all(generators, oracle, cases)
+        stage(f"judging {place} users: {len(cases)} cases, drawn {1 + len(generators)} times; compiling comes first")
+        verdicts = _judge_all(generators, oracle, cases, place)
         made[place] = {"cases": _fingerprint(cases), **{name: _pack(verdicts[name]) for name in verdicts}}
         if recorded is not None:
             verdicts |= recorded_verdicts(recorded[place], cases)
@@ -134,6 +138,7 @@ def run(
         record.write_text(json.dumps(about | kept, indent=1) + "\n", encoding="utf-8")
 
     # --- pictures, report
+    stage("drawing the report's pictures")
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
     report["adapter"] = {name: config.adapter[name] for name in ("kind", "tokens")}
@@ -148,13 +153,13 @@ def run(
 
 
 def _judge_all(
-    generators: dict[str, tuple[Generator, EmbeddingTable]], oracle: Oracle, cases: Sequence[Case]
+    generators: dict[str, tuple[Generator, EmbeddingTable]], oracle: Oracle, cases: Sequence[Case], place: str
 ) -> dict[str, Verdicts]:
     """Every method draws the same cases from the same seeds; the base model is the adapter at scale 0."""
-    verdicts = {"base": judge(oracle, draw_base(generators["psa"][0], cases), cases)}
+    verdicts = {"base": judge(oracle, draw_base(generators["psa"][0], cases, f"base, {place} users"), cases)}
     for name, (generator, table) in generators.items():
         users = table.lookup([case.user_id for case in cases])
-        verdicts[name] = judge(oracle, draw_cases(generator, cases, users), cases)
+        verdicts[name] = judge(oracle, draw_cases(generator, cases, users, name=f"{name}, {place} users"), cases)
     return verdicts
 
 

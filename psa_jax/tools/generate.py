@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 import psa_jax
 from psa_jax.diffusion.generate import Generator
@@ -27,6 +25,7 @@ from psa_jax.profiles.encoders import ENCODERS, get_encoder
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import Progress, say, stage
 from psa_jax.seeds import PICTURE_BITS, check_seed
 from psa_jax.tools.prompts import read_prompts
 
@@ -76,19 +75,23 @@ def run(args: Namespace) -> int:
     _claim(args, settings, user)
     cut = generator.truncated([text for picture in wanted for text in (picture.prompt, picture.negative or "")])
     for line in cut:
-        print(f"psa-jax: {line}", file=sys.stderr)
+        say(line)
     missing = [picture for picture in wanted if not _is_whole(args.out / picture.name, picture)]
-    for start in tqdm(range(0, len(missing), batch), desc="batches", disable=None):
-        part = missing[start : start + batch]
-        drawn = generator(
-            [picture.prompt for picture in part],
-            [picture.seed for picture in part],
-            None if user is None else np.tile(user, (len(part), 1)),
-            negative=[picture.negative for picture in part],
-            scale=args.scale,
-        )
-        for pixels, picture in zip(drawn, part, strict=True):
-            _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
+    if missing:
+        stage(f"drawing {len(missing)} of {len(wanted)} pictures; compiling comes first")
+    with Progress(len(missing), "picture", "drawing") as progress:
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            drawn = generator(
+                [picture.prompt for picture in part],
+                [picture.seed for picture in part],
+                None if user is None else np.tile(user, (len(part), 1)),
+                negative=[picture.negative for picture in part],
+                scale=args.scale,
+            )
+            for pixels, picture in zip(drawn, part, strict=True):
+                _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
+            progress.step(len(part))
     paths = [str(args.out / picture.name) for picture in wanted]
     print(json.dumps({"pictures": paths, "drawn": len(missing), "truncated": len(cut)}))
     return 0
@@ -105,10 +108,7 @@ class _Picture(NamedTuple):
 
 def _wanted(args: Namespace) -> list[_Picture]:
     """Every prompt with each of its seeds, under a name that depends on nothing else."""
-    if args.images < 1:
-        raise PSAError(f"--images {args.images}: give a number from 1 up")
     wanted = []
-    check_seed(args.seed, "--seed", PICTURE_BITS)
     check_text(args.negative or "", "--negative", "the terminal must send UTF-8; or give --prompts FILE.csv with it")
     for index, prompt in enumerate(read_prompts(args)):
         negative = args.negative if prompt.negative is None else prompt.negative

@@ -11,8 +11,9 @@ from typing import Any
 import ml_collections
 
 from psa_jax.interop.diffusers import load_stable_diffusion
+from psa_jax.progress import say
 from psa_jax.tools.mini_data import prepare
-from psa_jax.training.distributed import join, leader_first, leads, require_joined, say
+from psa_jax.training.distributed import join, leader_first, leads, require_joined
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 

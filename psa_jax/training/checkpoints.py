@@ -24,7 +24,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from psa_jax.errors import PeerLost, PSAError
 from psa_jax.paths import check_workdir
-from psa_jax.training.distributed import any_process, first_line, is_peer_lost, leads, say
+from psa_jax.progress import say
+from psa_jax.training.distributed import any_process, first_line, is_peer_lost, leads
 from psa_jax.training.step import TrainState
 
 

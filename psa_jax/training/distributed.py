@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Shaped
 
 from psa_jax.errors import PeerLost, PSAError
+from psa_jax.progress import hush
 
 # What says that this process is one of several; jax.distributed reads the rest of it by itself.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
@@ -63,7 +64,9 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     except (RuntimeError, ValueError) as error:
         raise PSAError(
             f"the processes did not meet ({first_line(error)}); is every one started, with one address?"
-        ) from (error)
+        ) from error
+    if not leads():
+        hush()
 
 
 def require_joined() -> None:
@@ -75,12 +78,6 @@ def require_joined() -> None:
 def leads() -> bool:
     """Whether this process prints and writes what is written once."""
     return jax.process_index() == 0
-
-
-def say(text: str) -> None:
-    """Prints, once for the whole group."""
-    if leads():
-        print(text, flush=True)
 
 
 def any_process(flag: bool) -> bool:

@@ -9,7 +9,6 @@ import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 import psa_jax
 from psa_jax.data.latents import Preprocess, fingerprint
@@ -25,8 +24,9 @@ from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective, describe_beta
 from psa_jax.preference.pairs import batch_arrays
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import Progress, say, stage
 from psa_jax.training.checkpoints import Checkpoints
-from psa_jax.training.distributed import leads, lost_peers_named, require_joined, say
+from psa_jax.training.distributed import leads, lost_peers_named, require_joined
 from psa_jax.training.held_out import HeldOut
 from psa_jax.training.metrics import MetricsWriter, Row, require_finite
 from psa_jax.training.optimizer import make_optimizer
@@ -182,9 +182,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
 
         # --- steps
         end = config.steps if until is None else min(until, config.steps)
-        bar = tqdm(
-            range(start, end), initial=start, total=config.steps, unit="step", mininterval=2.0, disable=not leads()
-        )
+        if start < end:
+            stage(f"compiling the training step of {config.batch_size} pairs; {end - start} steps follow")
+        progress = stack.enter_context(Progress(config.steps, "step", "training", first=start))
+        said = ""
         clock, peak = StepClock(config.batch_size), peak_flops()
         running: list[tuple[int, Metrics, np.ndarray]] = []
         verified = False
@@ -195,7 +196,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
                 require_finite(*running.pop(0), workdir)
                 clock.step()
 
-        for number in bar:
+        for number in range(start, end):
             with clock.data():
                 batch = next(iterator) | empty
             numbers, done = batch.pop("rows"), number + 1
@@ -223,7 +224,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
             if done % config.log_every == 0 or number == 0 or last or measuring:
                 written = writer.log(done, metrics | measured, **clock.read())
                 if written is not None:
-                    bar.set_postfix_str(_summary(written))
+                    said = _summary(written)
             if saving:
                 with clock.excluded():
                     writer.sync()
@@ -236,8 +237,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
                     params = _whole(state.exported, mesh)
                     if samples is not None:
                         samples.draw(with_arrays(adapter_config, params), done)
+            progress.step(note=said)
             if stopping and not last:
-                bar.close()
                 raise Stopped(f"stopped by a signal after step {done}, with a checkpoint; run again to go on")
 
     # --- result

@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from psa_jax.data.chunks import Encoded, plan_chunks
 from psa_jax.data.pipeline import to_devices
@@ -29,6 +28,7 @@ from psa_jax.preference.objective import Objective
 from psa_jax.preference.pairs import batch_arrays, reference_errors
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import Progress
 from psa_jax.seeds import check_seed
 from psa_jax.training.distributed import any_process, leads
 from psa_jax.training.sharding import by_rows, replicated
@@ -112,13 +112,12 @@ def reference_table(
     if missing:
         numbers = np.concatenate([chunk.items for chunk in missing])
         found = _run(stored, model, objective, frozen, shards, table, mesh, empty, batch_size, numbers)
-        bar = tqdm(total=len(numbers), unit="row", desc="reference", mininterval=2.0, disable=None if leads() else True)
-        with bar:
+        with Progress(len(numbers), "row", "reference") as progress:
             for chunk in missing:
                 errors = []
-                while sum(map(len, errors)) < len(chunk.items):
+                while (there := sum(map(len, errors))) < len(chunk.items):
                     errors.append(next(found))
-                    bar.update(len(errors[-1]))
+                    progress.step(min(len(errors[-1]), len(chunk.items) - there))  # the last batch is filled up
                     between()
                 if leads():
                     write_private(chunk.path, save({"errors": np.concatenate(errors)[: len(chunk.items)]}))

@@ -10,11 +10,9 @@ from PIL import Image
 
 from psa_jax.data.shards import RowColumns, open_shards
 from psa_jax.diffusion.generate import Generator, picture_grid
-from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.training.sharding import REPLICATED
 
 _PROMPTS, _USERS = 4, 4
 
@@ -25,18 +23,10 @@ class Samples:
     Drawn by the process that makes it, on one of its devices.
 
     Args:
-      model: on the devices that train, whole on each.
-
-    Raises:
-      PSAError: the frozen weights are divided, so that no device can draw.
+      model: on the devices that train, whole on each (`settings.validate`).
     """
 
     def __init__(self, config: ml_collections.ConfigDict, model: StableDiffusion, table: EmbeddingTable, workdir: Path):
-        if config.mesh.frozen != REPLICATED and config.mesh.fsdp > 1:
-            raise PSAError(
-                f"sample_every = {config.sample_every} draws on one device, and with mesh.frozen = "
-                f"{config.mesh.frozen} none has the whole model; set it to 0 and draw with psa-jax generate"
-            )
         shards = open_shards(Path(config.data.shards), "val")
         rng = np.random.default_rng(config.seed)
         unsafe = np.flatnonzero(shards.columns.unsafe)

@@ -1,12 +1,10 @@
 """Every key of a configuration and what it may be, in one table, so that a mistake is told before any work."""
 
 import dataclasses
-import functools
 import importlib.util
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -19,55 +17,29 @@ from psa_jax.models.adapter_config import KINDS, check_kind
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
 from psa_jax.preference.objective import Objective
+from psa_jax.rules import (
+    COUNT,
+    COUNT_OR_NONE,
+    DECAY,
+    FINITE,
+    RATE,
+    SEED,
+    SHARE,
+    WEIGHT,
+    Rule,
+    any_of,
+    number,
+    optional,
+    whole,
+)
 from psa_jax.training.optimizer import DECAYED, OPTIMIZERS, SCHEDULES, make_optimizer
 from psa_jax.training.reference import stored_or_none
-from psa_jax.training.sharding import RULES, check_batch, make_mesh
+from psa_jax.training.sharding import REPLICATED, RULES, check_batch, make_mesh
+from psa_jax.training.step import check_parts
 
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED = "tiny"
 
-
-class Rule(NamedTuple):
-    """What a value must be: a predicate, and the same in words."""
-
-    holds: Callable[[Any], bool]
-    wanted: str
-
-
-def whole(low: int, high: int | None = None) -> Rule:
-    """A whole number from `low` to `high`; true and false are none."""
-    wanted = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
-    return Rule(lambda value: type(value) is int and low <= value and (high is None or value <= high), wanted)
-
-
-def number(low: float = 0.0, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
-    """A finite number from `low` to `high`, without the ends where `above` and `below` say so."""
-
-    def holds(value: Any) -> bool:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            return False
-        return (low < value if above else low <= value) and (value < high if below else value <= high)
-
-    least = f"above {low:g}" if above else f"of {low:g} or more"
-    most = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
-    return Rule(holds, f"a finite number {least}{most}")
-
-
-def any_of(choices: Iterable[str]) -> Rule:
-    """One of some words."""
-    known = tuple(choices)
-    return Rule(lambda value: isinstance(value, str) and value in known, f"one of {', '.join(known)}")
-
-
-def optional(rule: Rule) -> Rule:
-    """None, or what another rule wants."""
-    return Rule(lambda value: value is None or rule.holds(value), f"{rule.wanted}, or none")
-
-
-SEED = whole(0, 2**32 - 1)
-COUNT, COUNT_OR_NONE = whole(1), whole(0)
-SHARE, DECAY = number(0.0, 1.0), number(0.0, 1.0, below=True)
-RATE, WEIGHT = number(above=True), number()
 FLAG = Rule(lambda value: type(value) is bool, "true or false")
 PLACE = Rule(lambda value: isinstance(value, str), "a path")
 WIDTHS = Rule(
@@ -77,10 +49,10 @@ WIDTHS = Rule(
 
 # Ranges are the objective's own: it refuses what is outside of them.
 _OF_OBJECTIVE = {
-    "float": Rule(lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number"),
+    "float": FINITE,
+    "float | None": optional(FINITE),
     "str": Rule(lambda value: isinstance(value, str), "a name"),
 }
-_OF_OBJECTIVE["float | None"] = optional(_OF_OBJECTIVE["float"])
 
 _PHASE = {"steps": COUNT, "batch_size": COUNT, "learning_rate": RATE, "weight_decay": WEIGHT, "seed": SEED}
 _AVERAGED = _PHASE | {"ema": DECAY}
@@ -136,7 +108,7 @@ TRAINING: dict[str, Rule] = {
     "data.shards": PLACE,
     "data.table": PLACE,
     "data.balance": any_of(BALANCES),
-    "data.safe_share": SHARE,
+    "data.safe_share": DECAY,
     "data.mini.users": COUNT_OR_NONE,
     "data.mini.seed": SEED,
 }
@@ -211,7 +183,18 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     check_kind(config.adapter.kind, config.adapter.qk_dim)
     objective = Objective(**config.objective)
     stored_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
+    check_parts(objective, config.accumulate)
     make_optimizer(config.optimizer, config.steps)
+    if config.sample_every and config.mesh.frozen != REPLICATED and config.mesh.fsdp != 1:
+        raise PSAError(
+            f"sample_every = {config.sample_every} draws on one device, and with mesh.frozen = {config.mesh.frozen} "
+            "none has the whole model; set it to 0 and draw with psa-jax generate"
+        )
+    if config.validate.every and config.validate.rows < config.validate.batch_size:
+        raise PSAError(
+            f"validate: {config.validate.rows} held-out rows do not fill a batch of {config.validate.batch_size}; "
+            "lower validate.batch_size or raise validate.rows"
+        )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise PSAError("wandb is asked for and not installed; pip install wandb, or --config.wandb=false")
     _check_model(config.model)
@@ -234,10 +217,10 @@ def validate_devices(config: ml_collections.ConfigDict, devices: Sequence[jax.De
 
 
 def _value(config: ml_collections.ConfigDict, key: str) -> Any:
-    def inside(group: Any, name: str) -> Any:
-        return group[name] if isinstance(group, ml_collections.ConfigDict) and name in group else _ABSENT
-
-    return functools.reduce(inside, key.split("."), config)
+    found: Any = config
+    for name in key.split("."):
+        found = found[name] if isinstance(found, ml_collections.ConfigDict) and name in found else _ABSENT
+    return found
 
 
 def _require_known(group: ml_collections.ConfigDict, name: str, known: Sequence[str]) -> None:

@@ -84,6 +84,12 @@ def opened(model: StableDiffusion, mesh: Mesh, remat: str = "none") -> Opened:
     return base
 
 
+def check_parts(objective: Objective, accumulate: int) -> None:
+    """Raises PSAError where a step is worked on in parts and the loss looks at all of its pairs together."""
+    if accumulate > 1 and LOSSES[objective.loss].whole_batch:
+        raise PSAError(f"accumulate = {accumulate}: {objective.loss} compares pairs of a batch; set accumulate to 1")
+
+
 def make_step(
     model: StableDiffusion,
     config: AdapterConfig,
@@ -114,8 +120,7 @@ def make_step(
         raise PSAError(f"remat = {remat!r} is unknown; use one of {', '.join(REMAT)}")
     if not 0.0 <= ema < 1.0:
         raise PSAError(f"optimizer.ema = {ema}; give a decay from 0 (none) to below 1")
-    if accumulate > 1 and LOSSES[objective.loss].whole_batch:
-        raise PSAError(f"accumulate = {accumulate}: {objective.loss} compares pairs of a batch; set accumulate to 1")
+    check_parts(objective, accumulate)
     base_of, weights = opened(model, mesh, remat), nnx.state((model.unet, model.text_encoders))
     whole, rows = replicated(mesh), by_rows(mesh)
     frozen_at = Frozen(shardings(weights, mesh, frozen), whole, None if stored is None else whole)

@@ -1,0 +1,67 @@
+"""What argparse reads flags as: each refuses what it cannot be, and says what to give. Imports nothing heavy."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from psa_jax.errors import PSAError
+from psa_jax.paths import local_path
+from psa_jax.rules import COUNT, FINITE, PICTURE_SEED, RATE, SEED, SHARE, WEIGHT, Rule, whole
+
+Reader = Callable[[str], Any]
+_MOST = 1 << 16  # what is more was mistyped, and would be an error of the system's or no memory left
+_SIDE = whole(1, _MOST)
+
+
+def path(text: str) -> Path:
+    """The path that a text names (`psa_jax.paths.local_path`)."""
+    try:
+        return local_path(text)
+    except PSAError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def place(text: str) -> str:
+    """A path as it was typed, for what a name may stand for, too: `tiny`, or FILE:ARG."""
+    path(text)
+    return text
+
+
+def size(text: str) -> tuple[int, int]:
+    """Height and width from `768` or `512x768`."""
+    sides = [_read(int, side) for side in text.split("x")]
+    if len(sides) > 2 or not all(_SIDE.holds(side) for side in sides):
+        raise ArgumentTypeError(f"{text!r} is no size; give such as 768 or 512x768 (height x width)")
+    return sides[0], sides[-1]
+
+
+def _number(kind: Callable[[str], Any], rule: Rule) -> Reader:
+    def read(text: str) -> Any:
+        value = _read(kind, text)
+        if not rule.holds(value):
+            raise ArgumentTypeError(f"{text!r} does not fit; give {rule.wanted}")
+        return value
+
+    return read
+
+
+def _read(kind: Callable[[str], Any], text: str) -> Any:
+    """The number, or None."""
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
+def _multiple(of: int, example: int) -> Reader:
+    return _number(
+        int, Rule(lambda value: _SIDE.holds(value) and value % of == 0, f"a multiple of {of}, such as {example}")
+    )
+
+
+count, seed, picture_seed = _number(int, COUNT), _number(int, SEED), _number(int, PICTURE_SEED)
+user_count = _number(int, whole(1, 9_999_999))  # an id has seven digits
+workers, index = _number(int, whole(1, _MOST)), _number(int, whole(0, _MOST - 1))  # threads, processes, hosts
+side, side_64, picture_side = _multiple(8, 512), _multiple(64, 128), _number(int, _SIDE)
+share, weight, rate, finite = (_number(float, rule) for rule in (SHARE, WEIGHT, RATE, FINITE))

@@ -1,0 +1,151 @@
+"""Every flag of every command: a value that it does not take is one line, said before anything is read or written."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from psa_jax import cli
+from psa_jax.diffusion.generate import UNCONDITIONAL
+from psa_jax.tools import flags
+
+TEXT = {"forget", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative", "sampler"}
+"""What is neither a path nor a number."""
+PATHS = (flags.path, flags.place)
+NO_PATHS = {
+    "gs://bucket/x": "gs://bucket/x: only paths on this machine can be used; copy or mount it and give the local path",
+    "https://host/x": "only paths on this machine",
+    "": "an empty path; give one, such as . for the folder you are in",
+    "a\0b": "'a\\x00b': a path cannot hold a zero byte",
+}
+NUMBERS = ("0", "-1", "x", "nan", "inf", "1e400", "1.5", "", "true", "9" * 30)
+TAKEN = {
+    "seed": {"0"},
+    "host": {"0"},
+    "process_id": {"0"},
+    "seconds": {"1.5", "9" * 30},
+    "scale": {"0", "-1", "1.5", "9" * 30},
+    "lora_scale": {"0", "-1", "1.5", "9" * 30},
+    "guidance": {"0", "1.5", "9" * 30},
+    "guidance_rescale": {"0"},
+    "eta": {"0"},
+}
+"""Which of NUMBERS each flag takes."""
+LARGE = {"9" * 30}  # a count has no end
+
+
+def actions() -> list[tuple[str, argparse.Action]]:
+    """Every flag and positional that takes a free value, with its command."""
+    return [
+        (command, action)
+        for command in cli.COMMANDS
+        for action in cli._command_parser(command)._actions
+        if action.nargs is None and action.choices is None
+    ]
+
+
+def cases(paths: bool) -> list:
+    return [
+        pytest.param(command, action, id=f"{command}-{action.dest}")
+        for command, action in actions()
+        if action.dest not in TEXT and (action.type in PATHS) == paths
+    ]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Returns a function: words of a command -> exit code, lines of stderr. The command itself does nothing."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(command: str, *words: str) -> tuple[int, list[str]]:
+        monkeypatch.setitem(cli.COMMANDS, command, dataclasses.replace(cli.COMMANDS[command], run=lambda args: 0))
+        try:
+            code = cli.main([command, *words])
+        except SystemExit as leaving:
+            code = leaving.code
+        assert list(tmp_path.iterdir()) == []
+        return code, capsys.readouterr().err.splitlines()
+
+    return main
+
+
+def words(action: argparse.Action, value: str) -> list[str]:
+    """Nothing else that the command needs: what is read first is said first."""
+    if action.option_strings:
+        return [f"{action.option_strings[0]}={value}"]
+    return [value]
+
+
+def test_every_flag_is_a_path_or_a_number_or_listed_here():
+    untyped = {action.dest for _, action in actions() if action.type is None}
+    assert untyped == TEXT
+    assert {Path, int, float, str} & {action.type for _, action in actions()} == set()
+
+
+@pytest.mark.parametrize(("command", "action"), cases(paths=True))
+@pytest.mark.parametrize("value", NO_PATHS)
+def test_what_is_no_path_here(run, command: str, action: argparse.Action, value: str):
+    code, lines = run(command, *words(action, value))
+    assert code == 1 and len(lines) == 1
+    name = action.option_strings[0] if action.option_strings else action.metavar
+    assert lines[0].startswith(f"psa-jax: error: {name}: ") and NO_PATHS[value] in lines[0]
+
+
+@pytest.mark.parametrize(("command", "action"), cases(paths=False))
+def test_numbers(run, command: str, action: argparse.Action):
+    for value in NUMBERS:
+        code, lines = run(command, *words(action, value))
+        if code == 2:  # taken, without what else the command needs
+            assert lines[0].startswith("usage: ")
+            assert value in TAKEN.get(action.dest, set()) | (LARGE if action.type is flags.count else set())
+        else:
+            assert value not in TAKEN.get(action.dest, set())
+            (line,) = lines
+            assert line.startswith(f"psa-jax: error: {action.option_strings[0]}: {value!r} ") and "; give " in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("generate --seed=-1", "--seed: '-1' does not fit; give a whole number from 0 to 18446744073709551615"),
+        ("generate --steps=0", "--steps: '0' does not fit; give a whole number of 1 or more"),
+        ("generate --images=0", "--images: '0' does not fit; give a whole number of 1 or more"),
+        ("generate --guidance=nan", "--guidance: 'nan' does not fit; give a finite number of 0 or more"),
+        ("generate --eta=-1", "--eta: '-1' does not fit; give a finite number of 0 or more and at most 1"),
+        ("generate --lora-scale=inf", "--lora-scale: 'inf' does not fit; give a finite number"),
+        ("generate --size=0x64", "--size: '0x64' is no size; give such as 768 or 512x768 (height x width)"),
+        ("mini --users=-1", "--users: '-1' does not fit; give a whole number from 1 to 9999999"),
+        ("population --n=0", "--n: '0' does not fit; give a whole number from 1 to 9999999"),
+        ("bench --seconds=nan", "--seconds: 'nan' does not fit; give a finite number above 0"),
+        ("bench --size=96", "--size: '96' does not fit; give a multiple of 64, such as 128"),
+        ("check --processes=0", "--processes: '0' does not fit; give a whole number from 1 to 65536"),
+        ("build --resolution=-8", "--resolution: '-8' does not fit; give a multiple of 8, such as 512"),
+        ("train --num-processes=0", "--num-processes: '0' does not fit; give a whole number from 1 to 65536"),
+    ],
+)
+def test_what_is_said(run, words: str, said: str):
+    assert run(*words.split()) == (1, [f"psa-jax: error: {said}"])
+
+
+def test_a_value_that_is_missing_or_none_of_the_choices(run):
+    assert run("generate", "--steps") == (1, ["psa-jax: error: --steps: expected one argument"])
+    code, (line,) = run("generate", "--dtype=float8")
+    assert code == 1 and line.startswith("psa-jax: error: --dtype: invalid choice: 'float8' (choose from ")
+
+
+def test_what_is_taken_is_read_as_typed():
+    parser = cli._command_parser("generate")
+    needed = ["--model=tiny", "--out=out/", "--prompt=x"]
+    args = parser.parse_args([*needed, "--size=512x768", "--seed=18446744073709551615", "--scale=-0.5"])
+    assert (args.model, args.out, args.size, args.seed, args.scale) == (
+        "tiny",
+        Path("out"),
+        (512, 768),
+        2**64 - 1,
+        -0.5,
+    )
+    assert parser.parse_args([*needed, "--size=768"]).size == (768, 768)
+    assert parser.parse_args([*needed[1:], "--model=./m/"]).model == "./m/"
+    (unconditional,) = [action for action in parser._actions if action.dest == "unconditional"]
+    assert tuple(unconditional.choices) == UNCONDITIONAL

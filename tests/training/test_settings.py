@@ -1,0 +1,213 @@
+"""Every key of every configuration, with values that it may not have: refused by name before any work."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from psa_jax.cli import main
+from psa_jax.data.shards import INFO_FILE
+from psa_jax.errors import PSAError
+from psa_jax.interop import diffusers
+from psa_jax.preference.objective import Objective
+from psa_jax.tools import demo, fit, mini_data, pretrain, train
+from psa_jax.tools.configs import read_config
+from psa_jax.training import loop
+from psa_jax.training.optimizer import make_optimizer
+from psa_jax.training.settings import EVERY_RULE, PATHS, validate, validate_devices
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TINY = CONFIGS / "tiny.py"
+CASES = [
+    ("tiny", "", "demo"),
+    ("tiny", "smoke", "train"),
+    ("tiny", "", "pretrain"),
+    *((name, mode, "train") for name in ("sd15", "sd21", "sdxl") for mode in ("", "paper", "smoke")),
+]
+VALUES = (0, -1, "x", math.nan, math.inf, None, True, "")
+# One value where two belong together, or none where one of two would do: the other one is named.
+OTHER = {"data.shards": "data.table", "data.table": "data.shards", "data.mini.users": "data.shards"}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails where weights are read, data is drawn, or a step is made."""
+
+    def refuse(*args, **kwargs):
+        pytest.fail("work was begun")
+
+    for module in (diffusers, demo, fit, loop, mini_data, pretrain, train):
+        for name in ("load_stable_diffusion", "draw_mini", "build", "MiniSet", "make_step", "open_shards"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, refuse)
+
+
+@pytest.fixture
+def complete(tmp_path):
+    """Returns a function: a configuration and its mode -> it, with a model and data where it leaves them open."""
+    (tmp_path / INFO_FILE).touch()
+    (tmp_path / "table.safetensors").touch()
+
+    def read(name: str, mode: str) -> ml_collections.ConfigDict:
+        config = read_config(f"{CONFIGS / name}.py" + (f":{mode}" if mode else ""))
+        if name != "tiny":
+            config.model, config.data.shards = "tiny", str(tmp_path)
+            config.data.table = str(tmp_path / "table.safetensors")
+        return config
+
+    return read
+
+
+def leaves(group: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key, value in group.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def changed(config: ml_collections.ConfigDict, key: str, value) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    *groups, leaf = key.split(".")
+    holder = config
+    for group in groups:
+        holder = holder[group]
+    if type(value) is int and (holder.get_type(leaf) is float or leaf == "sdpo_mu"):
+        value = float(value)  # as the command line reads it
+    with holder.ignore_type():
+        holder[leaf] = value
+    return config
+
+
+def found(config: ml_collections.ConfigDict, key: str):
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+@pytest.mark.parametrize(("name", "mode", "command"), CASES)
+def test_every_key_with_every_kind_of_value(complete, no_work, name: str, mode: str, command: str):
+    config = complete(name, mode)
+    validate(config, command)
+    for key in leaves(config):
+        for value in VALUES:
+            other = changed(config, key, value)
+            try:
+                validate(other, command)
+            except PSAError as error:
+                assert key.rpartition(".")[2] in str(error) or OTHER.get(key, key) in str(error), f"{key} = {value!r}"
+                assert "\n" not in str(error)
+                continue
+            assert EVERY_RULE[key].holds(found(other, key)), f"{key} = {value!r} is taken"
+            if command != "pretrain":
+                constructed(other, key)
+
+
+def constructed(config: ml_collections.ConfigDict, key: str) -> None:
+    """What was taken can be made use of: a mesh or one line about it, an objective, a finite step of the optimizer."""
+    try:
+        validate_devices(config)
+    except PSAError as error:
+        assert key in str(error) or key.startswith("mesh.")
+    Objective(**config.objective)
+    if key.startswith("optimizer."):
+        params = {"weight": jnp.ones((2, 2))}
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts in integers
+            updates, _ = optimizer.update(params, optimizer.init(params), params)
+        assert jnp.isfinite(updates["weight"]).all(), key
+
+
+def test_every_key_has_a_rule(complete):
+    for name, mode, _ in CASES:
+        assert set(leaves(complete(name, mode))) <= set(EVERY_RULE)
+    assert set(EVERY_RULE) == set(leaves(complete("tiny", "")))
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("value", ["gs://bucket/x", "a\0b"])
+def test_paths_are_of_this_machine(complete, key: str, value: str):
+    with pytest.raises(PSAError, match=f"^{key}: .*path"):
+        validate(changed(complete("tiny", ""), key, value), "train")
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "fit", "bench"])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("steps=-5", "steps is -5; give a whole number of 1 or more"),
+        ("objective.loss=dpo", "objective.loss is 'dpo'; choose sigmoid, "),
+        ("adapter.kind=lora", "adapter.kind is 'lora'; give one of published, text, concept, prompt"),
+        ("adapter.tokens=0", "adapter.tokens is 0; give a whole number of 1 or more"),
+        ("dtype=float8", "dtype is 'float8'; give one of float32, bfloat16, float16"),
+        ("log_every=0", "log_every is 0; give a whole number of 1 or more"),
+        ("checkpoint_every=0", "checkpoint_every is 0; give a whole number of 1 or more"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate is -1.0; give a finite number above 0"),
+        ("optimizer.warmup_steps=900", "optimizer: 900 warm-up and 2 decay steps do not fit into 4 steps"),
+        ("data.safe_share=1", "data.safe_share is 1.0; give a finite number of 0 or more and below 1"),
+        ("model=gs://bucket/sd15", "model: gs://bucket/sd15: only paths on this machine can be used"),
+    ],
+)
+def test_a_command_says_it_first(no_work, capsys, tmp_path, command: str, setting: str, said: str):
+    workdir = [] if command in ("fit", "bench") else [f"--workdir={tmp_path / 'run'}"]
+    what = ["step"] if command == "bench" else []
+    assert main([command, *what, f"--config={TINY}:smoke", *workdir, f"--config.{setting}"]) == 1
+    written, error = capsys.readouterr()
+    assert error.startswith(f"psa-jax: error: {said}") and error.count("\n") == 1
+    assert written == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["mesh.data=9"], "mesh.data = 9, mesh.fsdp = 1: there are 8 devices"),
+        (["mesh.data=3"], "batch_size = 4 cannot be divided into accumulate = 1 parts on 3 devices; use a multiple"),
+        (["validate.every=1", "mesh.data=2", "validate.batch_size=1"], "validate.batch_size is 1; give a multiple of "),
+        (["validate.every=1", "validate.rows=3"], "validate: 3 held-out rows do not fill a batch of 16; lower "),
+        (["sample_every=1", "mesh.fsdp=2", "mesh.frozen=split"], "sample_every = 1 draws on one device, and with "),
+        (["accumulate=2", "objective.loss=kto"], "accumulate = 2: kto compares pairs of a batch; set accumulate to 1"),
+        (["adapter.kind=published", "adapter.qk_dim=4"], "adapter.qk_dim is 4, which does not apply to the published"),
+        (["reference.draws=1", "objective.loss=mapo"], "reference.draws is 1, but mapo runs no reference; set it to 0"),
+    ],
+)
+def test_what_does_not_fit_together(no_work, capsys, tmp_path, settings: list[str], said: str):
+    words = [f"--config.{setting}" for setting in settings]
+    assert main(["train", f"--config={TINY}:smoke", f"--workdir={tmp_path / 'run'}", *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"psa-jax: error: {said}") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- data by path
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["shards=/no/such", "table=/no/such.safetensors"], "data.shards is /no/such, where no shards are; make them "),
+        (["shards=DATA", "table=/no/such.safetensors"], "data.table is /no/such.safetensors, which is not there; make"),
+        (["shards=DATA"], "the configuration leaves data.table open; give --config.data.table=PATH"),
+        (["table=DATA/table.safetensors"], "the configuration leaves data.shards open; give --config.data.shards=PATH"),
+        (["shards=gs://bucket/shards", "table=t"], "data.shards: gs://bucket/shards: only paths on this machine can "),
+        (["mini.users=0"], "the configuration leaves data.shards open; give --config.data.shards=PATH"),
+    ],
+)
+def test_data_that_is_named_is_used_or_refused(complete, no_work, capsys, tmp_path, settings: list[str], said: str):
+    """configs/tiny.py draws its own where none is named."""
+    words = [f"--config.data.{setting}".replace("DATA", str(tmp_path)) for setting in settings]
+    assert main(["train", f"--config={TINY}:smoke", f"--workdir={tmp_path / 'run'}", *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"psa-jax: error: {said}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["shards", "table"])
+def test_the_demo_judges_by_data_of_its_own(no_work, capsys, tmp_path, key: str):
+    words = [f"--workdir={tmp_path / 'run'}", f"--config.data.{key}={tmp_path}"]
+    assert main(["demo", f"--config={TINY}:smoke", *words]) == 1
+    assert f"error: data.{key} is {tmp_path}, but the demo draws its own data, " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
