@@ -106,5 +106,12 @@ def test_compiled_before_load_psa(models, table):
     assert difference(draw(load_psa(pipe, path, table=table), user=IDS, **STEPS), expected) <= 1e-5
 
 
+def test_where_the_adapter_works(models, table):
+    model, path = models["text"]
+    psa = load_psa(copy.deepcopy(model).to(torch.bfloat16), path, table=table, device="cpu")
+    psa("a cat", user=IDS[0], output_type="np", **STEPS)
+    assert {(p.device.type, p.dtype) for p in psa.adapter.parameters()} == {("cpu", torch.float32)}
+
+
 def test_readme_links_here():
     assert "(docs/torch.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
