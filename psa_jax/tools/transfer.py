@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
+    PICKLES,
     Tensors,
     adapter_hash,
     find_adapter,
@@ -57,7 +58,9 @@ def export(args: Namespace) -> int:
     path = find_adapter(args.adapter)
     about = read_metadata(path)
     if not about:
-        raise PSAError(f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import first")
+        raise PSAError(
+            f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import {path} --model=DIR --out=FILE"
+        )
     tensors = read_tensors(path)
     source = Source(path, about, fitting_config(path, tensors, about), tensors)
     report = _report(args, source)
@@ -201,7 +204,7 @@ def import_(args: Namespace) -> int:
     if args.out.exists():
         raise PSAError(f"{args.out}: exists already; give another --out")
     unet = _unet_config(args.model)
-    about, tensors = ({}, read_bin(args.file)) if args.file.suffix == ".bin" else _read_safetensors(args.file)
+    about, tensors = ({}, read_bin(args.file)) if args.file.suffix in PICKLES else _read_safetensors(args.file)
     config = fitting_config(args.file, tensors, about, unet.cross_attentions, unet.cross_attention_dim)
     write_native(tensors, config, args.out, about or {"family": family(unet)})
     return _done(config, args.out, "native")

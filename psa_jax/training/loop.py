@@ -264,9 +264,10 @@ def held_out_batches(
     size = config.validate.batch_size
     rows = min(config.validate.rows, len(shards)) // size * size
     if not rows:
+        more = " or raise validate.rows" if len(shards) >= size else ""
         raise PSAError(
             f"validate: {min(config.validate.rows, len(shards))} held-out rows do not fill a batch of {size}; "
-            "lower validate.batch_size or raise validate.rows"
+            f"lower validate.batch_size{more}"
         )
     names = (*batch_arrays(len(model.text_encoders))[0], "noise", "timesteps")
     return list(
