@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from psa_jax.interop.upstream import as_published, read_bin, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
+from psa_jax.progress import say
 from psa_jax.tools.generate import user_embedding
 
 SPLITS = ("unseen", "seen")
@@ -59,7 +59,8 @@ def export(args: Namespace) -> int:
     about = read_metadata(path)
     if not about:
         raise PSAError(
-            f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import {path} --model=DIR --out=FILE"
+            f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import {path} --model=DIR "
+            "--out=FILE"
         )
     tensors = read_tensors(path)
     source = Source(path, about, fitting_config(path, tensors, about), tensors)
@@ -84,7 +85,7 @@ def export(args: Namespace) -> int:
             write(source, folder / (name or ""), args)
             (folder / "README.md").write_text(card_text(name or ""), encoding="utf-8")
     if args.format == "upstream" and (limit := upstream_limit(source.config)):
-        print(f"psa-jax: {args.out}: {limit}", file=sys.stderr)
+        say(f"{args.out}: {limit}")
     return _done(source.config, args.out, args.format)
 
 

@@ -275,7 +275,7 @@ FOLDERS = ["native", "diffusers", "upstream", "ip-adapter", "baked"]
 
 @pytest.mark.parametrize("format_", FOLDERS)
 def test_every_exported_folder_is_drawn_with_or_says_what_to_do(run_folder, tmp_path, capsys, format_):
-    """`generate --adapter=FOLDER`; where the folder is of another format, what the error tells to do ends in a picture."""
+    """`generate --adapter=FOLDER`; for a folder of another format, what the error tells to do ends in a picture."""
     model, folder = run_folder
     user = [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
     words = [f"--format={format_}", f"--out={tmp_path / 'out'}", *(user if format_ == "baked" else [])]
