@@ -117,9 +117,11 @@ class _Worker:
             self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
+            code = self._process.wait()
+            self.__exit__()
             raise PSAError(
-                f"bench step: the process that measures {self._way!r} ended with code {self._process.wait()}; see "
-                "above; where memory was short, give fewer --pairs: both ways are held at once"
+                f"bench step: the process that measures {self._way!r} ended with code {code}; see above; where memory "
+                "was short, give fewer --pairs: both ways are held at once"
             )
         return json.loads(answer)
 

@@ -141,6 +141,14 @@ def run(
     stage("drawing the report's pictures")
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
+    _finish(report, config, judged, grid, workdir, start)
+    return 0
+
+
+def _finish(
+    report: dict, config: ml_collections.ConfigDict, judged: Adapter, grid: Grid, workdir: Path, start: float
+) -> None:
+    """Says in the report what was judged and how, writes it as JSON and as a page, and prints what it comes to."""
     report["adapter"] = {name: config.adapter[name] for name in ("kind", "tokens")}
     report["adapter"]["sha256"] = adapter_hash(to_file(judged), judged.config)
     report["sampling"] = {name: config.evaluate[name] for name in ("unconditional", "guidance", "steps")}
@@ -149,7 +157,7 @@ def run(
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_report(workdir / "report.html", report, grid, _curves(workdir / "psa" / "metrics.jsonl"), [COMMAND])
     print(_headline(report, workdir / "report.html"))
-    return 0
+    print(json.dumps({"report": str(workdir / "report.html"), **report["unseen"]["psa"], "seconds": report["seconds"]}))
 
 
 def _judge_all(

@@ -180,7 +180,7 @@ def user_embedding(args: Namespace, adapter: Path, about: dict) -> Float[np.ndar
     if table is not None and trained not in (None, table.fingerprint):
         raise PSAError(
             f"{args.table}: encoded by {table.encoder} ({table.fingerprint}), the adapter was trained with "
-            f"{about['encoder']} ({trained}); encode the users again"
+            f"{about['encoder']} ({trained}); give the table of its training, or encode the users with that encoder"
         )
     if args.user:
         if table is None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
+    PICKLES,
     Tensors,
     adapter_hash,
     find_adapter,
@@ -35,6 +35,7 @@ from psa_jax.interop.upstream import as_published, read_bin, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
+from psa_jax.progress import say
 from psa_jax.tools.generate import user_embedding
 
 SPLITS = ("unseen", "seen")
@@ -57,7 +58,10 @@ def export(args: Namespace) -> int:
     path = find_adapter(args.adapter)
     about = read_metadata(path)
     if not about:
-        raise PSAError(f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import first")
+        raise PSAError(
+            f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import {path} --model=DIR "
+            "--out=FILE"
+        )
     tensors = read_tensors(path)
     source = Source(path, about, fitting_config(path, tensors, about), tensors)
     report = _report(args, source)
@@ -81,7 +85,7 @@ def export(args: Namespace) -> int:
             write(source, folder / (name or ""), args)
             (folder / "README.md").write_text(card_text(name or ""), encoding="utf-8")
     if args.format == "upstream" and (limit := upstream_limit(source.config)):
-        print(f"psa-jax: {args.out}: {limit}", file=sys.stderr)
+        say(f"{args.out}: {limit}")
     return _done(source.config, args.out, args.format)
 
 
@@ -201,7 +205,7 @@ def import_(args: Namespace) -> int:
     if args.out.exists():
         raise PSAError(f"{args.out}: exists already; give another --out")
     unet = _unet_config(args.model)
-    about, tensors = ({}, read_bin(args.file)) if args.file.suffix == ".bin" else _read_safetensors(args.file)
+    about, tensors = ({}, read_bin(args.file)) if args.file.suffix in PICKLES else _read_safetensors(args.file)
     config = fitting_config(args.file, tensors, about, unet.cross_attentions, unet.cross_attention_dim)
     write_native(tensors, config, args.out, about or {"family": family(unet)})
     return _done(config, args.out, "native")

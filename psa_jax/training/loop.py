@@ -64,6 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     for split in ("train", *(["val"] if config.validate.every or config.sample_every else [])):
         if split not in info["splits"]:
             raise PSAError(f"{shards}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
+    stage(f"reading the base model {config.model}")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     where, drawing = of_file(mesh, config.mesh.frozen), config.sample_every > 0
     model = load_stable_diffusion(
@@ -264,9 +265,10 @@ def held_out_batches(
     size = config.validate.batch_size
     rows = min(config.validate.rows, len(shards)) // size * size
     if not rows:
+        more = " or raise validate.rows" if len(shards) >= size else ""
         raise PSAError(
             f"validate: {min(config.validate.rows, len(shards))} held-out rows do not fill a batch of {size}; "
-            "lower validate.batch_size or raise validate.rows"
+            f"lower validate.batch_size{more}"
         )
     names = (*batch_arrays(len(model.text_encoders))[0], "noise", "timesteps")
     return list(
