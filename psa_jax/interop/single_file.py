@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.folder import read_folder
+from psa_jax.interop.folder import Described, read_folder
 from psa_jax.interop.parts import PIPELINES, SD, SDXL, Config, Parts, read_tokenizer
 from psa_jax.interop.weights import Index, Tensor, Tensors, open_tensors, shown
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
@@ -272,9 +272,7 @@ def open_single_file(path: Path, tokenizer: Path | None, config: Path | None) ->
         raise PSAError(f"{path}: unexpected tensors: {shown(stray)}; they belong to no part of a {pipeline}")
     configs, scheduler, force_zeros = CONFIGS[pipeline], SCHEDULERS[pipeline], pipeline == SDXL
     if config is not None:
-        described = read_folder(config)
-        if described.pipeline != pipeline:
-            raise PSAError(f"{config}: is for {described.pipeline}, but {path} holds a {pipeline}")
+        described = _described(config, path, pipeline)
         configs, scheduler, force_zeros = described.configs, described.scheduler, described.force_zeros
     return Parts(
         where=path,
@@ -285,6 +283,19 @@ def open_single_file(path: Path, tokenizer: Path | None, config: Path | None) ->
         scheduler=scheduler,
         force_zeros=force_zeros,
     )
+
+
+def unet_config(path: Path, config: Path | None) -> UNetConfig:
+    """The UNet's configuration of such a file, or of the folder that takes its place; no weight is read."""
+    pipeline = _pipeline(open_tensors(path))
+    return (CONFIGS[pipeline] if config is None else _described(config, path, pipeline).configs)["unet"]
+
+
+def _described(config: Path, path: Path, pipeline: str) -> Described:
+    described = read_folder(config)
+    if described.pipeline != pipeline:
+        raise PSAError(f"{config}: is for {described.pipeline}, but {path} holds a {pipeline}")
+    return described
 
 
 def _pipeline(tensors: Tensors) -> str:
@@ -306,8 +317,8 @@ def _tokenizers(path: Path, pipeline: str, folder: Path | None, config: Path | N
         return {name: read_tokenizer(config / name, kind) for name, kind in read_folder(config).tokenizers.items()}
     if folder is None:
         raise PSAError(
-            f"{path}: a single file holds no tokenizer; give a folder with CLIP's vocab.json and merges.txt "
-            "(the tokenizer/ of any SD1.x or SDXL folder)"
+            f"{path}: a single file holds no tokenizer; give --tokenizer=DIR, a folder with CLIP's vocab.json and "
+            "merges.txt (the tokenizer/ of any SD1.x or SDXL folder)"
         )
     if (folder / "tokenizer").is_dir():
         folder = folder / "tokenizer"

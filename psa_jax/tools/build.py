@@ -19,20 +19,21 @@ from psa_jax.data.shards import read_info
 from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import truncation
 from psa_jax.errors import PSAError
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.interop.base_model import EMBEDDED, BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
 
 
 def run(args: Namespace) -> int:
     """Makes the shards, or encodes one host's part of them."""
     if (args.host is None) != (args.hosts is None):
         raise PSAError("--host=I and --hosts=N belong together; give both or neither")
-    model = load_stable_diffusion(args.model)
+    model = BaseModel.said(vars(args)).load()
     folder = build(
         model,
         args.sage_dir,
         args.out,
         resolution=args.resolution or model.square_side,
-        family="tiny" if args.model == "tiny" else model.family,
+        family="tiny" if args.model == EMBEDDED else model.family,
         flips=args.flips,
         text=args.text_embeddings,
         batch_size=args.batch_size,
