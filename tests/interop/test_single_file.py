@@ -295,7 +295,7 @@ def test_bad_files_are_refused_in_one_line(write, words, sd1, tmp_path):
 
 def test_what_must_be_given_with_a_single_file(single, sd1, sdxl, tmp_path):
     folder, path, _ = single
-    with pytest.raises(PSAError, match="holds no tokenizer; give a folder with CLIP's vocab.json"):
+    with pytest.raises(PSAError, match="holds no tokenizer; give --tokenizer=DIR, a folder with CLIP's"):
         load_stable_diffusion(path)
     with pytest.raises(PSAError, match="tokenizer files not found"):
         load_stable_diffusion(path, tokenizer=tmp_path)
