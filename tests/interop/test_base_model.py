@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from flax import nnx
 from safetensors.torch import load_file, save_file
-from test_single_file import checkpoint
+from torch_ldm import checkpoint
 from torch_pipelines import state_dicts
 
 from psa_jax.cli import COMMANDS, main
