@@ -32,6 +32,7 @@ from psa_jax.interop.parts import (
     load_tokenizer,
     picture_size,
     read_config,
+    save_tokenizer,
     square_side,
 )
 from psa_jax.interop.single_file import open_single_file, open_vae_file
@@ -382,7 +383,7 @@ def _write_parts(model: StableDiffusion, out: Path, dtype: Any | None) -> None:
             _write_json(out / name / "config.json", config_json(kind.class_name, module.config))
     for name in PIPELINES[pipeline].values():
         index[name] = ["transformers", "CLIPTokenizer"]
-        getattr(model, name).save_pretrained(out / name)
+        save_tokenizer(getattr(model, name), out / name)
     settings = dict(model.scheduler_config)
     for key in settings.pop("_use_default_values", ()):  # what the pipeline put in; it will do so again
         del settings[key]
