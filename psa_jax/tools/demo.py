@@ -20,7 +20,8 @@ from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw
 from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
 from psa_jax.interop.adapter_file import adapter_hash
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter import Adapter
@@ -99,7 +100,7 @@ def run(
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --- data, training
-    model, oracle = load_stable_diffusion(config.model), shipped_oracle()
+    model, oracle = BaseModel.said(config).load(), shipped_oracle()
     config = with_mini(config, workdir / "data")
     runs = {"psa": config}
     if compare:
@@ -178,7 +179,7 @@ def recipe_of(config: ml_collections.ConfigDict) -> dict:
     """What two runs must share to be compared, as JSON: configuration, embedded base model and oracle."""
     whole = json.loads(config.to_json_best_effort())
     names = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
-    recipe = {name: whole[name] for name in names}
+    recipe = {name: whole[name] for name in names} | BaseModel.said(config).said_otherwise
     del recipe["evaluate"]["batch_size"]  # a picture does not depend on the batch it was in
     recipe["reference"] = {name: whole["reference"][name] for name in ("draws", "seed")}
     return recipe | {"assets": json.loads(RECORD.read_text(encoding="utf-8"))["sha256"]}

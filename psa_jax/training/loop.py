@@ -18,7 +18,8 @@ from psa_jax.data.validation import validation_batches
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
 from psa_jax.interop.adapter_file import ADAPTER_FILE
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import save_adapter, with_arrays
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective, describe_beta
@@ -67,9 +68,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     stage(f"reading the base model {config.model}")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     where, drawing = of_file(mesh, config.mesh.frozen), config.sample_every > 0
-    model = load_stable_diffusion(
-        config.model, dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",)
-    )
+    model = BaseModel.said(config).load(dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",))
     base_hash = model.base_hash
     adapter_config = AdapterConfig.for_unet(
         model.unet.config,
