@@ -207,6 +207,8 @@ def _run(name: str, words: list[str]) -> int:
 
         # argparse knows --config; it leaves --config.KEY=VALUE, whose keys only the file knows.
         args.config, rest = load_config([f"--config={args.config}", *rest])
+        with args.config.unlocked():
+            args.config.update({name: vars(args)[name] for name in arguments.BASE_MODEL if vars(args).get(name)})
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return COMMANDS[name].run(args) or 0

@@ -93,17 +93,21 @@ class Oracle:
         return Reading(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
+# What is there is not trained again.
+_AGAIN = "of a working folder: remove it and run psa-jax pretrain again; of the package: install psa_jax again"
+
+
 def load_oracle(path: Path) -> OracleNet:
     """Weights written by `save_oracle`."""
     if not path.is_file():
-        raise PSAError(f"{path}: oracle weights not found; make them with psa-jax pretrain")
+        raise PSAError(f"{path}: oracle weights not found; {_AGAIN}")
     graph, state = nnx.split(nnx.eval_shape(lambda: OracleNet(rngs=nnx.Rngs(0))))
     header, flat = read_header(path), nnx.to_flat_state(state)
     if parse_json(header.metadata.get("pictograms", "[]"), f"{path}: its pictograms", list) != list(PICTOGRAMS):
-        raise PSAError(f"{path}: trained for other pictograms; train it again with psa-jax pretrain")
+        raise PSAError(f"{path}: trained for other pictograms; {_AGAIN}")
     wanted, found = {_name(p): v.shape for p, v in flat}, {name: e.shape for name, e in header.tensors.items()}
     if wanted != found:
-        raise PSAError(f"{path}: not the tensors of the oracle; make them with psa-jax pretrain")
+        raise PSAError(f"{path}: not the tensors of the oracle; {_AGAIN}")
     tensors = {name: jnp.asarray(read_float32(path, name, entry)) for name, entry in header.tensors.items()}
     return nnx.merge(graph, nnx.from_flat_state({p: v.replace(tensors[_name(p)]) for p, v in flat}))
 

@@ -109,7 +109,7 @@ def load_qwen2(folder: str | Path, *, dtype: Any = jnp.float32, sharding: Shardi
     tokenizer = _read_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise PSAError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, vocab_size is {config.vocab_size}")
-    weights = find_weights(folder, "model")
+    weights = find_weights(folder, "model", advice="download those without .{} in their names")
     config, tensors = _tied(config, open_tensors(weights).renamed(qwen2_name))
     model = load_weights(abstract_model(Qwen2, config), tensors, dtype=dtype, sharding=sharding)
     return LanguageModel(folder, model, tokenizer, _stop_tokens(folder, config), weights)

@@ -108,7 +108,7 @@ class QwenEncoder:
         ]
         embeddings = np.concatenate([np.empty((0, self.dim), np.float32), *rows])
         if not np.isfinite(embeddings).all():
-            raise PSAError(f"{self.language_model.folder}: states are not finite; load it in another dtype")
+            raise PSAError(f"{self.language_model.folder}: states are not finite; give another --dtype")
         return embeddings
 
     def ask(self, profiles: Sequence[UserProfile]) -> list[Answer]:

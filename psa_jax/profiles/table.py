@@ -89,7 +89,10 @@ class EmbeddingTable:
         """
         for user_id in ids:
             if user_id not in self._rows:
-                raise PSAError(f"user {user_id!r} is not in the embedding table of {len(self.ids)} users; encode it")
+                raise PSAError(
+                    f"user {user_id!r} is not in the embedding table of {len(self.ids)} users; add it with "
+                    "psa-jax encode USERS --add --out=TABLE"
+                )
         return self.embeddings[np.asarray([self._rows[user_id] for user_id in ids], dtype=np.intp)]
 
     def standardised(self) -> "EmbeddingTable":

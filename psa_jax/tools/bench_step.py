@@ -7,6 +7,7 @@ two.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -30,6 +31,7 @@ USER_DIM = 35  # of the `features` encoder
 
 def run(args: Namespace) -> int:
     """Measures both ways and prints the ratios: how many times faster, and which share of the memory."""
+    from psa_jax.interop.base_model import EMBEDDED, BaseModel
     from psa_jax.training.settings import validate  # not above: the process that measures torch loads no JAX
 
     config = args.config
@@ -37,7 +39,7 @@ def run(args: Namespace) -> int:
     if args.against == "torch" and importlib.util.find_spec("diffusers") is None:
         raise PSAError("bench step compares with torch and diffusers; pip install 'psa_jax[torch]'")
     spec = {
-        "model": str(config.model),
+        **dataclasses.asdict(BaseModel.said(config)),
         "adapter": config.adapter.to_dict(),
         "objective": config.objective.to_dict(),
         "optimizer": config.optimizer.to_dict(),
@@ -48,6 +50,8 @@ def run(args: Namespace) -> int:
         "resolution": args.resolution,
         "steps": args.steps,
     }
+    if args.against == "torch" and (spec["vae"] or (spec["model"] != EMBEDDED and not Path(spec["model"]).is_dir())):
+        raise PSAError("bench step --against=torch takes a model's folder, with its own VAE; leave --against out")
     ways, load = ["ours", *filter(None, [args.against])], Load()
     with contextlib.ExitStack() as stack:
         workers = {}
@@ -117,9 +121,11 @@ class _Worker:
             self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
+            code = self._process.wait()
+            self.__exit__()
             raise PSAError(
-                f"bench step: the process that measures {self._way!r} ended with code {self._process.wait()}; see "
-                "above; where memory was short, give fewer --pairs: both ways are held at once"
+                f"bench step: the process that measures {self._way!r} ended with code {code}; see above; where memory "
+                "was short, give fewer --pairs: both ways are held at once"
             )
         return json.loads(answer)
 
@@ -175,7 +181,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     import jax
     import ml_collections
 
-    from psa_jax.interop.diffusers import load_stable_diffusion
+    from psa_jax.interop.base_model import BaseModel
     from psa_jax.models.adapter_config import AdapterConfig
     from psa_jax.preference.objective import Objective
     from psa_jax.preference.pairs import batch_arrays
@@ -184,7 +190,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
     from psa_jax.training.step import compiled, init_state, make_step
 
-    model, mesh = load_stable_diffusion(spec["model"], dtype=spec["dtype"], abstract=("vae",)), make_mesh(1)
+    model, mesh = BaseModel.said(spec).load(dtype=spec["dtype"], abstract=("vae",)), make_mesh(1)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **spec["adapter"])
     optimizer = make_optimizer(ml_collections.ConfigDict(spec["optimizer"]), 10_000)
     objective = Objective(**spec["objective"])
@@ -242,6 +248,7 @@ def _torch_step(spec: dict[str, Any]) -> Callable[[], float]:
     configs = read_folder(folder).configs
     return make_step(
         folder,
+        variant=spec.get("variant"),
         dtype=spec["dtype"],
         pairs=spec["pairs"],
         resolution=spec["resolution"] or square_side(configs["unet"], configs["vae"], folder),

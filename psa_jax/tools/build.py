@@ -18,7 +18,8 @@ from psa_jax.data.shards import read_info
 from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import truncation
 from psa_jax.errors import PSAError
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.interop.base_model import EMBEDDED, BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.progress import say, stage
 
 
@@ -29,13 +30,13 @@ def run(args: Namespace) -> int:
     if args.host is not None and args.host >= args.hosts:
         raise PSAError(f"--host={args.host} of --hosts={args.hosts}: count from 0")
     stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
-    model = load_stable_diffusion(args.model)
+    model = BaseModel.said(vars(args)).load()
     folder = build(
         model,
         args.sage_dir,
         args.out,
         resolution=args.resolution or model.square_side,
-        family="tiny" if args.model == "tiny" else model.family,
+        family="tiny" if args.model == EMBEDDED else model.family,
         flips=args.flips,
         text=args.text_embeddings,
         batch_size=args.batch_size,

@@ -20,7 +20,8 @@ from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw
 from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
 from psa_jax.interop.adapter_file import adapter_hash
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter import Adapter
@@ -99,7 +100,7 @@ def run(
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --- data, training
-    model, oracle = load_stable_diffusion(config.model), shipped_oracle()
+    model, oracle = BaseModel.said(config).load(), shipped_oracle()
     config = with_mini(config, workdir / "data")
     runs = {"psa": config}
     if compare:
@@ -141,6 +142,14 @@ def run(
     stage("drawing the report's pictures")
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
+    _finish(report, config, judged, grid, workdir, start)
+    return 0
+
+
+def _finish(
+    report: dict, config: ml_collections.ConfigDict, judged: Adapter, grid: Grid, workdir: Path, start: float
+) -> None:
+    """Says in the report what was judged and how, writes it as JSON and as a page, and prints what it comes to."""
     report["adapter"] = {name: config.adapter[name] for name in ("kind", "tokens")}
     report["adapter"]["sha256"] = adapter_hash(to_file(judged), judged.config)
     report["sampling"] = {name: config.evaluate[name] for name in ("unconditional", "guidance", "steps")}
@@ -149,7 +158,7 @@ def run(
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_report(workdir / "report.html", report, grid, _curves(workdir / "psa" / "metrics.jsonl"), [COMMAND])
     print(_headline(report, workdir / "report.html"))
-    return 0
+    print(json.dumps({"report": str(workdir / "report.html"), **report["unseen"]["psa"], "seconds": report["seconds"]}))
 
 
 def _judge_all(
@@ -170,7 +179,7 @@ def recipe_of(config: ml_collections.ConfigDict) -> dict:
     """What two runs must share to be compared, as JSON: configuration, embedded base model and oracle."""
     whole = json.loads(config.to_json_best_effort())
     names = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
-    recipe = {name: whole[name] for name in names}
+    recipe = {name: whole[name] for name in names} | BaseModel.said(config).said_otherwise
     del recipe["evaluate"]["batch_size"]  # a picture does not depend on the batch it was in
     recipe["reference"] = {name: whole["reference"][name] for name in ("draws", "seed")}
     return recipe | {"assets": json.loads(RECORD.read_text(encoding="utf-8"))["sha256"]}

@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental import topologies
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.diffusers import MODELS, load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import MODELS
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pairs import batch_arrays
@@ -39,7 +40,7 @@ def run(args: Namespace) -> int:
     devices = jax.devices() if args.topology is None else _slice(args.topology)
     validate_devices(config, devices)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    model = load_stable_diffusion(config.model, dtype=config.dtype, abstract=MODELS)
+    model = BaseModel.said(config).load(dtype=config.dtype, abstract=MODELS)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **config.adapter)
     optimizer, objective = make_optimizer(config.optimizer, config.steps), Objective(**config.objective)
     # How many rows of reference errors there will be is not known here; one is as good as none.

@@ -17,7 +17,8 @@ from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import find_adapter, read_metadata
-from psa_jax.interop.diffusers import StableDiffusion, check_text, load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import StableDiffusion, check_text
 from psa_jax.interop.native import load_adapter
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
@@ -41,16 +42,8 @@ def run(args: Namespace) -> int:
     wanted = _wanted(args)
     if args.adapter is None and (args.profile or args.user):
         raise PSAError("--profile and --user need --adapter; without it the base model draws for nobody in particular")
-    model = load_stable_diffusion(
-        args.model,
-        dtype=jnp.dtype(args.dtype),
-        variant=args.variant,
-        vae=args.vae,
-        lora=args.lora,
-        lora_scale=args.lora_scale,
-        tokenizer=args.tokenizer,
-        config=args.model_config,
-    )
+    base = BaseModel.said(vars(args))
+    model = base.load(dtype=jnp.dtype(args.dtype), lora=args.lora, lora_scale=args.lora_scale)
     adapter, user = (None, None) if args.adapter is None else _adapter_and_user(args, model)
     batch = min(args.batch_size, len(wanted))
     generator = Generator(
@@ -180,7 +173,7 @@ def user_embedding(args: Namespace, adapter: Path, about: dict) -> Float[np.ndar
     if table is not None and trained not in (None, table.fingerprint):
         raise PSAError(
             f"{args.table}: encoded by {table.encoder} ({table.fingerprint}), the adapter was trained with "
-            f"{about['encoder']} ({trained}); encode the users again"
+            f"{about['encoder']} ({trained}); give the table of its training, or encode the users with that encoder"
         )
     if args.user:
         if table is None:

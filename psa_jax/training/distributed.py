@@ -72,7 +72,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 def require_joined() -> None:
     """Raises PSAError on a TPU pod whose processes share devices but have not joined."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise PSAError(f"this is one of {jax.process_count()} hosts and they have not joined; give --coordinator=auto")
+        raise PSAError(
+            f"this is one of {jax.process_count()} hosts and they have not joined; run psa-jax train "
+            "--coordinator=auto on all of them (no other command joins)"
+        )
 
 
 def leads() -> bool:

@@ -18,7 +18,8 @@ from psa_jax.data.validation import validation_batches
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
 from psa_jax.interop.adapter_file import ADAPTER_FILE
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import save_adapter, with_arrays
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective, describe_beta
@@ -64,11 +65,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     for split in ("train", *(["val"] if config.validate.every or config.sample_every else [])):
         if split not in info["splits"]:
             raise PSAError(f"{shards}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
+    stage(f"reading the base model {config.model}")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     where, drawing = of_file(mesh, config.mesh.frozen), config.sample_every > 0
-    model = load_stable_diffusion(
-        config.model, dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",)
-    )
+    model = BaseModel.said(config).load(dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",))
     base_hash = model.base_hash
     adapter_config = AdapterConfig.for_unet(
         model.unet.config,
@@ -264,9 +264,10 @@ def held_out_batches(
     size = config.validate.batch_size
     rows = min(config.validate.rows, len(shards)) // size * size
     if not rows:
+        more = " or raise validate.rows" if len(shards) >= size else ""
         raise PSAError(
             f"validate: {min(config.validate.rows, len(shards))} held-out rows do not fill a batch of {size}; "
-            "lower validate.batch_size or raise validate.rows"
+            f"lower validate.batch_size{more}"
         )
     names = (*batch_arrays(len(model.text_encoders))[0], "noise", "timesteps")
     return list(

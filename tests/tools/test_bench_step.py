@@ -29,7 +29,7 @@ def test_the_step_is_one_of_dpo(sd1, way, dtype):
 
 def test_a_configuration_that_leaves_the_model_open(capsys):
     assert main(["bench", "step", f"--config={CONFIGS}/sd15.py"]) == 1
-    assert "--config.model=PATH" in capsys.readouterr().err
+    assert "--model=PATH" in capsys.readouterr().err
 
 
 class Worker:

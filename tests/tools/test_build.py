@@ -61,7 +61,7 @@ def test_hosts_and_then_all(sd1, sage_dir: Path, tmp_path: Path, capsys):
         assert build.run(options(model, sage_dir, tmp_path / "out", host=host, hosts=2, **plain)) == 0
         out, err = capsys.readouterr()
         assert json.loads(out)["parts"] == str(tmp_path / "out.parts")
-        assert "before the first is encoded" in err and "encoding: " in err
+        assert "before the first is encoded" in err
     assert build.run(options(model, sage_dir, tmp_path / "out", **plain)) == 0
     shards = open_shards(tmp_path / "out", "train")
     assert (len(shards), shards.info["family"], shards.info["resolution"]) == (42, "sd1", 16)

@@ -81,7 +81,8 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
     words = [str(tmp_path / "psa"), f"--report={tmp_path / 'report.json'}", f"--out={tmp_path / 'out'}"]
     assert main(["export", *words]) == 0
     assert f"| {report['unseen']['psa']['selectivity']:.1f} |" in (tmp_path / "out" / "README.md").read_text()
-    assert str(tmp_path / "report.html") in out.splitlines()[-1]
+    headline, last = out.splitlines()[-2:]
+    assert str(tmp_path / "report.html") in headline and json.loads(last)["report"] == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 20
     assert [json.loads(row)["step"] for row in (tmp_path / "psa" / "metrics.jsonl").read_text().splitlines()] == [1, 4]

@@ -51,7 +51,7 @@ def test_no_weight_is_read(sd1, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config.model="], "give --config.model="),
+        (["--config.model="], "--model=PATH"),
         (["--config.batch_size=3", "--config.mesh.data=2"], "batch_size = 3 cannot be divided"),
         (["--topology=v5e:2x2"], "pip install 'psa_jax[tpu]'"),
     ],

@@ -18,7 +18,7 @@ from psa_jax.interop.single_file import CONFIGS
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.profiles.encoders import get_encoder
-from psa_jax.profiles.population import sample_population
+from psa_jax.profiles.population import sample_population, write_users_csv
 from psa_jax.profiles.table import EmbeddingTable
 
 SDXL = CONFIGS["StableDiffusionXLPipeline"]["unet"]
@@ -268,6 +268,64 @@ def test_what_is_given_for_an_adapter(run_folder, tmp_path, capsys):
     ip = tmp_path / "ip" / "ip_adapter.safetensors"
     error = refused(capsys, "import", ip, f"--model={model}", f"--out={tmp_path / 'x.safetensors'}")
     assert "an IP-Adapter, which stock diffusers loads" in error and "version" not in error
+
+
+FOLDERS = ["native", "diffusers", "upstream", "ip-adapter", "baked"]
+
+
+@pytest.mark.parametrize("format_", FOLDERS)
+def test_every_exported_folder_is_drawn_with_or_says_what_to_do(run_folder, tmp_path, capsys, format_):
+    """`generate --adapter=FOLDER`; for a folder of another format, what the error tells to do ends in a picture."""
+    model, folder = run_folder
+    user = [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
+    words = [f"--format={format_}", f"--out={tmp_path / 'out'}", *(user if format_ == "baked" else [])]
+    words += [f"--model={model}"] if format_ in ("baked", "diffusers") else []
+    assert main(["export", str(folder), *words]) == 0
+    draw = ["generate", "--prompt=a cat", "--steps=1", f"--out={tmp_path / 'drawn'}"]
+    ours, theirs, made = f"--model={model}", f"--adapter={tmp_path / 'out'}", tmp_path / "made.safetensors"
+    if format_ in ("native", "diffusers"):
+        assert main([*draw, ours, theirs, *user]) == 0
+        return
+    error = refused(capsys, *draw, ours, theirs, *user)
+    if format_ == "upstream":
+        command = f"psa-jax import {tmp_path / 'out' / 'psa_adapter.bin'} --model=DIR --out=FILE"
+        assert command in error
+        assert main(command.replace("DIR", str(model)).replace("FILE", str(made)).split()[1:]) == 0
+        assert main([*draw, ours, f"--adapter={made}", *user]) == 0
+    elif format_ == "ip-adapter":
+        assert "an IP-Adapter, which stock diffusers loads" in error and "the run that it was exported from" in error
+        assert main([*draw, ours, f"--adapter={folder}", *user]) == 0
+    else:
+        assert "draw with it as --model, without --adapter" in error
+        assert main([*draw, f"--model={tmp_path / 'out'}"]) == 0
+
+
+def test_a_pickle_of_any_name_is_brought_in_as_the_error_says(run_folder, tmp_path, capsys):
+    model, folder = run_folder
+    assert main(["export", str(folder), "--format=upstream", f"--out={tmp_path / 'a.bin'}"]) == 0
+    for suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        pickle, made = (tmp_path / "a.bin").rename(tmp_path / f"a{suffix}"), tmp_path / f"made{suffix}.safetensors"
+        command = f"psa-jax import {pickle} --model=DIR --out=FILE"
+        assert command in refused(capsys, "export", pickle, f"--out={tmp_path / 'x'}")
+        assert main(command.replace("DIR", str(model)).replace("FILE", str(made)).split()[1:]) == 0
+        assert main(["export", str(made), f"--out={tmp_path / ('out' + suffix[1:])}"]) == 0
+        pickle.rename(tmp_path / "a.bin")
+    for words in (["export", folder], ["import", folder / "psa_adapter.safetensors", f"--model={model}"]):
+        assert "name it .safetensors" in refused(capsys, *words, f"--out={tmp_path / 'native.bin'}")
+    assert not (tmp_path / "native.bin").exists()
+
+
+def test_a_user_who_is_not_in_the_table_is_added_as_the_error_says(run_folder, tmp_path, capsys):
+    model, folder = run_folder
+    (tmp_path / "table").write_bytes((folder / "table.safetensors").read_bytes())
+    write_users_csv(tmp_path / "users.csv", sample_population(4)[3:])
+    words = [f"--model={model}", "--prompt=a cat", "--steps=1", f"--adapter={folder}", f"--out={tmp_path / 'out'}"]
+    words = ["generate", *words, f"--table={tmp_path / 'table'}", "--user=0000004"]
+    command = "psa-jax encode USERS --add --out=TABLE"
+    assert command in refused(capsys, *words)
+    command = command.replace("USERS", str(tmp_path / "users.csv")).replace("TABLE", str(tmp_path / "table"))
+    assert main(command.split()[1:]) == 0
+    assert main(words) == 0
 
 
 def test_a_profile_for_an_adapter_of_another_encoder(run_folder, tmp_path, capsys):
