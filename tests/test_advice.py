@@ -28,7 +28,7 @@ SAID_BY = {
     "generate": ["generate", "export"],  # export asks for a user in the same way
 }
 """File in tools/ -> the commands that it is of, where it is not named as its command."""
-NO_ADVICE = {"--version"}  # of psa-jax itself
+NO_ADVICE = {"--version", "--no-deps"}  # of psa-jax itself, and of pip
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*(?:\.[\w.{}]+)?")
 COMMAND = re.compile(r"psa-jax ([a-z]+)([^;()]*)")
