@@ -37,7 +37,7 @@ def to_bytes(pixels: Float[np.ndarray, "*s"]) -> UInt8[np.ndarray, "*s"]:
     if not np.isfinite(pixels).all():
         raise PSAError(
             "a picture is not finite and was not made: numbers went beyond their type while it was drawn; draw in "
-            "float32 (psa-jax generate --dtype=float32), or with a smaller scale or guidance"
+            "float32 (--dtype=float32), or with a smaller --scale or --guidance"
         )
     return (np.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).round().astype(np.uint8)
 

@@ -1,9 +1,9 @@
 """`psa-jax bench step`: seconds and peak memory of a training step, here and the torch way, on random data.
 
 Each way runs in a process of its own on the same device, so that its peak memory is its own: of the process on a CPU,
-of the allocator on an accelerator. The processes take turns, a step each, so that a busy machine slows both. Here a
-step starts from cached VAE moments and holds one UNet; the torch way (`bench_torch`) encodes pictures anew and holds
-two.
+of the allocator on an accelerator. The processes take turns, a step each, so that what disturbs for a while meets both.
+Here a step starts from cached VAE moments and holds one UNet; the torch way (`bench_torch`) encodes pictures anew and
+holds two.
 """
 
 import contextlib

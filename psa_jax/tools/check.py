@@ -22,10 +22,10 @@ def run(args: Namespace) -> int:
     if not args.sage_dir.is_dir():
         raise PSAError(f"{args.sage_dir}: no such folder; give a folder in SAGE's layout")
     store = args.quarantine or args.sage_dir / "quarantine.jsonl"
-    for path in filter(None, (args.quarantine, args.json)):
-        check_new(path)
     for path in filter(None, (store, args.json)):
         _check_writable(path)  # before an hour of decoding, not after
+    for path in filter(None, (args.quarantine, args.json)):
+        check_new(path)
     if store != args.quarantine:
         _check_own(store)
     report = check_sage(

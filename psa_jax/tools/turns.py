@@ -1,4 +1,7 @@
-"""Ways that take turns, so that a busy machine slows all alike, and how far to trust what comes out."""
+"""Ways that take turns, so that what disturbs for a while meets all of them, and how far to trust what comes out.
+
+Turns do not help on a machine that is busy all the time: ways whose threads wait for each other lose more than others.
+"""
 
 import os
 import statistics
@@ -50,7 +53,7 @@ class Load:
         if busy:
             say(
                 f"the machine is busy: load {before:.1f} before measuring and {after:.1f} after it, on {cores} cores; "
-                "measure again when it is idle, or trust a ratio no further than its quartiles"
+                "measure again when it is idle: this slows one way more than another, and ratios say little"
             )
         return {"load": [round(before, 2), round(after, 2)], "cores": cores, "busy": busy}
 
