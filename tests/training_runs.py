@@ -28,10 +28,20 @@ class Runs:
       data: folder with shards and table.
       cheap: see `_cheap_losses`.
       pause: seconds that a step takes at least, for signals that travel slowly.
+      slow_data: seconds that drawing SAGE-mini takes at least, twice what a process waits for others in a collective.
     """
 
-    def __init__(self, folder: Path, model: Path, data: Path, cheap: bool = False, pause: float = 0.0, **settings):
-        self.folder, self._how = folder, {"cheap": cheap, "pause": pause}
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        data: Path,
+        cheap: bool = False,
+        pause: float = 0.0,
+        slow_data: float = 0.0,
+        **settings,
+    ):
+        self.folder, self._how = folder, {"cheap": cheap, "pause": pause, "slow_data": slow_data}
         self._started: list[Run] = []
         self.settings = {
             "model": model,
@@ -116,13 +126,24 @@ class Run:
             time.sleep(0.01)
 
 
-def _main(words: list[str], flags: dict[str, Any], log: str, file_size: int | None, cheap: bool, pause: float):
+def _main(
+    words: list[str],
+    flags: dict[str, Any],
+    log: str,
+    file_size: int | None,
+    cheap: bool,
+    pause: float,
+    slow_data: float,
+):
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    if slow_data:
+        os.environ["XLA_FLAGS"] += f" --xla_cpu_collective_timeout_seconds={int(slow_data / 2)}"
     import jax
 
     from psa_jax import cli
+    from psa_jax.tools import train
     from psa_jax.training import speed, step
 
     for name, value in flags.items():
@@ -132,6 +153,12 @@ def _main(words: list[str], flags: dict[str, Any], log: str, file_size: int | No
     if pause:
         finished = speed.StepClock.step
         speed.StepClock.step = lambda clock: (time.sleep(pause), finished(clock))
+    if slow_data:
+        prepare = train.prepare
+        train.prepare = lambda *given, **named: (
+            (given[0] / "shards").exists() or time.sleep(slow_data),
+            prepare(*given, **named),
+        )
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     code = cli.main(words)

@@ -26,7 +26,7 @@ from psa_jax.tools.bench_step import USER_DIM, random_rows
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.reference import stored_or_none
 from psa_jax.training.settings import validate, validate_devices
-from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
+from psa_jax.training.sharding import by_rows, replicated, shardings
 from psa_jax.training.step import init_state, make_step
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -38,8 +38,7 @@ def run(args: Namespace) -> int:
     config = args.config
     validate(config, "fit")
     devices = jax.devices() if args.topology is None else _slice(args.topology)
-    validate_devices(config, devices)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    mesh = validate_devices(config, devices)
     model = BaseModel.said(config).load(dtype=config.dtype, abstract=MODELS)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **config.adapter)
     optimizer, objective = make_optimizer(config.optimizer, config.steps), Objective(**config.objective)

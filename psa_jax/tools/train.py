@@ -13,7 +13,7 @@ import ml_collections
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.progress import say
 from psa_jax.tools.mini_data import prepare
-from psa_jax.training.distributed import join, leader_first, leads, require_joined
+from psa_jax.training.distributed import connect, join, leader_first, leads, lost_peers_named, require_joined
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 
@@ -39,14 +39,19 @@ def run(args: Namespace) -> int:
     validate(args.config, "train", workdir)
     join(args.coordinator, args.num_processes, args.process_id)
     require_joined()
-    validate_devices(args.config)
-    if args.config.data.shards and args.config.data.mini.users:
-        say(f"training on {args.config.data.shards}; SAGE-mini is not drawn")
-    path = train(with_mini(args.config, workdir / "data"), workdir)
+    with lost_peers_named():
+        path = _train(args.config, workdir)
     if leads():
         last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         print(json.dumps({"adapter": str(path), **last}))
     return 0
+
+
+def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
+    connect(validate_devices(config))
+    if config.data.shards and config.data.mini.users:
+        say(f"training on {config.data.shards}; SAGE-mini is not drawn")
+    return train(with_mini(config, workdir / "data"), workdir)
 
 
 def _has_no_traceback(record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """Several processes that train together: how they meet, agree, and notice that one is gone."""
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -8,9 +9,11 @@ import traceback
 from collections.abc import Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from psa_jax.errors import PeerLost, PSAError
@@ -20,7 +23,7 @@ from psa_jax.progress import hush
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 # How jax and gloo word it when a process that they wait for is gone.
 _GONE = re.compile(r"gloo|heartbeat|coordination ?service|barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
-_DATA_TIMEOUT = 24 * 3600
+_LONG = 24 * 3600  # seconds that one process may work while the others wait
 
 
 def asked_by(environment: Mapping[str, str]) -> bool:
@@ -45,7 +48,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       process: which this is, from 0.
 
     Raises:
-      PSAError: flags that do not make a group, or a group that does not come together.
+      PSAError: flags that do not make a group.
+      PeerLost: a group that does not come together.
     """
     if coordinator == "auto" or (coordinator is None and asked_by(os.environ)):
         given = {"coordinator_address": None, "num_processes": processes, "process_id": process}
@@ -62,7 +66,9 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     try:
         jax.distributed.initialize(**given)
     except (RuntimeError, ValueError) as error:
-        raise PSAError(
+        # Late or a port that was taken meanwhile is cured by another start; what is not described to JAX is not.
+        kind = PeerLost if isinstance(error, RuntimeError) else PSAError
+        raise kind(
             f"the processes did not meet ({first_line(error)}); is every one started, with one address?"
         ) from error
     if not leads():
@@ -93,14 +99,41 @@ def in_global_order(rows: Shaped[np.ndarray, " b"]) -> list:
     return multihost_utils.process_allgather(rows).ravel().tolist()
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when all processes are here, however long one has worked. No collective, which would give up sooner."""
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * _LONG)
+
+
+@functools.cache  # for each mesh once
+def connect(mesh: Mesh) -> None:
+    """Runs a collective along each axis of a mesh, and along all; all processes must ask.
+
+    On CPUs, the first collective of a group of devices opens its connections, and gives up if another process is not
+    there within 30 s, which nothing can change: long work comes after it, not between.
+    """
+    if jax.process_count() == 1:
+        return
+    wait_for_all("connect")
+    names, every = mesh.axis_names, PartitionSpec(*mesh.axis_names)
+    rest = [PartitionSpec(*(None if name == summed else name for name in names)) for summed in names]
+
+    def sums(ones: jax.Array) -> list[jax.Array]:
+        return [jax.lax.psum(ones, axes) for axes in (*names, names)]
+
+    summed = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=every, out_specs=[*rest, PartitionSpec()]))
+    ones = jax.jit(lambda: jnp.ones(mesh.devices.shape), out_shardings=NamedSharding(mesh, every))()
+    jax.block_until_ready(summed(ones))
+    multihost_utils.sync_global_devices("connected")  # the group that checkpoints and flags go by
+
+
 @contextlib.contextmanager
 def leader_first(name: str) -> Iterator[None]:
     """What is inside runs in process 0 and, when that is done, in the others, who find the files that it has made."""
     if not leads():
-        ocp.multihost.sync_global_processes(name, timeout=_DATA_TIMEOUT)
+        wait_for_all(name)
     yield
     if leads():
-        ocp.multihost.sync_global_processes(name, timeout=_DATA_TIMEOUT)
+        wait_for_all(name)
 
 
 def is_peer_lost(error: BaseException) -> bool:

@@ -27,7 +27,7 @@ from psa_jax.preference.pairs import batch_arrays
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import Progress, say, stage
 from psa_jax.training.checkpoints import Checkpoints
-from psa_jax.training.distributed import leads, lost_peers_named, require_joined
+from psa_jax.training.distributed import connect, leads, lost_peers_named, require_joined
 from psa_jax.training.held_out import HeldOut
 from psa_jax.training.metrics import MetricsWriter, Row, require_finite
 from psa_jax.training.optimizer import make_optimizer
@@ -35,7 +35,7 @@ from psa_jax.training.preemption import StopSignal, Watchdog
 from psa_jax.training.reference import reference_table, stored_or_none
 from psa_jax.training.samples import Samples
 from psa_jax.training.settings import validate, validate_devices
-from psa_jax.training.sharding import by_rows, make_mesh, of_file, replicated, shardings
+from psa_jax.training.sharding import by_rows, of_file, replicated, shardings
 from psa_jax.training.speed import StepClock, peak_flops, step_flops
 from psa_jax.training.step import Metrics, compiled, init_state, make_step
 
@@ -58,7 +58,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     # --- base model, data, adapter
     validate(config, "train", workdir)
     require_joined()
-    validate_devices(config)
+    mesh = validate_devices(config)
+    connect(mesh)
     # What can be wrong with the data is said before the weights are read.
     shards, table = Path(config.data.shards), EmbeddingTable.load(Path(config.data.table))
     info = read_info(shards)
@@ -66,7 +67,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         if split not in info["splits"]:
             raise PSAError(f"{shards}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
     stage(f"reading the base model {config.model}")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     where, drawing = of_file(mesh, config.mesh.frozen), config.sample_every > 0
     model = BaseModel.said(config).load(dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",))
     base_hash = model.base_hash

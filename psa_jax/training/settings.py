@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from psa_jax.data.pipeline import BALANCES
 from psa_jax.data.shards import INFO_FILE
@@ -205,18 +206,30 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
         _check_data(config, command)
 
 
-def validate_devices(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+def validate_devices(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Checks mesh and batches against the devices (default: of all processes, which have joined).
 
+    Returns:
+      The mesh.
+
     Raises:
-      PSAError: too few devices, or a batch that they cannot share evenly.
+      PSAError: too few devices, a process that has none of them, or a batch that they cannot share evenly.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    if devices is None:
+        used = {device.process_index for device in mesh.devices.flat}
+        if len(used) < jax.process_count():
+            raise PSAError(
+                f"mesh.data = {config.mesh.data}, mesh.fsdp = {config.mesh.fsdp}: {mesh.size} of the "
+                f"{len(jax.devices())} devices, which are of {len(used)} of the {jax.process_count()} processes; "
+                f"give mesh.data = -1 for all"
+            )
     check_batch(config.batch_size, mesh, config.accumulate)
     if config.validate.every and config.validate.batch_size % mesh.size:
         raise PSAError(
             f"validate.batch_size is {config.validate.batch_size}; give a multiple of the {mesh.size} devices"
         )
+    return mesh
 
 
 def _value(config: ml_collections.ConfigDict, key: str) -> Any:

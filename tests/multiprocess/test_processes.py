@@ -119,6 +119,21 @@ def test_the_real_loss(real_runs, tmp_path, processes: int):
     assert len(rows(tmp_path / "group")) == 6
 
 
+def test_the_others_wait_for_data_longer_than_for_a_collective(run_inputs, tmp_path):
+    """Process 0 draws it twice as long as a collective may take, after one that has connected them."""
+    own = {"data.shards": "", "data.table": "", "data.mini.users": 1, "optimizer.warmup_steps": 0, "steps": 2}
+    runs = Runs(tmp_path, *run_inputs, cheap=True, slow_data=20.0, **SETTINGS | own)
+    pair = group(runs, tmp_path / "run", 2)
+    assert [run.code() for run in pair] == [0, 0], pair[0].output + pair[1].output
+    assert len(rows(tmp_path / "run")) == 2
+
+
+def test_a_group_that_does_not_use_a_process_is_refused(real_runs, tmp_path):
+    for run in group(real_runs, tmp_path, 2, mesh__data=1):
+        assert run.code() == 1, run.output
+        assert "1 of the 2 devices, which are of 1 of the 2 processes; give mesh.data = -1 for all" in run.error
+
+
 @pytest.mark.slow
 def test_two_processes_store_the_reference_of_one(real_runs, tmp_path):
     """Files of the same names with the same errors, which the first process writes, and the same losses from them."""

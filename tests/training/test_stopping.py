@@ -87,6 +87,19 @@ def test_who_joins(monkeypatch):
             join(*wrong)
 
 
+@pytest.mark.parametrize(("error", "again"), [(RuntimeError("DEADLINE_EXCEEDED"), True), (ValueError("no id"), False)])
+def test_a_group_that_does_not_meet(monkeypatch, error: Exception, again: bool):
+    """What comes too late is started again; what JAX cannot tell from the environment is not."""
+
+    def initialize(**options):
+        raise error
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+    with pytest.raises(PSAError, match="the processes did not meet") as caught:
+        join("auto")
+    assert isinstance(caught.value, PeerLost) is again
+
+
 def test_an_error_of_jax_about_others_is_named(monkeypatch):
     gone = ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer\nmore")
     with pytest.raises(ValueError, match="Gloo") as caught, distributed.lost_peers_named():
