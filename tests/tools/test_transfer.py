@@ -20,6 +20,7 @@ from psa_jax.models.config import UNetConfig
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.tools import transfer
 
 SDXL = CONFIGS["StableDiffusionXLPipeline"]["unet"]
 
@@ -84,6 +85,28 @@ def test_a_file_with_a_card_beside_it_that_overwrites_nothing(run_folder, tmp_pa
     assert (tmp_path / "a.safetensors").read_bytes() == (run_folder[1] / "psa_adapter.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002], ids=oct)
+@pytest.mark.parametrize("format_", list(transfer.FORMATS))
+def test_who_may_read_an_export(run_folder, tmp_path, format_, umask):
+    """A model with one user in it is its owner's, all of it; what tells about nobody is whosever the umask lets."""
+    model, folder = run_folder
+    words = ["export", str(folder), f"--format={format_}", f"--out={tmp_path / 'out'}"]
+    if format_ in ("baked", "diffusers"):
+        words.append(f"--model={model}")
+    if format_ == "baked":
+        words += [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
+    before = os.umask(umask)
+    try:
+        assert main(words) == 0
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    hidden = 0o077 if format_ == "baked" else umask
+    found = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
+    assert {0o777 & ~hidden} == {mode for path, mode in found.items() if path.is_dir()}
+    assert {0o666 & ~hidden} == {mode for path, mode in found.items() if path.is_file()}
+
+
 def test_a_baked_folder_and_a_whole_one_open_in_diffusers(run_folder, tmp_path, capsys):
     model, folder = run_folder
     baked, whole = tmp_path / "baked", tmp_path / "whole"
@@ -91,7 +114,6 @@ def test_a_baked_folder_and_a_whole_one_open_in_diffusers(run_folder, tmp_path, 
     table = [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
     assert main([*map(str, words), "--format=baked", *table, f"--out={baked}"]) == 0
     assert main([*map(str, words), "--format=diffusers", f"--out={whole}"]) == 0
-    assert baked.stat().st_mode & 0o777 == 0o700
     base = StableDiffusionPipeline.from_pretrained(model, local_files_only=True).unet.state_dict()
     for out in (baked, whole):
         unet = StableDiffusionPipeline.from_pretrained(out, local_files_only=True).unet.state_dict()
