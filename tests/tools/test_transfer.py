@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 from torch_adapters import random_adapter
+from torch_ldm import checkpoint
 
 from psa_jax.cli import main
 from psa_jax.interop.adapter_file import adapter_hash, read_metadata
@@ -259,6 +260,23 @@ def test_a_report_is_of_the_adapter_that_is_exported(run_folder, tmp_path, capsy
     report = f"--report={run_folder[1] / 'report.json'}"
     assert main(["export", str(again), report, f"--out={tmp_path / 'card'}"]) == 0
     assert "| 12.3 |" in (tmp_path / "card" / "README.md").read_text()
+
+
+def test_a_base_model_in_a_single_file(run_folder, sd1, tmp_path):
+    """The same weights as the folder's, so the same base model: exported whole, and imported for."""
+    folder, single = run_folder[1], tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in checkpoint(sd1[1]).items()}
+    safetensors.torch.save_file(tensors, single)
+    base = [f"--model={single}", f"--model-config={sd1[0]}", f"--tokenizer={sd1[0] / 'tokenizer'}"]
+    assert main(["export", str(folder), "--format=diffusers", *base, f"--out={tmp_path / 'whole'}"]) == 0
+    ours = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", local_files_only=True)
+    for part in ("unet", "vae", "text_encoder"):
+        theirs = getattr(sd1[1], part).state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in getattr(ours, part).state_dict().items())
+    assert ours.tokenizer(["a cat"])["input_ids"] == sd1[1].tokenizer(["a cat"])["input_ids"]
+    adapter, out = folder / "psa_adapter.safetensors", tmp_path / "again.safetensors"
+    assert main(["import", str(adapter), *base, f"--out={out}"]) == 0
+    assert out.read_bytes() == adapter.read_bytes()
 
 
 def test_a_baked_card_has_no_rates_of_another_way(run_folder, tmp_path):
