@@ -17,10 +17,10 @@ import ml_collections
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
-from safetensors.numpy import save_file
 
 from psa_jax.data.mini import BACKGROUNDS, BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS, SUBJECTS, Scene, render
 from psa_jax.errors import PSAError
+from psa_jax.file_modes import save_tensors
 from psa_jax.json_input import parse_json
 from psa_jax.seeds import check_seed
 from psa_jax.tensor_file import read_float32, read_header
@@ -121,7 +121,7 @@ def save_oracle(net: OracleNet, path: Path) -> None:
     flat = nnx.to_flat_state(nnx.state(net, nnx.Param))
     tensors = {_name(p): np.asarray(v[...], np.float16) for p, v in flat}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"pictograms": json.dumps(PICTOGRAMS)})
+    save_tensors(tensors, path, {"pictograms": json.dumps(PICTOGRAMS)})
 
 
 # --- training

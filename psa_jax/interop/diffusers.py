@@ -120,8 +120,8 @@ class StableDiffusion:
         return digest.hexdigest()
 
     def is_base_of(self, about: Mapping[str, Any]) -> bool:
-        """Whether an adapter with these metadata was trained for this model, as far as they say."""
-        # Adapters of earlier versions have the hash of the files.
+        """Whether an adapter or a run with these facts (`base_model`) is of this model, as far as they say."""
+        # Those of earlier versions have the hash of the files.
         known = about.get("base_model", self.base_hash)
         return known == self.base_hash or known == weights_hash(self.folder)
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from psa_jax.errors import PSAError
+from psa_jax.file_modes import save_tensors
 from psa_jax.json_input import read_json
 from psa_jax.tensor_file import Entry, all_finite, read_header, require_floats
 
@@ -339,7 +339,7 @@ def save_weights(
         names = torch_names(where, array.shape)
         for name, block in zip(names, array if is_stacked(where) else [array], strict=True):
             tensors[rename(name)] = to_torch(block, where)
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_tensors(tensors, path, {"format": "pt"})
 
 
 class _OneKey(nnx.Rngs):

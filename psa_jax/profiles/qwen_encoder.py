@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int
 from psa_jax.errors import PSAError
 from psa_jax.interop.qwen2 import LanguageModel, load_qwen2, pad_left
 from psa_jax.models.qwen2 import Qwen2
+from psa_jax.profiles.encoders import EARLIER
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.qwen_prompt import PROFILE, QUESTION, Answer, Template, count_answers, decide, read_template
 from psa_jax.profiles.schema import UserProfile
@@ -74,19 +75,30 @@ class QwenEncoder:
         return self.language_model.model.config.hidden_size
 
     @property
-    def notes(self) -> dict[str, str]:
-        """Facts for the table: what made the embeddings, and what became of the replies."""
+    def _settings(self) -> dict[str, str]:
+        """What changes the numbers besides the model."""
         return {
             "pooling": self.pooling,
             "template": self.template.hash,
-            "model": self.language_model.fingerprint,
             "bans": f"model {QUESTION.hash}, {self.max_new_tokens} tokens" if self.ask_model else "policy",
+        }
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Facts for the table: what made the embeddings, and what became of the replies."""
+        return {
+            **self._settings,
+            "model": self.language_model.fingerprint,
+            EARLIER: self._named_after(self.language_model.files_fingerprint),
             **({"replies": json.dumps(self.counts, sort_keys=True)} if self.ask_model else {}),
         }
 
     @property
     def fingerprint(self) -> str:
-        settings = {key: value for key, value in self.notes.items() if key != "replies"}
+        return self._named_after(self.language_model.fingerprint)
+
+    def _named_after(self, model: str) -> str:
+        settings = {**self._settings, "model": model}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return f"qwen-v{self.VERSION}-{self.pooling}-{digest[:16]}"
 

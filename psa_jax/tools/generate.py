@@ -170,7 +170,7 @@ def user_embedding(args: Namespace, adapter: Path, about: dict) -> Float[np.ndar
         raise PSAError("an adapter needs a user: give either --profile JSON or --user ID with --table FILE")
     table = None if args.table is None else EmbeddingTable.load(args.table)
     trained = about.get("encoder_fingerprint")
-    if table is not None and trained not in (None, table.fingerprint):
+    if table is not None and trained not in (None, *table.fingerprints):
         raise PSAError(
             f"{args.table}: encoded by {table.encoder} ({table.fingerprint}), the adapter was trained with "
             f"{about['encoder']} ({trained}); give the table of its training, or encode the users with that encoder"

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from psa_jax.errors import PSAError
+from psa_jax.file_modes import owner_only, save_tensors
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
     PICKLES,
@@ -81,7 +81,7 @@ def export(args: Namespace) -> int:
         card = card.with_name(f"{args.out.stem}.README.md") if card.exists() else card
         card.write_text(card_text(args.out.name), encoding="utf-8")
     else:
-        with _folder(args.out) as folder:
+        with _folder(args.out) as folder, owner_only() if args.format in PERSONAL else contextlib.nullcontext():
             write(source, folder / (name or ""), args)
             (folder / "README.md").write_text(card_text(name or ""), encoding="utf-8")
     if args.format == "upstream" and (limit := upstream_limit(source.config)):
@@ -156,8 +156,7 @@ def _ip_adapter(source: Source, path: Path, args: Namespace) -> None:
     if path.suffix != ".safetensors":
         raise PSAError(f"{path}: an IP-Adapter is written as .safetensors only")
     tensors = to_ip_adapter(source.tensors, source.config, source.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"psa": json.dumps(source.about, sort_keys=True)})
+    save_tensors(tensors, path, {"psa": json.dumps(source.about, sort_keys=True)})
 
 
 def _baked(source: Source, folder: Path, args: Namespace) -> None:
@@ -165,7 +164,6 @@ def _baked(source: Source, folder: Path, args: Namespace) -> None:
     model, adapter = _model(args, source)
     unet = bake(model.unet, adapter, jnp.asarray(user), args.scale)
     save_stable_diffusion(dataclasses.replace(model, unet=unet), folder)
-    folder.chmod(0o700)  # one user's preferences are in the weights
 
 
 def _diffusers(source: Source, folder: Path, args: Namespace) -> None:
@@ -195,6 +193,8 @@ FORMATS: dict[str, tuple[str | None, Callable[[Source, Path, Namespace], None]]]
     "diffusers": (None, _diffusers),
 }
 """Format → name of the weight file in a folder (None: the whole folder is the format), and what writes it."""
+PERSONAL = ("baked",)
+"""Formats whose weights hold one user's preferences; all of them write folders."""
 
 
 # --- import

@@ -134,7 +134,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         watchdog = stack.enter_context(Watchdog(config.hang_timeout))
         checkpoints = stack.enter_context(
             Checkpoints(
-                workdir / "checkpoints", keep=config.keep_checkpoints, keep_best=config.keep_best, identity=identity
+                workdir / "checkpoints",
+                keep=config.keep_checkpoints,
+                keep_best=config.keep_best,
+                identity=identity,
+                # Earlier versions knew the base model by the bytes of its files.
+                renewed=lambda saved: saved | ({"base_model": base_hash} if model.is_base_of(saved) else {}),
             )
         )
         state = checkpoints.restore(state, iterator) or state
