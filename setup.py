@@ -49,7 +49,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["psa_jax", "psa_jax.*"]),
-    package_data={"psa_jax": ["assets/**"]},
+    package_data={"psa_jax": ["assets/**", "torch/requirements.txt"]},
     entry_points={"console_scripts": ["psa-jax = psa_jax.cli:main"]},
     install_requires=[
         "array-record>=0.8,<0.9",

@@ -31,7 +31,8 @@ def adapter_config(arg: str, *, batch_size: int, optimizer: str, accumulate: int
         raise ValueError(f"there is no mode {arg!r} (only {', '.join(mode for mode in MODES if mode)})")
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.model = ""  # base model: a folder in diffusers' layout
+    config.model = ""  # base model: a folder in diffusers' layout, or a single file with tokenizer, model_config
+    config.variant = config.vae = config.tokenizer = config.model_config = ""
     config.steps = 5000
     config.batch_size = batch_size
     config.log_every = 10

@@ -18,6 +18,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.model = "tiny"
+    config.variant = config.vae = config.tokenizer = config.model_config = ""
     config.steps = 540
     config.batch_size = 16
     config.log_every = 10

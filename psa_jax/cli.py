@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import psa_jax
@@ -139,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, words = argv[0], argv[1:]
     debug = "--debug" in words
     try:
-        code = _run(name, words)
+        with _nothing_missing(name):
+            code = _run(name, words)
         _flush_output()  # a full disk behind `> file` shows here, not after the exit code is decided
     except KeyboardInterrupt:
         print("psa-jax: interrupted", file=sys.stderr)
@@ -160,6 +161,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_group(1, error)
         raise
     return code
+
+
+@contextlib.contextmanager
+def _nothing_missing(name: str) -> Iterator[None]:
+    """An installation without all dependencies, such as one for `psa_jax.torch` alone, is told in one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "psa_jax").partition(".")[0]
+        if module == "psa_jax":
+            raise
+        raise PSAError(
+            f"psa-jax {name} needs {module}, which is not installed; install psa_jax with its dependencies, so without "
+            "--no-deps (psa_jax.torch alone can do without them)"
+        ) from error
 
 
 def _leave_group(code: int, error: Exception | None = None) -> None:
@@ -191,6 +207,8 @@ def _run(name: str, words: list[str]) -> int:
 
         # argparse knows --config; it leaves --config.KEY=VALUE, whose keys only the file knows.
         args.config, rest = load_config([f"--config={args.config}", *rest])
+        with args.config.unlocked():
+            args.config.update({name: vars(args)[name] for name in arguments.BASE_MODEL if vars(args).get(name)})
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return COMMANDS[name].run(args) or 0

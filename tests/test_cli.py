@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import psa_jax
 from psa_jax import cli
 from psa_jax.errors import PSAError
 from psa_jax.tools import arguments
-from psa_jax.tools.configs import load_config
+from psa_jax.tools.configs import load_config, read_config, shipped
 
 ROOT = Path(psa_jax.__file__).resolve().parents[1]
 
@@ -150,7 +152,7 @@ def test_population_writes_users_and_a_last_line_for_programs(tmp_path: Path) ->
 def test_mini_writes_the_splits(tmp_path: Path) -> None:
     out = tmp_path / "sage"
     done = psa_jax_command("mini", f"--out={out}", "--users=1", "--seed=4")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0 and "drawing SAGE-mini: 18/18 users" in done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert rows == {folder.name: len((folder / "metadata.jsonl").read_text().splitlines()) for folder in out.iterdir()}
 
@@ -336,11 +338,76 @@ def test_a_bad_config_file_is_named(source: str, message: str, tmp_path: Path) -
 def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(PSAError, match=r"absent.py: no such config file"):
         load_config([f"--config={tmp_path / 'absent.py'}"])
-    with pytest.raises(PSAError, match=r"give --config=FILE"):
+    with pytest.raises(PSAError, match=r"give --config=NAME\[:arg\] \(.*\) or --config=FILE"):
         load_config(["--workdir=w"])
     (tmp_path / "plain.py").write_text("def get_config(): return None")
     with pytest.raises(PSAError, match=r"too many positional arguments; write .*plain.py alone"):
         load_config([f"--config={tmp_path / 'plain.py'}:wide"])
+
+
+def test_a_shipped_config_goes_by_its_name(pytestconfig) -> None:
+    folder = pytestconfig.rootpath / "configs"
+    assert shipped() == {name: folder / f"{name}.py" for name in ("sd15", "sd21", "sdxl", "tiny")}
+    for name, path in shipped().items():
+        for arg in ("", ":smoke"):
+            assert read_config(f"{name}{arg}").to_dict() == read_config(f"{path}{arg}").to_dict()
+    assert load_config(["--config=tiny:smoke", "--config.steps=7"])[0].steps == 7
+
+
+def test_names_that_are_none_or_two(tmp_path: Path, monkeypatch, pytestconfig) -> None:
+    for name in ("common", "tinny", "", "..", "tiny.py", "configs/tiny.py", "/tiny"):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(PSAError, match=r"no such config file; .*\(sd15, sd21, sdxl, tiny\)$"):
+            read_config(name)
+    own = tmp_path / "tiny.py"
+    own.write_text("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'own': 1})\n")
+    with pytest.raises(PSAError, match=r"^tiny: a configuration of psa_jax, and tiny.py is here, too; ") as caught:
+        read_config("tiny")
+    ours, theirs = str(caught.value).partition("write ")[2].split(" or ")
+    assert read_config(ours).model == "tiny"  # what it advises
+    assert read_config(theirs).own == 1
+    (tmp_path / "sd15").mkdir()
+    (tmp_path / "sd21").write_text("")
+    assert read_config("sd15").to_dict() == read_config(str(shipped()["sd15"])).to_dict()
+    assert read_config("sd21").to_dict() == read_config(str(shipped()["sd21"])).to_dict()
+    monkeypatch.chdir(pytestconfig.rootpath / "configs")  # here the two are one
+    assert read_config("tiny").to_dict() == read_config("tiny.py").to_dict()
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_help_names_the_shipped_configs(command, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert set(shipped()) <= set(re.findall(r"\w+", capsys.readouterr().out.partition("options:")[2]))
+
+
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "configs").glob("*.py")),
+]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Words after `psa-jax` of every command on lines of its own, also one that a launcher is given after `--`."""
+    text = re.sub(r"\\\n\s+", "", path.read_text(encoding="utf-8"))  # a line that goes on
+    before = r"(?:(?:\.venv/bin/)?psa-jax|python launch/local\.py .*psa-jax|launch/tpu_vm\.sh .*? --) "
+    indent = "    " if path.suffix == ".md" else ""
+    found = re.findall(f"^{indent}{before}([a-z].*)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in found]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_of_the_documents_are_taken(path: Path, monkeypatch) -> None:
+    """By the parsers themselves; what is in backticks inside a sentence may be a part of a command."""
+    monkeypatch.chdir(ROOT)
+    found = commands(path)
+    assert len(found) >= {"README.md": 20, "sd15.py": 4, "tiny.py": 2}.get(path.name, 0)
+    for name, *words in found:
+        args, rest = cli._command_parser(name).parse_known_args(words)
+        if getattr(args, "takes_config", False):
+            _, rest = load_config([f"--config={args.config}", *rest])
+        assert not rest, (name, words)
 
 
 @pytest.mark.parametrize("command", ["generate", "export"])

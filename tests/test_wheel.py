@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_FROM = ("psa_jax", "configs", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in")
+SERVING = "psa_jax/torch/requirements.txt"
 
 
 def test_it_runs_from_a_wheel(tmp_path):
@@ -24,6 +25,8 @@ def test_it_runs_from_a_wheel(tmp_path):
         archive.extractall(site)
     theirs = {path.name: path.read_bytes() for path in (ROOT / "configs").glob("*.py")}
     assert {path.name: path.read_bytes() for path in (site / "psa_jax" / "configs").iterdir()} == theirs
+    names = ["tiny", "tiny:smoke", *(path.stem for path in (ROOT / "configs").glob("s*.py"))]
+    assert (site / SERVING).read_bytes() == (ROOT / SERVING).read_bytes()
     empty.mkdir()
     code = (
         "import psa_jax, argparse\n"
@@ -32,8 +35,9 @@ def test_it_runs_from_a_wheel(tmp_path):
         "parser = argparse.ArgumentParser()\n"
         "arguments.demo(parser)\n"
         "config = read_config(parser.parse_args(['--workdir=demo']).config)\n"
-        "print(psa_jax.__file__, config.model)\n"
+        f"steps = [read_config(name).steps for name in {names}]\n"
+        "print(psa_jax.__file__, config.model, *steps)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=empty, env=environment)
-    assert done.stdout == f"{site / 'psa_jax' / '__init__.py'} tiny\n", done.stderr
+    assert done.stdout == f"{site / 'psa_jax' / '__init__.py'} tiny 540 4 5000 5000 5000\n", done.stderr

@@ -30,6 +30,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int, Int32
 from tensorflow_datasets.core import writer as tfds_writer
+from tensorflow_datasets.core.utils import tqdm_utils
 from tensorflow_datasets.proto import tf_example_pb2
 
 from psa_jax.data.card import dataset_card
@@ -40,6 +41,7 @@ from psa_jax.data.sage import METADATA, SPLITS, SageRecord, read_split
 from psa_jax.data.shards import FORMAT, INFO_FILE, VERSION, columns_file, read_info
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
+from psa_jax.progress import stage, track
 
 KINDS = ("safe", "unsafe")
 """Prompt kinds; their position is the number in the shards (1 = unsafe prompt)."""
@@ -157,6 +159,13 @@ class Sage(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict]]:
         return iter(enumerate(rows))
+
+    # Nothing is downloaded, and the sizes that TFDS would name are not known: `build_shards` says what it does.
+    def _log_download_bytes(self) -> None:
+        pass
+
+    def _log_download_done(self) -> None:
+        pass
 
     def _example_writer(self) -> tfds_writer.ExampleWriter:
         return _SortedExampleWriter(file_format=self.info.file_format)
@@ -276,13 +285,15 @@ def build_shards(
     encoder = PictureEncoder(encode, tuple(latent_shape), preprocess, batch_size, flips, threads, options)
     size = batch_size * _CHUNK_BATCHES
     chunks = plan_chunks(work, settings, pictures.digests, size)
-    fill_chunks(chunks, lambda todo: encoder([pictures.paths[n] for n in todo]), "picture", part or (0, 1))
+    stage(f"encoding pictures at {resolution} px, {batch_size} at a time; compiling comes first")
+    fill = functools.partial(fill_chunks, part=part or (0, 1), batch=batch_size)
+    fill(chunks, lambda todo: encoder([pictures.paths[n] for n in todo]), "picture")
     prompts, prompt_of, text_chunks = [], {}, []
     if text is not None:
         prompts, prompt_of = distinct_prompts(tokens)
         settings = {"text": text.fingerprint, "batch_size": batch_size}
         text_chunks = plan_chunks(work, settings, [_hash(ids.tolist()) for ids in prompts], size)
-        fill_chunks(text_chunks, lambda todo: text([prompts[n] for n in todo], batch_size), "prompt", part or (0, 1))
+        fill(text_chunks, lambda todo: text([prompts[n] for n in todo], batch_size), "prompt")
     if part is not None:
         return work
 
@@ -290,7 +301,7 @@ def build_shards(
     moments, states = Encoded(chunks), Encoded(text_chunks) if text_chunks else None
 
     def rows_of(split: str) -> Iterator[dict[str, Any]]:
-        for index, record in enumerate(records[split]):
+        for index, record in enumerate(track(records[split], len(records[split]), "row", f"writing {split}")):
             ids = dict(zip(_token_names(len(lengths)), (each[index] for each in tokens[split]), strict=True))
             cached = {} if states is None else states[prompt_of[split][index]]
             pair = [moments[pictures.number[split, name]] for name in (record.chosen, record.rejected)]
@@ -316,7 +327,7 @@ def build_shards(
         examples = {split: rows_of(split) for split in splits}
         builder = Sage(examples=examples, layout=info, data_dir=made, file_format="array_record")
         # TFDS prints to stdout, which belongs to the caller's results.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _without_bars():
             builder.download_and_prepare(file_format="array_record")
         shutil.rmtree(made / "downloads", ignore_errors=True)
         for split, rows in records.items():
@@ -331,6 +342,17 @@ def build_shards(
     os.rename(made, out)
     shutil.rmtree(work)
     return out
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """TFDS draws bars of its own, on one endless line in a log file. The setting is its user's, and is given back."""
+    before = tqdm_utils._active
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        tfds.display_progress_bar(before)
 
 
 def _pictures_of(records: Sequence[SageRecord]) -> Iterator[str]:

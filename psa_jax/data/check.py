@@ -6,7 +6,7 @@ Nothing in a report is a value of a profile: it names files, lines, ids and fiel
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from psa_jax.data.sage import METADATA, SPLITS, Row, RowError, SageRecord, scan_
 from psa_jax.errors import PSAError
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import COLUMNS, UserProfile
+from psa_jax.progress import stage, track
 
 FORMAT = "psa_jax.check/1"
 CHECKS = ("json", "schema", "values", "names", "label", "pictures", "duplicates", "population", "users", "prompts")
@@ -26,8 +27,6 @@ RELEASED_USERS = 1000
 
 Rows = Mapping[str, Sequence[Row]]
 """Split -> its rows."""
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Passes items on while it shows progress; gets their name and number."""
 
 
 class Finding(NamedTuple):
@@ -143,7 +142,6 @@ def check_sage(
     users: Sequence[UserProfile] | None = None,
     images: bool = True,
     processes: int | None = None,
-    track: Track = lambda items, name, count: items,
 ) -> Report:
     """Checks every row of every split that is there, and every picture that a row names.
 
@@ -157,7 +155,6 @@ def check_sage(
       users: the population; None means the 1,000 users released with SAGE. Ids outside it are not compared with it.
       images: decode the pictures; without it they must be there, but are not opened.
       processes: how many decode; None takes one a core.
-      track: shows progress.
 
     Raises:
       PSAError: no split is there, or the metadata of one cannot be read at all.
@@ -169,7 +166,8 @@ def check_sage(
     if not present:
         raise PSAError(f"{root}: none of the folders {', '.join(SPLITS)} is there; give a folder in SAGE's layout")
     lines = {split: split_lines(root, split) for split in present}
-    rows = {s: tuple(scan_lines(root, s, track(lines[s], f"rows of {s}", len(lines[s])))) for s in present}
+    stage(f"reading {sum(map(len, lines.values()))} rows")
+    rows = {split: tuple(scan_lines(root, split, lines[split])) for split in present}
     population = sample_population(RELEASED_USERS) if users is None else users
     findings = [
         *population_findings(rows, {user.user_id: user for user in population}),
@@ -179,7 +177,8 @@ def check_sage(
     names = list(dict.fromkeys((split, name) for split in present for row in rows[split] for name in row.pictures))
     if images:
         paths = [root / split / name for split, name in names]
-        decoded = dict(zip(names, track(survey(paths, processes), "pictures", len(names)), strict=True))
+        found = track(survey(paths, processes), len(names), "picture", "decoding")
+        decoded = dict(zip(names, found, strict=True))
         findings += picture_findings(rows, decoded)
     return Report(
         rows=Counter(_cell(split, row.record) for split in present for row in rows[split]),

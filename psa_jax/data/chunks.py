@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from psa_jax.errors import PSAError
 from psa_jax.profiles.files import write_private
+from psa_jax.progress import Progress
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -54,21 +54,32 @@ def fill_chunks(
     encode: Callable[[list[int]], Iterator[Mapping[str, np.ndarray]]],
     unit: str,
     part: tuple[int, int] = (0, 1),
+    *,
+    batch: int = 1,
 ) -> None:
     """Writes the chunks that are missing.
 
     Args:
       encode: item numbers, ascending → the results of each, one after the other. It is called once, for all missing
         items, so that reading ahead does not stop at the end of a chunk.
-      unit: what an item is, for the progress bar.
+      unit: what an item is, in the singular.
       part: (i, n) leaves all but chunks i, i + n, i + 2n, … to others.
+      batch: so many results come at a time.
     """
     missing = [chunk for chunk in chunks[part[0] :: part[1]] if not chunk.path.exists()]
     numbers = [number for chunk in missing for number in chunk.items]
-    results = iter(tqdm(encode(numbers), total=len(numbers), unit=unit, mininterval=2.0, disable=None))
-    for chunk in missing:
-        rows = list(islice(results, len(chunk.items)))
-        write_private(chunk.path, save({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+    with Progress(len(numbers), unit, "encoding") as progress:
+
+        def counted() -> Iterator[Mapping[str, np.ndarray]]:
+            for number, result in enumerate(encode(numbers), 1):
+                if number % batch == 0 or number == len(numbers):
+                    progress.step((number - 1) % batch + 1)
+                yield result
+
+        results = counted()
+        for chunk in missing:
+            rows = list(islice(results, len(chunk.items)))
+            write_private(chunk.path, save({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
 
 
 class Encoded(Sequence[dict[str, np.ndarray]]):

@@ -15,6 +15,7 @@ from psa_jax.data.images import open_image
 from psa_jax.data.latents import Preprocess, encode_images, half, in_batches
 from psa_jax.data.sage import image_path
 from psa_jax.errors import PSAError
+from psa_jax.progress import track
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Pictures:
         """
         places = [(split, name) for split, of_split in names.items() for name in of_split]
         paths = [image_path(root, split, name) for split, name in places]
-        digests = list(map_ahead(file_hash, paths, threads, 8 * threads))
+        hashes = map_ahead(file_hash, paths, threads, 8 * threads)
+        digests = list(track(hashes, len(paths), "picture", "reading"))
         first = dict(zip(digests[::-1], paths[::-1], strict=True))
         distinct = {digest: number for number, digest in enumerate(dict.fromkeys(digests))}
         number = {place: distinct[digest] for place, digest in zip(places, digests, strict=True)}

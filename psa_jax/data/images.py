@@ -115,11 +115,16 @@ def survey(paths: Sequence[Path], processes: int | None = None) -> Iterator[Surv
     # A fork would copy the locks of this process's threads (JAX has some) in whatever state they are.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(processes, len(chunks)), context, initializer=_leave_interrupts_to_the_parent)
+    done = 0
     try:
         for found in pool.map(_survey_chunk, chunks):
             yield from found
+            done += len(found)
     except BrokenProcessPool as error:
-        raise PSAError("a process that decodes pictures died; run with one process to see at which picture") from error
+        raise PSAError(
+            f"a process that decodes pictures died, at {paths[done]} or up to {processes * _CHUNK} pictures after it; "
+            "restore the one that no program opens, or, where memory was short, give --processes=1"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -108,7 +108,7 @@ def half(array: np.ndarray, what: str) -> Float16[np.ndarray, "..."]:
     with np.errstate(over="ignore"):  # an overflow is infinite, and refused below
         stored = array.astype(np.float16)
     if not np.isfinite(stored).all():
-        raise PSAError(f"{what} are not finite in float16; encode in float32, check the model")
+        raise PSAError(f"{what} are not finite in float16; check the model, which is to give numbers below 65504")
     return stored
 
 

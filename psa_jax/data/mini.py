@@ -26,6 +26,7 @@ from psa_jax.profiles.files import write_private
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
+from psa_jax.progress import Progress
 from psa_jax.seeds import check_seed
 
 
@@ -309,7 +310,8 @@ def draw_mini(out: Path, users: int, seed: int) -> dict[str, int]:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
             whole = Path(scratch) / "sage"
             whole.mkdir(mode=0o700)
-            counts = {split: _write_split(whole / split, split, members[split], seed) for split in SPLITS}
+            with Progress(sum(map(len, members.values())), "user", "drawing SAGE-mini") as progress:
+                counts = {split: _write_split(whole / split, split, members[split], seed, progress) for split in SPLITS}
             os.rename(whole, out)  # atomic: same file system; replaces an empty folder
     except OSError as error:
         reason = error.strerror or str(error)
@@ -317,7 +319,7 @@ def draw_mini(out: Path, users: int, seed: int) -> dict[str, int]:
     return counts
 
 
-def _write_split(folder: Path, split: str, profiles: Sequence[UserProfile], seed: int) -> int:
+def _write_split(folder: Path, split: str, profiles: Sequence[UserProfile], seed: int, progress: Progress) -> int:
     """Draws one split and returns its number of rows."""
     folder.mkdir(parents=True)
     rows: list[dict] = []
@@ -327,6 +329,7 @@ def _write_split(folder: Path, split: str, profiles: Sequence[UserProfile], seed
             family = [concept for concept in CONCEPTS if concept.category == category]
             for choice in sorted(rng.choice(len(family), CONCEPTS_PER_CATEGORY, replace=False)):
                 rows += _write_pair(folder, split, profile, family[int(choice)], len(rows) // 2, rng)
+        progress.step()
     write_private(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     return len(rows)
 

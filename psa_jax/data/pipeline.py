@@ -103,7 +103,7 @@ def _with_safe(
     ratio = safe_share / (1 - safe_share)  # safe rows for each unsafe one
     if safe_share:
         if not safe.size:
-            raise PSAError("cannot balance: there are no rows with safe prompts; set their share to 0")
+            raise PSAError("cannot balance: there are no rows with safe prompts; set data.safe_share to 0")
         copies = max(1, int(np.ceil(safe.size / (unsafe * ratio))))
         groups = [(rows, count * copies) for rows, count in groups]
         groups.append((safe, round(unsafe * copies * ratio)))

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -159,9 +160,11 @@ class Generator:
         negative: str | list[str | None] | None = None,
         scale: float | Float[np.ndarray, " n"] = 1.0,
         latents: Float[np.ndarray, "n h w c"] | None = None,
+        drawn: Callable[[int], None] | None = None,
     ) -> UInt8[np.ndarray, "n height width 3"]:
         """Pictures as bytes. See `pixels`."""
-        return to_bytes(self.pixels(prompts, seeds, users, negative=negative, scale=scale, latents=latents))
+        options = {"negative": negative, "scale": scale, "latents": latents, "drawn": drawn}
+        return to_bytes(self.pixels(prompts, seeds, users, **options))
 
     def pixels(
         self,
@@ -172,6 +175,7 @@ class Generator:
         negative: str | list[str | None] | None = None,
         scale: float | Float[np.ndarray, " n"] = 1.0,
         latents: Float[np.ndarray, "n h w c"] | None = None,
+        drawn: Callable[[int], None] | None = None,
     ) -> Float[np.ndarray, "n height width 3"]:
         """Pictures in [−1, 1], not clipped.
 
@@ -182,6 +186,7 @@ class Generator:
           negative: negative prompt, for all or one a prompt; None is "", or zeros where SDXL's folder says so.
           scale: strength s of the adapter, for all prompts or for each; 0 is the base model.
           latents: standard normal noise in place of the seeds'.
+          drawn: told after every batch how many pictures it had.
         """
         count = len(prompts)
         self._check(prompts, seeds, users, scale, latents)
@@ -197,7 +202,7 @@ class Generator:
         for start in range(0, count, self._batch):
             rows = np.arange(start, start + self._batch).clip(max=count - 1)
             chosen = [seeds[i] for i in rows]
-            drawn = self._draw(
+            batch = self._draw(
                 self._params,
                 self._sampler,
                 tuple(jnp.asarray(tokens[rows]) for tokens in ids),
@@ -209,7 +214,9 @@ class Generator:
                 jnp.asarray(scales[rows]),
                 self._guidance,
             )
-            pictures.append(np.asarray(drawn)[: count - start])
+            pictures.append(np.asarray(batch)[: count - start])
+            if drawn is not None:
+                drawn(len(pictures[-1]))
         return np.concatenate(pictures)
 
     def truncated(self, prompts: list[str]) -> list[str]:

@@ -17,10 +17,10 @@ import ml_collections
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
-from safetensors.numpy import save_file
 
 from psa_jax.data.mini import BACKGROUNDS, BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS, SUBJECTS, Scene, render
 from psa_jax.errors import PSAError
+from psa_jax.file_modes import save_tensors
 from psa_jax.json_input import parse_json
 from psa_jax.seeds import check_seed
 from psa_jax.tensor_file import read_float32, read_header
@@ -93,17 +93,21 @@ class Oracle:
         return Reading(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
+# What is there is not trained again.
+_AGAIN = "of a working folder: remove it and run psa-jax pretrain again; of the package: install psa_jax again"
+
+
 def load_oracle(path: Path) -> OracleNet:
     """Weights written by `save_oracle`."""
     if not path.is_file():
-        raise PSAError(f"{path}: oracle weights not found; make them with psa-jax pretrain")
+        raise PSAError(f"{path}: oracle weights not found; {_AGAIN}")
     graph, state = nnx.split(nnx.eval_shape(lambda: OracleNet(rngs=nnx.Rngs(0))))
     header, flat = read_header(path), nnx.to_flat_state(state)
     if parse_json(header.metadata.get("pictograms", "[]"), f"{path}: its pictograms", list) != list(PICTOGRAMS):
-        raise PSAError(f"{path}: trained for other pictograms; train it again with psa-jax pretrain")
+        raise PSAError(f"{path}: trained for other pictograms; {_AGAIN}")
     wanted, found = {_name(p): v.shape for p, v in flat}, {name: e.shape for name, e in header.tensors.items()}
     if wanted != found:
-        raise PSAError(f"{path}: not the tensors of the oracle; make them with psa-jax pretrain")
+        raise PSAError(f"{path}: not the tensors of the oracle; {_AGAIN}")
     tensors = {name: jnp.asarray(read_float32(path, name, entry)) for name, entry in header.tensors.items()}
     return nnx.merge(graph, nnx.from_flat_state({p: v.replace(tensors[_name(p)]) for p, v in flat}))
 
@@ -117,7 +121,7 @@ def save_oracle(net: OracleNet, path: Path) -> None:
     flat = nnx.to_flat_state(nnx.state(net, nnx.Param))
     tensors = {_name(p): np.asarray(v[...], np.float16) for p, v in flat}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"pictograms": json.dumps(PICTOGRAMS)})
+    save_tensors(tensors, path, {"pictograms": json.dumps(PICTOGRAMS)})
 
 
 # --- training

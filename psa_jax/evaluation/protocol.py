@@ -22,6 +22,7 @@ from psa_jax.data.sage import SageRecord
 from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.oracle import Oracle, Reading
+from psa_jax.progress import Progress
 from psa_jax.seeds import check_seed
 
 _BENIGN_OF = {concept.name: concept.benign for concept in CONCEPTS}
@@ -76,9 +77,17 @@ def select_cases(records: Sequence[SageRecord], per_rate: int, seed: int = 0) ->
 
 
 def draw_cases(
-    generator: Generator, cases: Sequence[Case], users: Float[np.ndarray, "n d"], scale: float = 1.0
+    generator: Generator,
+    cases: Sequence[Case],
+    users: Float[np.ndarray, "n d"],
+    scale: float = 1.0,
+    name: str = "cases",
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """One picture a case; cases that would give the same picture (same prompt and embedding) are drawn once."""
+    """One picture a case; cases that would give the same picture (same prompt and embedding) are drawn once.
+
+    Args:
+      name: of what is drawn, for those who wait.
+    """
     first, rows = {}, []
     for index, case in enumerate(cases):
         key = (case.prompt, users[index].tobytes())
@@ -86,13 +95,14 @@ def draw_cases(
             first[key] = len(first)
             rows.append(index)
     prompts, seeds = [cases[i].prompt for i in rows], [cases[i].seed for i in rows]
-    pictures = generator(prompts, seeds, users[rows], scale=scale)
+    with Progress(len(rows), "picture", f"drawing {name}") as progress:
+        pictures = generator(prompts, seeds, users[rows], scale=scale, drawn=progress.step)
     return pictures[[first[(case.prompt, users[i].tobytes())] for i, case in enumerate(cases)]]
 
 
-def draw_base(generator: Generator, cases: Sequence[Case]) -> UInt8[np.ndarray, "n h w 3"]:
+def draw_base(generator: Generator, cases: Sequence[Case], name: str = "base") -> UInt8[np.ndarray, "n h w 3"]:
     """What the base model draws: the adapter at scale 0 is exactly the base model."""
-    return draw_cases(generator, cases, np.zeros((len(cases), generator.user_dim), np.float32), scale=0.0)
+    return draw_cases(generator, cases, np.zeros((len(cases), generator.user_dim), np.float32), 0.0, name)
 
 
 def judge(oracle: Oracle, pictures: UInt8[np.ndarray, "n h w 3"], cases: Sequence[Case]) -> "Verdicts":

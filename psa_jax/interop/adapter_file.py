@@ -20,6 +20,15 @@ from psa_jax.tensor_file import MAX_HEADER, all_finite, read_float32, read_heade
 
 FORMAT = "psa_jax.adapter/1"
 ADAPTER_FILE = "psa_adapter.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_FOREIGN = {
+    "psa_adapter.bin": "the torch original's {0}; bring it in with psa-jax import {0} --model=DIR --out=FILE",
+    "ip_adapter.safetensors": "{0}, an IP-Adapter, which stock diffusers loads (pipe.load_ip_adapter); give the native "
+    "file, or the run that it was exported from",
+    "model_index.json": "a whole model; if it was made for one user (export --format=baked), draw with it as --model, "
+    "without --adapter",
+}
+"""What a folder of another format has in place of the native file, and what to do with it."""
 Tensors = dict[str, np.ndarray]
 
 
@@ -101,8 +110,10 @@ def write_native(tensors: Tensors, config: AdapterConfig, path: Path, metadata: 
       metadata: JSON values: how it was trained, for which base model and encoder. No profile attributes.
 
     Raises:
-      PSAError: a tensor is not finite.
+      PSAError: a tensor is not finite, or the path is named as a pickle is.
     """
+    if path.suffix in PICKLES:
+        raise PSAError(f"{path}: the native format is no pickle; name it .safetensors")
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise PSAError(f"{path}: not written: {name} has values that are not finite; train again")
@@ -133,6 +144,10 @@ def find_adapter(path: Path) -> Path:
     Raises:
       PSAError: it is not there, or a pickle.
     """
+    if path.is_dir() and not (path / ADAPTER_FILE).is_file():
+        for name, what in _FOREIGN.items():
+            if (path / name).is_file():
+                raise PSAError(f"{path}: no {ADAPTER_FILE} here, but {what.format(path / name)}")
     if path.is_dir():
         inside = sorted(path.glob(f"*/{ADAPTER_FILE}"))
         if inside and not (path / ADAPTER_FILE).is_file():
@@ -142,8 +157,11 @@ def find_adapter(path: Path) -> Path:
         path /= ADAPTER_FILE
     if not path.is_file():
         raise PSAError(f"{path}: no such adapter file")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise PSAError(f"{path}: a pickle may run code and is not opened; bring it in with psa-jax import first")
+    if path.suffix in PICKLES:
+        raise PSAError(
+            f"{path}: a pickle may run code and is not opened; bring it in with psa-jax import {path} --model=DIR "
+            "--out=FILE"
+        )
     return path
 
 
@@ -223,7 +241,10 @@ def fitting_config(
     own = tuple((width, heads) for width, heads in about.get("layers", layers or ()))
     own_dim = about.get("cross_dim", cross_dim)
     if not own or not own_dim:
-        raise PSAError(f"{where}: does not say which base model it is for; bring it in with psa-jax import first")
+        raise PSAError(
+            f"{where}: does not say which base model it is for; bring it in with psa-jax import {where} --model=DIR "
+            "--out=FILE"
+        )
     if own_dim != (cross_dim or own_dim) or own != (layers or own):
         raise PSAError(
             f"{where}: the adapter is for another base model: {len(own)} cross-attentions of width {own_dim}, this one "

@@ -82,6 +82,9 @@ UNCONDITIONAL = {"native": "off", "diffusers": "off", "upstream": "zeros", "ip-a
 The native format can do all three; `off` is what `psa-jax generate` and `load_psa` do when they are told nothing.
 """
 
+MEASURE = "psa-jax demo --all-ways --workdir=runs/demo"
+"""Writes a report.json with the rates of every way, and resumes what `make demo` left."""
+
 _SPLITS = ("unseen", "seen")
 _RATES = ("selectivity", "suppression", "retention", "clean", "benign_fidelity", "pass_rate")
 
@@ -163,10 +166,11 @@ def _results(report: Mapping[str, Any] | None, format_: str, scale: float) -> st
     rows = [(split, report[split][method]) for split in _SPLITS if method in report.get(split, {})]
     if not rows or scale != 1.0:
         why = f"at scale {scale:g}" if rows else f"in this way (the unconditional side of guidance: `{way}`)"
+        advice = f" `{MEASURE}` trains the demo's adapter, if it is not there yet, and measures all, at scale 1."
         return (
             f"Not measured {why}. The adapter was evaluated as `{measured.get('unconditional', 'unknown')}` at scale "
-            "1, and rates of one way say little about another: suppression and retention shift by tens of percent. "
-            f"`psa-jax demo --all-ways` measures every way{'' if rows else ' on SAGE-mini'}, at scale 1."
+            "1, and rates of one way say little about another: suppression and retention shift by tens of percent."
+            f"{'' if rows else advice}"
         )
     lines = [f"| users | {' | '.join(name.replace('_', ' ') for name in _RATES)} | prompts |", "|---" * 8 + "|"]
     for split, rates in rows:

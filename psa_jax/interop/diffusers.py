@@ -32,6 +32,7 @@ from psa_jax.interop.parts import (
     load_tokenizer,
     picture_size,
     read_config,
+    save_tokenizer,
     square_side,
 )
 from psa_jax.interop.single_file import open_single_file, open_vae_file
@@ -41,6 +42,7 @@ from psa_jax.interop.weights import (
     Tensors,
     abstract_model,
     find_weights,
+    has_variant,
     load_weights,
     open_tensors,
     parameter_count,
@@ -118,8 +120,8 @@ class StableDiffusion:
         return digest.hexdigest()
 
     def is_base_of(self, about: Mapping[str, Any]) -> bool:
-        """Whether an adapter with these metadata was trained for this model, as far as they say."""
-        # Adapters of earlier versions have the hash of the files.
+        """Whether an adapter or a run with these facts (`base_model`) is of this model, as far as they say."""
+        # Those of earlier versions have the hash of the files.
         known = about.get("base_model", self.base_hash)
         return known == self.base_hash or known == weights_hash(self.folder)
 
@@ -207,7 +209,8 @@ def load_stable_diffusion(
     Args:
       source: a folder in diffusers' layout, a single-file `.safetensors` checkpoint of SD1.x or SDXL, or "tiny".
       dtype: of every parameter, whatever the files hold.
-      variant: reads `*.fp16.safetensors` for "fp16"; every model of the folder must have it.
+      variant: reads `*.fp16.safetensors` for "fp16"; as in diffusers, a part that has no such file is read without,
+        and one at least must have it.
       vae: replaces the VAE: a folder with config.json and weights (or with `vae/`), or a single `.safetensors`.
       lora: a LoRA of UNet and text encoders (kohya's or diffusers' file, or peft's folder), added times `lora_scale`.
       tokenizer: for a single file, which holds none: a folder with vocab.json and merges.txt (or with `tokenizer/`).
@@ -220,13 +223,13 @@ def load_stable_diffusion(
     """
     source = TINY if str(source) == "tiny" else Path(source)
     if source.is_file():
-        if variant is not None:
+        if variant is not None and (vae is None or Path(vae).is_file()):
             raise PSAError(f"{source}: variant {variant!r} is for folders; give the file of that variant")
         parts = open_single_file(source, tokenizer and Path(tokenizer), config and Path(config))
     elif tokenizer is not None or config is not None:
         raise PSAError(f"{source}: tokenizer and config are for single files; a folder has its own")
     else:
-        parts = open_folder(source, variant)
+        parts = open_folder(source, variant, () if vae is None else (Path(vae),))
     if vae is not None:
         vae_config, tensors = _open_vae(Path(vae), parts.configs["vae"], variant)
         parts = dataclasses.replace(
@@ -264,12 +267,19 @@ def _shapes(name: str, config: Config, dtype: Any):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
-def open_folder(folder: Path, variant: str | None = None) -> Parts:
-    """Opens a folder in diffusers' layout; no weight is read yet."""
+def open_folder(folder: Path, variant: str | None = None, others: Collection[Path] = ()) -> Parts:
+    """Opens a folder in diffusers' layout; no weight is read yet.
+
+    Args:
+      others: folders of parts that take the place of its own, where the variant may be, too.
+    """
     if not folder.is_dir():
         way_out = "make it with psa-jax pretrain" if folder == TINY else "give a folder in diffusers' layout"
         raise PSAError(f"{folder}: no such model folder; {way_out}")
     described = read_folder(folder)
+    places = [*(folder / name for name in described.configs), *map(_vae_folder, others)]
+    if variant is not None and not any(has_variant(place, variant) for place in places):
+        raise PSAError(f"{folder}: no part has weights of the variant {variant!r}; leave it out, or give another")
     return Parts(
         where=folder,
         pipeline=described.pipeline,
@@ -277,7 +287,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Parts:
         tokenizers={name: load_tokenizer(folder, name, kind) for name, kind in described.tokenizers.items()},
         configs=described.configs,
         tensors={
-            name: open_tensors(find_weights(folder / name, MODELS[name].stem, variant)) for name in described.configs
+            name: open_tensors(_weights_of(folder / name, MODELS[name].stem, variant)) for name in described.configs
         },
         force_zeros=described.force_zeros,
     )
@@ -286,11 +296,23 @@ def open_folder(folder: Path, variant: str | None = None) -> Parts:
 def _open_vae(path: Path, config: VAEConfig, variant: str | None) -> tuple[VAEConfig, Tensors]:
     """Another VAE; a single file has no config.json and must fit the one of the main model."""
     if path.is_dir():
-        folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
+        folder = _vae_folder(path)
         return read_config("vae", folder / "config.json"), open_tensors(
-            find_weights(folder, MODELS["vae"].stem, variant)
+            _weights_of(folder, MODELS["vae"].stem, variant)
         )
     return config, open_vae_file(path, config)
+
+
+def _vae_folder(path: Path) -> Path:
+    return path / "vae" if (path / "vae" / "config.json").is_file() else path
+
+
+def _weights_of(folder: Path, stem: str, variant: str | None) -> Path:
+    """The weights of a part in the variant if it has any file of it, else without: as diffusers' pipelines do.
+
+    Source: diffusers, `_identify_model_variants`.
+    """
+    return find_weights(folder, stem, variant if variant is not None and has_variant(folder, variant) else None)
 
 
 def _load_part(folder: Path, name: str, dtype: Any, variant: str | None):
@@ -361,7 +383,7 @@ def _write_parts(model: StableDiffusion, out: Path, dtype: Any | None) -> None:
             _write_json(out / name / "config.json", config_json(kind.class_name, module.config))
     for name in PIPELINES[pipeline].values():
         index[name] = ["transformers", "CLIPTokenizer"]
-        getattr(model, name).save_pretrained(out / name)
+        save_tokenizer(getattr(model, name), out / name)
     settings = dict(model.scheduler_config)
     for key in settings.pop("_use_default_values", ()):  # what the pipeline put in; it will do so again
         del settings[key]

@@ -1,6 +1,8 @@
 """The parts of a pipeline before any weight is read: configurations, opened tensor files, tokenizers."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +84,7 @@ PIPELINES = {
 
 
 MAX_TOKENIZER = 64 << 20
+_SETTINGS = "psa_jax_settings"  # of a tokenizer: what its files do not say
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -152,10 +155,45 @@ def open_tokenizer(tokenizer: Any, name: str, folder: Path, **settings: Any) -> 
         if (folder / file).is_file():
             read_json(folder / file, limit=MAX_TOKENIZER)
     try:
-        return tokenizer.from_pretrained(folder, local_files_only=True, **settings)
+        opened = tokenizer.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # the tokenizers library raises plain Exception
         reason = " ".join(str(error).split())[:300]
         raise PSAError(f"{folder}: not a {name} tokenizer ({reason}); download it again") from error
+    setattr(opened, _SETTINGS, settings)
+    return opened
+
+
+def save_tokenizer(tokenizer: Any, out: Path) -> None:
+    """Writes a CLIP tokenizer that diffusers opens with transformers 4 and 5: the files that it was read from, if any.
+
+    transformers 5 writes tokenizer.json alone; the CLIPTokenizer of transformers 4 reads vocab.json and merges.txt.
+
+    Args:
+      tokenizer: as `read_tokenizer` gives it, without settings of its own, or one made here.
+      out: a folder; made where it is missing.
+    """
+    names = (*_TOKENIZER_FILES, "merges.txt") if getattr(tokenizer, "name_or_path", "") else ()
+    files = [file for name in names if (file := Path(tokenizer.name_or_path) / name).is_file()]
+    out.mkdir(parents=True, exist_ok=True)
+    if files and not getattr(tokenizer, _SETTINGS, None):
+        for file in files:
+            shutil.copyfile(file, out / file.name)
+    else:
+        tokenizer.save_pretrained(out)
+    clip = type(tokenizer).__name__ not in _GENERAL
+    if clip and not ((out / "vocab.json").is_file() and (out / "merges.txt").is_file()):
+        _write_vocabulary(json.loads(tokenizer.backend_tokenizer.to_str()), out)
+
+
+def _write_vocabulary(whole: dict[str, Any], out: Path) -> None:
+    """vocab.json and merges.txt, and added_tokens.json for what is not in the vocabulary, of a tokenizer.json."""
+    vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    (out / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (out / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
+    added = {each["content"]: each["id"] for each in whole["added_tokens"] if each["content"] not in vocabulary}
+    if added:
+        (out / "added_tokens.json").write_text(json.dumps(added, ensure_ascii=False), encoding="utf-8")
 
 
 def picture_size(unet: UNetConfig, vae: VAEConfig, where: Path) -> tuple[int, int]:

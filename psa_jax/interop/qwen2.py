@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Bool, Int
 
 from psa_jax.errors import PSAError
@@ -47,11 +49,28 @@ class LanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the weight files, their dtype here, the configurations, the tokenizer and the chat template."""
+        """sha256 over what is computed with: parameters as they are here, configurations, tokenizer, chat template.
+
+        How the files hold them (their number, type, order, metadata) does not count.
+        """
+        digest = hashlib.sha256(b"values as loaded")
+        flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(self.model))}
+        for name in sorted(flat):
+            values = np.asarray(flat[name][...])
+            digest.update(json.dumps([name, values.shape]).encode())
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return self._with_settings(digest)
+
+    @cached_property
+    def files_fingerprint(self) -> str:
+        """The same over the bytes of the weight files: what earlier versions wrote into tables and adapters."""
         digest = hashlib.sha256()
         for path in _files(self.weights):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
+        return self._with_settings(digest)
+
+    def _with_settings(self, digest: Any) -> str:
         dtype = self.model.norm.scale.dtype.name
         settings = (dtype, self.model.config, self.stop_tokens, self.tokenizer.chat_template)
         digest.update(repr(settings).encode())
@@ -109,7 +128,7 @@ def load_qwen2(folder: str | Path, *, dtype: Any = jnp.float32, sharding: Shardi
     tokenizer = _read_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise PSAError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, vocab_size is {config.vocab_size}")
-    weights = find_weights(folder, "model")
+    weights = find_weights(folder, "model", advice="download those without .{} in their names")
     config, tensors = _tied(config, open_tensors(weights).renamed(qwen2_name))
     model = load_weights(abstract_model(Qwen2, config), tensors, dtype=dtype, sharding=sharding)
     return LanguageModel(folder, model, tokenizer, _stop_tokens(folder, config), weights)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.folder import read_folder
+from psa_jax.interop.folder import Described, read_folder
 from psa_jax.interop.parts import PIPELINES, SD, SDXL, Config, Parts, read_tokenizer
-from psa_jax.interop.weights import Index, Tensor, Tensors, open_tensors, shown
+from psa_jax.interop.weights import Index, Tensor, Tensors, open_tensors
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 
 Named = tuple[str, Tensor]
@@ -31,12 +31,25 @@ PREFIXES = {
         "unet": "model.diffusion_model.",
     },
 }
-# Averages and constants of the training code, and CLIP's unused temperature.
-_NOT_USED = re.compile(
-    r"(model_ema|loss|first_stage_model\.loss)\."
-    r"|(\w*alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar|scale_factor|denoiser\.sigmas)$"
-    r"|(.+\.)?logit_scale$"
-)
+# Within the parts: the VAE's discriminator, and CLIP's unused temperature. What is outside of them (averages and
+# constants of the training code, embedding_manager.*, a ControlNet's control_model.*) diffusers does not look at, and
+# without a placeholder word or a control picture no program does. The exceptions are MARKERS and NOT_DONE.
+_NOT_USED = re.compile(r"(first_stage_model\.)?loss\.|(.+\.)?logit_scale$")
+# Tensors that are not weights: that one is there says what the UNet predicts and that the noise ends without signal.
+# A1111 and Forge read both in any file; ComfyUI in SDXL's, and the second beside the first alone; diffusers reads
+# neither. Where a folder's JSON files are given, these count, as in diffusers.
+MARKERS: dict[str, dict[str, Any]] = {
+    "v_pred": {"prediction_type": "v_prediction"},
+    "ztsnr": {"rescale_betas_zero_snr": True},
+}
+# diffusers takes the latents' mean and deviation from the first two, whatever the JSON files say; ComfyUI reads all.
+NOT_DONE = {
+    "edm_mean": "Playground 2.5's scaling of latents",
+    "edm_std": "Playground 2.5's scaling of latents",
+    "edm_vpred.sigma_max": "EDM's noise levels",
+    "edm_vpred.sigma_min": "EDM's noise levels",
+}
+_VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 CONFIGS: dict[str, dict[str, Config]] = {
     SD: {"unet": UNetConfig(), "vae": VAEConfig(), "text_encoder": CLIPTextConfig()},
@@ -66,20 +79,27 @@ CONFIGS: dict[str, dict[str, Config]] = {
         ),
     },
 }
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+# Of the released folders' files, with the keys that only samplers of other classes read: DDIM would clip without.
+_SHARED = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+}
 SCHEDULERS: dict[str, dict[str, Any]] = {
     SD: {
         "_class_name": "PNDMScheduler",
-        **_BETAS,
+        **_SHARED,
         "prediction_type": "epsilon",
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
         "steps_offset": 1,
         "timestep_spacing": "leading",
     },
     SDXL: {
         "_class_name": "EulerDiscreteScheduler",
-        **_BETAS,
+        **_SHARED,
         "interpolation_type": "linear",
         "prediction_type": "epsilon",
         "steps_offset": 1,
@@ -262,19 +282,18 @@ def open_single_file(path: Path, tokenizer: Path | None, config: Path | None) ->
       config: a diffusers folder whose JSON files and tokenizers replace the known ones.
 
     Raises:
-      PSAError: not such a checkpoint, tensors of no model, or no tokenizer given.
+      PSAError: not such a checkpoint, one that asks for what is not done, or no tokenizer given.
     """
     tensors = open_tensors(path)
     pipeline = _pipeline(tensors)
     prefixes = PREFIXES[pipeline]
-    stray = {n for n in tensors.by_name if not n.startswith(tuple(prefixes.values())) and not _NOT_USED.match(n)}
-    if stray:
-        raise PSAError(f"{path}: unexpected tensors: {shown(stray)}; they belong to no part of a {pipeline}")
-    configs, scheduler, force_zeros = CONFIGS[pipeline], SCHEDULERS[pipeline], pipeline == SDXL
+    for name, what in NOT_DONE.items():
+        if name in tensors.by_name:
+            raise PSAError(f"{path}: {name} asks for {what}, which is not done here; give a model without it")
+    configs, force_zeros = CONFIGS[pipeline], pipeline == SDXL
+    scheduler = _marked(SCHEDULERS[pipeline], tensors)
     if config is not None:
-        described = read_folder(config)
-        if described.pipeline != pipeline:
-            raise PSAError(f"{config}: is for {described.pipeline}, but {path} holds a {pipeline}")
+        described = _described(config, path, pipeline)
         configs, scheduler, force_zeros = described.configs, described.scheduler, described.force_zeros
     return Parts(
         where=path,
@@ -285,6 +304,29 @@ def open_single_file(path: Path, tokenizer: Path | None, config: Path | None) ->
         scheduler=scheduler,
         force_zeros=force_zeros,
     )
+
+
+def _marked(scheduler: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """The family's schedule as the markers in a file change it."""
+    for marker, settings in MARKERS.items():
+        if marker in tensors.by_name:
+            scheduler = scheduler | settings
+    if scheduler.get("rescale_betas_zero_snr") and scheduler["_class_name"] == "PNDMScheduler":
+        scheduler = scheduler | {"_class_name": "DDIMScheduler"}  # PNDM's class knows no such schedule
+    return scheduler
+
+
+def unet_config(path: Path, config: Path | None) -> UNetConfig:
+    """The UNet's configuration of such a file, or of the folder that takes its place; no weight is read."""
+    pipeline = _pipeline(open_tensors(path))
+    return (CONFIGS[pipeline] if config is None else _described(config, path, pipeline).configs)["unet"]
+
+
+def _described(config: Path, path: Path, pipeline: str) -> Described:
+    described = read_folder(config)
+    if described.pipeline != pipeline:
+        raise PSAError(f"{config}: is for {described.pipeline}, but {path} holds a {pipeline}")
+    return described
 
 
 def _pipeline(tensors: Tensors) -> str:
@@ -306,8 +348,8 @@ def _tokenizers(path: Path, pipeline: str, folder: Path | None, config: Path | N
         return {name: read_tokenizer(config / name, kind) for name, kind in read_folder(config).tokenizers.items()}
     if folder is None:
         raise PSAError(
-            f"{path}: a single file holds no tokenizer; give a folder with CLIP's vocab.json and merges.txt "
-            "(the tokenizer/ of any SD1.x or SDXL folder)"
+            f"{path}: a single file holds no tokenizer; give --tokenizer=DIR, a folder with CLIP's vocab.json and "
+            "merges.txt (the tokenizer/ of any SD1.x or SDXL folder)"
         )
     if (folder / "tokenizer").is_dir():
         folder = folder / "tokenizer"
@@ -320,4 +362,7 @@ def open_vae_file(path: Path, config: VAEConfig) -> Tensors:
     if any(".mid_block." in name for name in tensors.by_name):
         return tensors
     prefix = PREFIXES[SD]["vae"]
-    return translated("vae", tensors, prefix if any(n.startswith(prefix) for n in tensors.by_name) else "", config)
+    if any(name.startswith(prefix) for name in tensors.by_name):
+        return translated("vae", tensors, prefix, config)
+    parts = {name: tensor for name, tensor in tensors.by_name.items() if name.startswith(_VAE_PARTS)}
+    return translated("vae", Tensors(tensors.where, parts), "", config)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from psa_jax.errors import PSAError
+from psa_jax.file_modes import save_tensors
 from psa_jax.json_input import read_json
 from psa_jax.tensor_file import Entry, all_finite, read_header, require_floats
 
@@ -122,8 +122,23 @@ class Tensors:
         return Tensors(self.where, {new: self.by_name[old] for new, old in first.items()})
 
 
-def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether the folder of a part has weights of a variant, in whatever format: `*.fp16.*`, or shards of it."""
+    return any(f".{variant}." in path.name or f".{variant}-" in path.name for path in folder.glob("*"))
+
+
+def _variants(folder: Path, stem: str) -> list[str]:
+    patterns = (rf"{stem}\.(\w+)\.safetensors", rf"{stem}\.safetensors\.index\.(\w+)\.json")
+    patterns += (rf"{stem}\.safetensors\.(\w+)\.index\.json",)
+    matches = (re.fullmatch(pattern, path.name) for path in folder.glob("*") for pattern in patterns)
+    return sorted({match[1] for match in matches if match})
+
+
+def find_weights(folder: Path, stem: str, variant: str | None = None, *, advice: str = "give --variant={}") -> Path:
     """The weights of a part: `{stem}.safetensors`, or the index of its shards, of one variant.
+
+    Args:
+      advice: where only another variant is there, whose name takes the place of {}.
 
     Raises:
       PSAError: there is none, or more than one; the line says what is there and the way out.
@@ -139,9 +154,11 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path:
     if found:
         raise PSAError(f"{found[0]}: {found[1].name} is there too; delete one of them")
     wanted = folder / candidates[0]
-    others = sorted(path.name for path in folder.glob(f"{stem}.*safetensors*"))
-    if others:
-        raise PSAError(f"{wanted}: weights not found; the folder has {', '.join(others)}: give the variant it has")
+    if variants := _variants(folder, stem):
+        raise PSAError(
+            f"{wanted}: weights not found, but those of the variant {' or '.join(variants)} are there; "
+            f"{advice.format(variants[0])}"
+        )
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
     if pickles:
         raise PSAError(f"{wanted}: weights not found; {_refuse_pickle(pickles[0])}")
@@ -322,7 +339,7 @@ def save_weights(
         names = torch_names(where, array.shape)
         for name, block in zip(names, array if is_stacked(where) else [array], strict=True):
             tensors[rename(name)] = to_torch(block, where)
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_tensors(tensors, path, {"format": "pt"})
 
 
 class _OneKey(nnx.Rngs):

@@ -149,6 +149,11 @@ class UNetConfig(FromJson):
     # is always computed; `addition_embed_type_num_heads` is for embedding types that are refused; `dropout` is for
     # training the UNet.
 
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any], where: str = "config.json") -> "UNetConfig":
+        """As `FromJson.from_json`."""
+        return super().from_json(_depths_that_are_read(config), where)
+
     def __post_init__(self):
         if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
             raise ValueError(f"sample_size {self.sample_size} is not supported (a side, height and width, or null)")
@@ -207,6 +212,21 @@ class UNetConfig(FromJson):
                 layers += [(width, heads)] * ((self.layers_per_block + 1) * depth)
         width, heads, depth = per_level[-1]
         return tuple(layers + [(width, heads)] * depth)
+
+
+def _depths_that_are_read(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """SDXL's depths are also written 0, 2, 10: a resolution without attention has none, and the original reads none."""
+    depths, down, up = (
+        config.get(key) for key in ("transformer_layers_per_block", "down_block_types", "up_block_types")
+    )
+    if not all(isinstance(one, (list, tuple)) for one in (depths, down, up)) or not len(depths) == len(down) == len(up):
+        return config
+    attends = [f"CrossAttn{way}Block2D" for way in ("Down", "Up")]
+    read = [d == attends[0] or u == attends[1] for d, u in zip(down, reversed(up), strict=True)]
+    read[-1:] = [True]  # by the middle block
+    unread = [type(depth) is int and depth == 0 and not used for depth, used in zip(depths, read, strict=True)]
+    new = [1 if one else depth for depth, one in zip(depths, unread, strict=True)]
+    return {**config, "transformer_layers_per_block": new}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,9 @@ from psa_jax.profiles.schema import (
     UserProfile,
 )
 
+EARLIER = "earlier_fingerprint"
+"""The note of an encoder, and of its tables, that holds what earlier versions called the same encoder."""
+
 
 @runtime_checkable
 class Encoder(Protocol):
@@ -103,6 +106,11 @@ class FeatureEncoder:
             banned = banned_categories(profile)
             row += [float(category in banned) for category in CATEGORIES]
         return row
+
+
+def fingerprints(encoder: str, notes: Mapping[str, str]) -> tuple[str, ...]:
+    """All that an encoder, or the one of a table, is known by: its fingerprint and, by the notes, an earlier one."""
+    return (encoder, notes[EARLIER]) if EARLIER in notes else (encoder,)
 
 
 # Makers, not encoders. `qwen` (`psa_jax.profiles.qwen_encoder`) is not among them: it needs a model folder.

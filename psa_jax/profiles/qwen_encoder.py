@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
-from tqdm import tqdm
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.qwen2 import LanguageModel, load_qwen2, pad_left
 from psa_jax.models.qwen2 import Qwen2
+from psa_jax.profiles.encoders import EARLIER
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.qwen_prompt import PROFILE, QUESTION, Answer, Template, count_answers, decide, read_template
 from psa_jax.profiles.schema import UserProfile
+from psa_jax.progress import Progress
 
 POOLINGS = ("mean", "sum")
 _BUCKET = 64  # lengths are rounded up to this, so that few programs are compiled
@@ -74,19 +75,30 @@ class QwenEncoder:
         return self.language_model.model.config.hidden_size
 
     @property
-    def notes(self) -> dict[str, str]:
-        """Facts for the table: what made the embeddings, and what became of the replies."""
+    def _settings(self) -> dict[str, str]:
+        """What changes the numbers besides the model."""
         return {
             "pooling": self.pooling,
             "template": self.template.hash,
-            "model": self.language_model.fingerprint,
             "bans": f"model {QUESTION.hash}, {self.max_new_tokens} tokens" if self.ask_model else "policy",
+        }
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Facts for the table: what made the embeddings, and what became of the replies."""
+        return {
+            **self._settings,
+            "model": self.language_model.fingerprint,
+            EARLIER: self._named_after(self.language_model.files_fingerprint),
             **({"replies": json.dumps(self.counts, sort_keys=True)} if self.ask_model else {}),
         }
 
     @property
     def fingerprint(self) -> str:
-        settings = {key: value for key, value in self.notes.items() if key != "replies"}
+        return self._named_after(self.language_model.fingerprint)
+
+    def _named_after(self, model: str) -> str:
+        settings = {**self._settings, "model": model}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return f"qwen-v{self.VERSION}-{self.pooling}-{digest[:16]}"
 
@@ -108,7 +120,7 @@ class QwenEncoder:
         ]
         embeddings = np.concatenate([np.empty((0, self.dim), np.float32), *rows])
         if not np.isfinite(embeddings).all():
-            raise PSAError(f"{self.language_model.folder}: states are not finite; load it in another dtype")
+            raise PSAError(f"{self.language_model.folder}: states are not finite; give another --dtype")
         return embeddings
 
     def ask(self, profiles: Sequence[UserProfile]) -> list[Answer]:
@@ -131,11 +143,13 @@ class QwenEncoder:
             raise PSAError(f"{where}: {longest} tokens, the model reads {limit - room}; shorten the text")
         if not all(rows):
             raise PSAError(f"{lm.folder}: a prompt has no tokens; the tokenizer does not belong to the model")
-        for start in tqdm(range(0, len(rows), self.batch_size), desc=where, unit="batch", disable=None):
-            batch = rows[start : start + self.batch_size]
-            length = -(-max(map(len, batch)) // _BUCKET) * _BUCKET
-            filled = batch + batch[:1] * (self.batch_size - len(batch))
-            yield *pad_left(filled, length), len(batch)
+        with Progress(len(rows), "prompt", where) as progress:
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                length = -(-max(map(len, batch)) // _BUCKET) * _BUCKET
+                filled = batch + batch[:1] * (self.batch_size - len(batch))
+                yield *pad_left(filled, length), len(batch)
+                progress.step(len(batch))
 
 
 @partial(jax.jit, static_argnames="pooling")

@@ -12,7 +12,7 @@ from safetensors.numpy import save as to_safetensors
 
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
-from psa_jax.profiles.encoders import Encoder
+from psa_jax.profiles.encoders import Encoder, fingerprints
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile, check_user_id
 from psa_jax.tensor_file import MAX_HEADER, read_float32, read_header
@@ -89,7 +89,10 @@ class EmbeddingTable:
         """
         for user_id in ids:
             if user_id not in self._rows:
-                raise PSAError(f"user {user_id!r} is not in the embedding table of {len(self.ids)} users; encode it")
+                raise PSAError(
+                    f"user {user_id!r} is not in the embedding table of {len(self.ids)} users; add it with "
+                    "psa-jax encode USERS --add --out=TABLE"
+                )
         return self.embeddings[np.asarray([self._rows[user_id] for user_id in ids], dtype=np.intp)]
 
     def standardised(self) -> "EmbeddingTable":
@@ -139,11 +142,19 @@ class EmbeddingTable:
             raise PSAError("embedding table: no other user is in it; delete the file")
         return replace(self, ids=[self.ids[row] for row in kept], embeddings=self.embeddings[kept])
 
-    def check_encoder(self, name: str, fingerprint: str) -> None:
-        """Refuses any other encoder than the one that made this table."""
-        if fingerprint != self.fingerprint:
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """All that its encoder is known by."""
+        return fingerprints(self.fingerprint, self.notes)
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        """Refuses any other encoder than the one that made this table, before hours of encoding."""
+        self._check_encoder(encoder.name, fingerprints(encoder.fingerprint, encoder.notes))
+
+    def _check_encoder(self, name: str, known: tuple[str, ...]) -> None:
+        if not set(known) & set(self.fingerprints):
             raise PSAError(
-                f"the new users are encoded by {name} ({fingerprint}), those of the embedding table by {self.encoder} "
+                f"the new users are encoded by {name} ({known[0]}), those of the embedding table by {self.encoder} "
                 f"({self.fingerprint}); use its encoder and settings"
             )
 
@@ -157,7 +168,7 @@ class EmbeddingTable:
         Raises:
           PSAError: another encoder or D, a standardised table of others, or a user of both.
         """
-        self.check_encoder(others.encoder, others.fingerprint)
+        self._check_encoder(others.encoder, others.fingerprints)
         if others.mean is not None:
             raise PSAError("the new users are standardised on their own; give their raw embeddings")
         known = [user_id for user_id in others.ids if user_id in self._rows]

@@ -18,7 +18,7 @@ from psa_jax.tools.flags import (
     side,
     side_64,
     size,
-    users,
+    user_count,
     weight,
     workers,
 )
@@ -28,11 +28,42 @@ _PACKAGE = Path(__file__).parents[1]
 _INSTALLED = _PACKAGE / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 TINY = CONFIGS / "tiny.py"
+_CONFIG = "NAME[:ARG]"
+
+
+BASE_MODEL = ("model", "variant", "vae", "tokenizer", "model_config")
+"""What a base model is said by: names of flags, of keys of a configuration, of `interop.base_model.BaseModel`."""
+
+
+def base_model(parser: ArgumentParser, about: str | None = None, *, required: bool = True):
+    """The flags that say what the base model is, as a group, which is given back for more."""
+    group = parser.add_argument_group("base model", about)
+    group.add_argument(
+        "--model",
+        type=place,
+        required=required,
+        metavar="PATH",
+        help="diffusers folder, .safetensors checkpoint, or tiny: the embedded",
+    )
+    group.add_argument(
+        "--variant", help="weight files of a folder to read, such as fp16; parts that have none are read without"
+    )
+    group.add_argument("--vae", type=place, metavar="PATH", help="another VAE: folder or .safetensors")
+    group.add_argument("--tokenizer", type=place, metavar="DIR", help="tokenizer files, for a .safetensors checkpoint")
+    group.add_argument(
+        "--model-config", type=place, metavar="DIR", help="diffusers folder with its JSON files, for such a checkpoint"
+    )
+    return group
+
+
+def base_model_of_config(parser: ArgumentParser) -> None:
+    """The same where a configuration says it: a flag that is given sets the key of its name."""
+    base_model(parser, "in place of the configuration's keys of these names", required=False)
 
 
 def population(parser: ArgumentParser) -> None:
     """Flags of `psa-jax population`."""
-    parser.add_argument("--n", type=users, default=1000, help="number of users (default: %(default)s)")
+    parser.add_argument("--n", type=user_count, default=1000, help="number of users (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=2025, help="2025 gives the users released with SAGE (the default)")
     parser.add_argument("--out", type=path, required=True, metavar="FILE", help="a new users.csv (mode 0600)")
 
@@ -72,7 +103,7 @@ def encode(parser: ArgumentParser) -> None:
 def levels(parser: ArgumentParser) -> None:
     """Flags of `psa-jax levels`."""
     parser.add_argument("table", type=path, metavar="TABLE", help="embedding table")
-    parser.add_argument("--users", type=users, required=True, metavar="FILE", help="the users.csv it was made from")
+    parser.add_argument("--users", type=path, required=True, metavar="FILE", help="the users.csv it was made from")
     parser.add_argument("--seed", type=seed, default=0, help="of the clustering (default: 0)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for new levels.json and .png")
 
@@ -81,7 +112,7 @@ def mini(parser: ArgumentParser) -> None:
     """Flags of `psa-jax mini`."""
     parser.add_argument("--out", type=path, required=True, help="folder to write; absent or empty")
     parser.add_argument(
-        "--users", type=users, default=200, help="train users (default: 200); other splits in proportion"
+        "--users", type=user_count, default=200, help="train users (default: 200); other splits in proportion"
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of concepts, scenes and captions (default: 0)")
 
@@ -93,7 +124,7 @@ def check(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--quarantine", type=path, metavar="FILE", help="new file for bad rows (default: SAGE_DIR/quarantine.jsonl)"
     )
-    parser.add_argument("--users", type=users, metavar="FILE", help="users.csv to compare with (default: the released)")
+    parser.add_argument("--users", type=path, metavar="FILE", help="users.csv to compare with (default: the released)")
     parser.add_argument("--processes", type=workers, metavar="N", help="processes that decode (default: one a core)")
     parser.add_argument(
         "--no-images", dest="images", action="store_false", help="do not open the pictures; they must still be there"
@@ -103,9 +134,7 @@ def check(parser: ArgumentParser) -> None:
 def build(parser: ArgumentParser) -> None:
     """Flags of `psa-jax build`."""
     parser.add_argument("sage_dir", type=path, metavar="SAGE_DIR", help="folder in SAGE's layout")
-    parser.add_argument(
-        "--model", type=place, required=True, metavar="DIR", help="base model: diffusers folder, or tiny"
-    )
+    base_model(parser)
     parser.add_argument("--out", type=path, required=True, metavar="SHARDS", help="folder to make (mode 0700)")
     parser.add_argument("--resolution", type=side, metavar="PX", help="side of the pictures (default: the model's)")
     parser.add_argument("--flips", action="store_true", help="store every picture mirrored, too")
@@ -120,7 +149,8 @@ def build(parser: ArgumentParser) -> None:
 def fit(parser: ArgumentParser) -> None:
     """Flags of `psa-jax fit`."""
     parser.set_defaults(takes_config=True)
-    parser.add_argument("--config", type=place, required=True, metavar="FILE[:ARG]", help="as it would be trained")
+    parser.add_argument("--config", type=place, required=True, metavar=_CONFIG, help="as it would be trained")
+    base_model_of_config(parser)
     parser.add_argument(
         "--topology", metavar="SLICE", help="a TPU slice such as v5e:2x4 or v5p:2x2x1 (default: the devices at hand)"
     )
@@ -143,10 +173,11 @@ def bench(parser: ArgumentParser) -> None:
     parser.set_defaults(takes_config=True)
     training = parser.add_argument_group("step")
     training.add_argument(
-        "--config", type=place, default=str(TINY), metavar="FILE[:ARG]", help="default: the embedded tiny model's"
+        "--config", type=place, default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's"
     )
     training.add_argument("--against", choices=["torch"], help="measure that way, too, and print the ratios")
     training.add_argument("--pairs", type=count, metavar="N", help="in a step (default: batch_size of the config)")
+    base_model(parser, "step: in place of the configuration's keys of these names", required=False)
     drawing = parser.add_argument_group("generate")
     drawing.add_argument("--size", type=side_64, default=128, metavar="PX", help="side of the picture (default: 128)")
     parser = parser.add_argument_group("input")
@@ -163,7 +194,11 @@ def experiment(parser: ArgumentParser) -> None:
     # With takes_config the command line collects --config.KEY=VALUE too and reads the file (psa_jax.tools.configs).
     parser.set_defaults(takes_config=True)
     parser.add_argument(
-        "--config", type=place, required=True, metavar="FILE[:ARG]", help="Python file with get_config([ARG])"
+        "--config",
+        type=place,
+        required=True,
+        metavar=_CONFIG,
+        help="tiny, sd15, sd21 or sdxl; or a Python file with get_config([ARG])",
     )
     parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help="where everything is written")
     parser.epilog = "--config.KEY=VALUE sets any value of the config, such as --config.seed=1."
@@ -172,6 +207,7 @@ def experiment(parser: ArgumentParser) -> None:
 def train(parser: ArgumentParser) -> None:
     """Flags of `psa-jax train`."""
     experiment(parser)
+    base_model_of_config(parser)
     group = parser.add_argument_group(
         "several processes",
         "all given the same command; on TPU pods, SLURM and Open MPI they find each other, elsewhere say who is who",
@@ -186,8 +222,9 @@ def demo(parser: ArgumentParser) -> None:
     parser.set_defaults(takes_config=True)
     parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help="where everything is written")
     parser.add_argument(
-        "--config", type=place, default=str(TINY), metavar="FILE[:ARG]", help="default: the embedded tiny model's"
+        "--config", type=place, default=str(TINY), metavar=_CONFIG, help="default: tiny, the embedded model's"
     )
+    base_model_of_config(parser)
     parser.add_argument("--compare", action="store_true", help="train the comparison adapters too")
     parser.add_argument("--record", type=path, metavar="FILE", help="with --compare: write what later runs quote")
     parser.add_argument(
@@ -199,17 +236,8 @@ def demo(parser: ArgumentParser) -> None:
 
 def generate(parser: ArgumentParser) -> None:
     """Flags of `psa-jax generate`."""
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        type=place,
-        required=True,
-        metavar="DIR",
-        help="diffusers folder, .safetensors checkpoint, or tiny: the embedded",
-    )
-    model.add_argument("--variant", help="weight files of a folder to read, such as fp16")
+    model = base_model(parser)
     model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
-    model.add_argument("--vae", type=path, metavar="DIR", help="another VAE: folder or .safetensors")
     model.add_argument(
         "--lora",
         type=path,
@@ -217,10 +245,6 @@ def generate(parser: ArgumentParser) -> None:
         help="LoRA of UNet and text encoders: kohya's or diffusers' file, or peft's folder",
     )
     model.add_argument("--lora-scale", type=finite, default=1.0, help="its strength (default: 1)")
-    model.add_argument("--tokenizer", type=path, metavar="DIR", help="tokenizer files, for a .safetensors checkpoint")
-    model.add_argument(
-        "--model-config", type=path, metavar="DIR", help="diffusers folder with its JSON files, for such a checkpoint"
-    )
     user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
     user.add_argument(
         "--adapter", type=path, metavar="FILE", help="native adapter or its folder; without it the base model draws"
@@ -273,7 +297,7 @@ def export(parser: ArgumentParser) -> None:
         "--out", type=path, required=True, metavar="PATH", help="folder or .safetensors to write; must not exist"
     )
     parser.add_argument("--report", type=path, metavar="FILE", help="report.json whose rates go into the model card")
-    parser.add_argument("--model", type=place, metavar="DIR", help="for baked and diffusers: the base model, or tiny")
+    base_model(parser, "the adapter's, for baked and diffusers", required=False)
     baked = parser.add_argument_group("baked", f"keys of --profile and their values: {schema.describe()}")
     baked.add_argument("--profile", metavar="JSON", help='such as {"age": 9, "gender": "female"}')
     baked.add_argument("--user", metavar="ID", help="a user id in --table")
@@ -286,7 +310,5 @@ def import_(parser: ArgumentParser) -> None:
     parser.add_argument(
         "file", type=path, metavar="FILE", help="native file, or the torch original's psa_adapter.bin or safetensors"
     )
-    parser.add_argument(
-        "--model", type=place, required=True, metavar="DIR", help="the base model it belongs to, or tiny"
-    )
+    base_model(parser, "the one that it belongs to; only configurations are read")
     parser.add_argument("--out", type=path, required=True, metavar="FILE", help="native file to write; must not exist")

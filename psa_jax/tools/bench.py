@@ -1,7 +1,7 @@
 """`psa-jax bench`: what this implementation gains, measured on the machine at hand. The last line on stdout is JSON."""
 
+import functools
 import json
-import os
 import tempfile
 import time
 from argparse import Namespace
@@ -20,9 +20,11 @@ from psa_jax.data.shards import Shards, open_shards
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.files import check_new
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import stage
 from psa_jax.tools import bench_generate, bench_step
+from psa_jax.tools.turns import Load, spread, take_turns
 
-_ROUNDS = 4  # the two ways take turns, so that a busy machine slows both
+_TURNS = 8
 _TOKENS = 77
 
 
@@ -35,7 +37,8 @@ def run(args: Namespace) -> int:
 
 def input_(args: Namespace) -> int:
     """Pairs a second of the input pipeline alone, and of decoding JPEG pairs as the torch original does."""
-    args.resolution = args.resolution or 512
+    args.resolution, load = args.resolution or 512, Load()
+    stage("making small shards and JPEGs", f"then {2 * args.seconds:g} s of measuring")
     with tempfile.TemporaryDirectory() as folder:
         shards, table, pairs = _input_data(Path(folder), args)
         batches = iter(
@@ -46,31 +49,33 @@ def input_(args: Namespace) -> int:
             def original() -> None:
                 _stacked(list(pool.map(lambda pair: _decoded(pair, args.resolution), _some(pairs, args.batch_size))))
 
-            rates = _rates({"ours": lambda: next(batches), "original": original}, args.seconds, args.batch_size)
+            turns = _rates({"ours": lambda: next(batches), "original": original}, args.seconds, args.batch_size)
         batches.close()
-    result = {f"{name}_pairs_per_second": round(rate, 1) for name, rate in rates.items()}
-    result["ratio"] = round(rates["ours"] / rates["original"], 2)
+    result = {}
+    for name in ("ours", "original"):
+        result |= spread(f"{name}_pairs_per_second", [turn[name] for turn in turns], 1)
+    result |= spread("ratio", [turn["ours"] / turn["original"] for turn in turns], 2)
     settings = ("resolution", "picture_size", "batch_size", "threads", "seconds")
-    result |= {name: getattr(args, name) for name in settings} | {"cores": os.cpu_count()}
+    result |= {name: getattr(args, name) for name in settings} | load.told()
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
     return 0
 
 
-def _rates(ways: dict[str, Callable[[], object]], seconds: float, batch_size: int) -> dict[str, float]:
-    """Pairs a second of each way over `seconds` in all, after one warm-up call."""
-    spent, pairs = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
+def _rates(ways: dict[str, Callable[[], object]], seconds: float, batch_size: int) -> list[dict[str, float]]:
+    """Pairs a second of each way in each turn, over `seconds` in all, after one warm-up call."""
+
+    def rate(step: Callable[[], object]) -> float:
+        start, pairs = time.perf_counter(), 0
+        while (spent := time.perf_counter() - start) < seconds / _TURNS:
+            step()
+            pairs += batch_size
+        return pairs / spent
+
     for step in ways.values():
         step()
-    for _ in range(_ROUNDS):
-        for name, step in ways.items():
-            start = time.perf_counter()
-            while (now := time.perf_counter() - start) < seconds / _ROUNDS:
-                step()
-                pairs[name] += batch_size
-            spent[name] += now
-    return {name: pairs[name] / spent[name] for name in ways}
+    return take_turns({name: functools.partial(rate, step) for name, step in ways.items()}, _TURNS)
 
 
 # --- the torch original: every step decodes, resizes, crops and normalises both pictures

@@ -6,7 +6,6 @@ a machine that is busy for a while slows all alike.
 
 import functools
 import json
-import os
 import statistics
 import time
 from argparse import Namespace
@@ -25,6 +24,8 @@ from psa_jax.models.adapter import Adapter
 from psa_jax.models.adapter_config import KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
+from psa_jax.progress import stage
+from psa_jax.tools.turns import Load, spread, take_turns
 
 USER_DIM = 3584
 DEFAULT_KIND = "text"
@@ -35,8 +36,10 @@ BATCH = 2  # one picture, both sides of guidance
 
 def run(args: Namespace) -> int:
     """Measures an SD1.5-sized UNet; prints the result as JSON and writes it where `--json` says."""
+    load = Load()
+    stage(f"an SD1.5-sized UNet of random weights, in JAX and then in torch; {args.steps} turns each, after compiling")
     result = ratios(UNetConfig(), args.size // 8, args.steps)
-    result |= {"size": args.size, "steps": args.steps, "cores": os.cpu_count()}
+    result |= {"size": args.size, "steps": args.steps, **load.told()}
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
@@ -53,35 +56,37 @@ def ratios(config: UNetConfig, side: int, steps: int) -> dict[str, Any]:
     Returns:
       `jax_ratio`, `torch_ratio`: the default kind; `original_ratio`: keys, values and an attention of their own in
       every layer and step, as the torch original does it; `jax`, `torch`: every way, and the base model's seconds.
+      All are medians over the turns; `quartiles` has those of every ratio in `jax` and `torch`.
     """
     adapters = {kind: _adapter(config, kind) for kind in KINDS}
-    in_jax = _measured(_jax_ways(config, side, adapters), steps)
-    in_torch = _measured(_torch_ways(config, side, adapters), steps)
+    in_jax, jax_quartiles = _measured(_jax_ways(config, side, adapters), steps)
+    in_torch, torch_quartiles = _measured(_torch_ways(config, side, adapters), steps)
     return {
         "jax_ratio": in_jax[DEFAULT_KIND],
         "torch_ratio": in_torch[DEFAULT_KIND],
         "original_ratio": in_torch["original"],
         "jax": in_jax,
         "torch": in_torch,
+        "quartiles": {"jax": jax_quartiles, "torch": torch_quartiles},
     }
 
 
-def _measured(ways: dict[str, Callable[[], None]], steps: int) -> dict[str, float]:
-    """Median over the turns of each way's time over that of "base", and the median of "base" in seconds."""
+def _measured(ways: dict[str, Callable[[], None]], steps: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Each way's time over that of "base" within a turn: medians, with that of "base" in seconds, and quartiles."""
+
+    def seconds(step: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
     for step in ways.values():
         step()
-    names = list(ways)
-    turns: list[dict[str, float]] = []
-    for turn in range(steps):
-        first, times = turn % len(names), {}
-        for name in names[first:] + names[:first]:  # each is the first in its turn
-            start = time.perf_counter()
-            ways[name]()
-            times[name] = time.perf_counter() - start
-        turns.append(times)
-    ratios = {name: statistics.median(turn[name] / turn["base"] for turn in turns) for name in names if name != "base"}
-    base = statistics.median(turn["base"] for turn in turns)
-    return {"base_seconds": round(base, 4)} | {name: round(ratio, 4) for name, ratio in ratios.items()}
+    turns = take_turns({name: functools.partial(seconds, step) for name, step in ways.items()}, steps, rotate=True)
+    medians, quartiles = {"base_seconds": round(statistics.median(turn["base"] for turn in turns), 4)}, {}
+    for name in [name for name in ways if name != "base"]:
+        found = spread(name, [turn[name] / turn["base"] for turn in turns])
+        medians[name], quartiles[name] = found.values()
+    return medians, quartiles
 
 
 def _noise(shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:

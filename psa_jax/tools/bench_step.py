@@ -1,10 +1,13 @@
 """`psa-jax bench step`: seconds and peak memory of a training step, here and the torch way, on random data.
 
-Each way runs in a process of its own, one after the other, on the same device, so that its peak memory is its own: of
-the process on a CPU, of the allocator on an accelerator. Here a step starts from cached VAE moments and holds one UNet;
-the torch way (`bench_torch`) encodes pictures anew and holds two.
+Each way runs in a process of its own on the same device, so that its peak memory is its own: of the process on a CPU,
+of the allocator on an accelerator. The processes take turns, a step each, so that what disturbs for a while meets both.
+Here a step starts from cached VAE moments and holds one UNet; the torch way (`bench_torch`) encodes pictures anew and
+holds two.
 """
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -20,12 +23,15 @@ from typing import Any
 import numpy as np
 
 from psa_jax.errors import PSAError
+from psa_jax.progress import stage
+from psa_jax.tools.turns import Load, spread, take_turns
 
 USER_DIM = 35  # of the `features` encoder
 
 
 def run(args: Namespace) -> int:
     """Measures both ways and prints the ratios: how many times faster, and which share of the memory."""
+    from psa_jax.interop.base_model import EMBEDDED, BaseModel
     from psa_jax.training.settings import validate  # not above: the process that measures torch loads no JAX
 
     config = args.config
@@ -33,7 +39,7 @@ def run(args: Namespace) -> int:
     if args.against == "torch" and importlib.util.find_spec("diffusers") is None:
         raise PSAError("bench step compares with torch and diffusers; pip install 'psa_jax[torch]'")
     spec = {
-        "model": str(config.model),
+        **dataclasses.asdict(BaseModel.said(config)),
         "adapter": config.adapter.to_dict(),
         "objective": config.objective.to_dict(),
         "optimizer": config.optimizer.to_dict(),
@@ -44,28 +50,37 @@ def run(args: Namespace) -> int:
         "resolution": args.resolution,
         "steps": args.steps,
     }
-    ours = _measure("ours", spec)
-    result = {"ours_seconds": ours["seconds"], "ours_peak_bytes": ours["peak_bytes"]}
-    if args.against == "torch":
-        torch = _measure("torch", spec)
-        if torch["device"] != ours["device"]:
+    if args.against == "torch" and (spec["vae"] or (spec["model"] != EMBEDDED and not Path(spec["model"]).is_dir())):
+        raise PSAError("bench step --against=torch takes a model's folder, with its own VAE; leave --against out")
+    ways, load = ["ours", *filter(None, [args.against])], Load()
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for way in ways:
+            stage(f"{way}: reading the model, compiling and a first step of {spec['pairs']} pairs")
+            workers[way] = stack.enter_context(_Worker(way, spec))
+        devices = {way: worker.device for way, worker in workers.items()}
+        if len(set(devices.values())) > 1:
             raise PSAError(
-                f"bench step: JAX ran on {ours['device']} and torch on {torch['device']}, which compares devices; "
+                f"bench step: JAX ran on {devices['ours']} and torch on {devices['torch']}, which compares devices; "
                 "install both for the same one, or set JAX_PLATFORMS or CUDA_VISIBLE_DEVICES"
             )
-        result |= {
-            "torch_seconds": torch["seconds"],
-            "torch_peak_bytes": torch["peak_bytes"],
-            "ratio_time": round(torch["seconds"] / ours["seconds"], 3),  # above 1: faster than torch
-            "ratio_memory": round(ours["peak_bytes"] / torch["peak_bytes"], 3),  # below 1: lighter than torch
-        }
+        turns = take_turns({way: worker.step for way, worker in workers.items()}, args.steps)
+        peaks = {way: worker.peak_bytes() for way, worker in workers.items()}
+    result = {}
+    for way in ways:
+        result |= spread(f"{way}_seconds", [turn[way] for turn in turns]) | {f"{way}_peak_bytes": peaks[way]}
+    if args.against == "torch":
+        result |= spread(
+            "ratio_time", [turn["torch"] / turn["ours"] for turn in turns], 3
+        )  # above 1: faster than torch
+        result["ratio_memory"] = round(peaks["ours"] / peaks["torch"], 3)  # below 1: lighter than torch
     result |= {name: spec[name] for name in ("model", "pairs", "resolution", "steps", "dtype", "remat")}
     result |= {
         "kind": config.adapter.kind,
         "stored_draws": config.reference.draws,
-        "first_loss": ours["first_loss"],  # ln 2 for the sigmoid: an untrained adapter changes nothing
-        "device": ours["device"],
-        "cores": os.cpu_count(),
+        "first_loss": workers["ours"].first_loss,  # ln 2 for the sigmoid: an untrained adapter changes nothing
+        "device": devices["ours"],
+        **load.told(),
     }
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -73,25 +88,71 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _measure(way: str, spec: dict[str, Any]) -> dict[str, Any]:
-    words = [sys.executable, "-m", __name__, way, json.dumps(spec)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise PSAError(f"bench step: the process that measures {way!r} failed with code {done.returncode}; see above")
-    return json.loads(done.stdout.splitlines()[-1])
+class _Worker:
+    """A process that runs one way's step whenever it is asked to.
+
+    Attributes:
+      device: its name.
+      first_loss: of the step that was run before any that is measured.
+
+    Raises:
+      PSAError: the process ended.
+    """
+
+    def __init__(self, way: str, spec: dict[str, Any]):
+        words = [sys.executable, "-m", __name__, way, json.dumps(spec)]
+        # JAX would take most of an accelerator's memory for itself, and the other way is there, too.
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        self._way, pipe = way, subprocess.PIPE
+        self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)
+        self.device, self.first_loss = self._ask("start")
+
+    def step(self) -> float:
+        """Seconds of one more step."""
+        return self._ask("step")
+
+    def peak_bytes(self) -> int:
+        """The most that was held at once so far."""
+        return self._ask("peak")
+
+    def _ask(self, what: str) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and so does its answer
+            self._process.stdin.write(f"{what}\n")
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            code = self._process.wait()
+            self.__exit__()
+            raise PSAError(
+                f"bench step: the process that measures {self._way!r} ended with code {code}; see above; where memory "
+                "was short, give fewer --pairs: both ways are held at once"
+            )
+        return json.loads(answer)
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 def _main(way: str, spec: dict[str, Any]) -> None:
+    """Answers every line on stdin with one of JSON."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is no answer
     step = {"ours": _our_step, "torch": _torch_step}[way](spec)
-    first = step()  # allocates
-    seconds = []
-    for _ in range(spec["steps"]):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    device, peak = {"ours": _our_device, "torch": _torch_device}[way]()
-    found = {"seconds": float(np.median(seconds)), "peak_bytes": peak, "first_loss": first, "device": device}
-    print(json.dumps(found))
+    for line in sys.stdin:
+        device, peak = {"ours": _our_device, "torch": _torch_device}[way]()
+        if line == "start\n":
+            answer = device, step()  # it allocates, and is not measured
+        elif line == "step\n":
+            start = time.perf_counter()
+            step()
+            answer = time.perf_counter() - start
+        else:
+            answer = peak
+        print(json.dumps(answer), file=answers)
 
 
 def _process_peak() -> int:
@@ -120,7 +181,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     import jax
     import ml_collections
 
-    from psa_jax.interop.diffusers import load_stable_diffusion
+    from psa_jax.interop.base_model import BaseModel
     from psa_jax.models.adapter_config import AdapterConfig
     from psa_jax.preference.objective import Objective
     from psa_jax.preference.pairs import batch_arrays
@@ -129,7 +190,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
     from psa_jax.training.step import compiled, init_state, make_step
 
-    model, mesh = load_stable_diffusion(spec["model"], dtype=spec["dtype"], abstract=("vae",)), make_mesh(1)
+    model, mesh = BaseModel.said(spec).load(dtype=spec["dtype"], abstract=("vae",)), make_mesh(1)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **spec["adapter"])
     optimizer = make_optimizer(ml_collections.ConfigDict(spec["optimizer"]), 10_000)
     objective = Objective(**spec["objective"])
@@ -187,6 +248,7 @@ def _torch_step(spec: dict[str, Any]) -> Callable[[], float]:
     configs = read_folder(folder).configs
     return make_step(
         folder,
+        variant=spec.get("variant"),
         dtype=spec["dtype"],
         pairs=spec["pairs"],
         resolution=spec["resolution"] or square_side(configs["unet"], configs["vae"], folder),

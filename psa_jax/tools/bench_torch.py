@@ -5,6 +5,7 @@ layer), and pictures and prompts encoded anew in every step. It runs on a GPU wh
 frozen weights are in it and the rest is left to autocast. Needs the `torch` extra.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,15 +61,24 @@ class Adapter(torch.nn.Module):
 
 
 def make_step(
-    folder: Path, *, dtype: str, pairs: int, resolution: int, user_dim: int, tokens: int, beta: float, sft_weight: float
+    folder: Path,
+    *,
+    variant: str | None = None,
+    dtype: str,
+    pairs: int,
+    resolution: int,
+    user_dim: int,
+    tokens: int,
+    beta: float,
+    sft_weight: float,
 ) -> Callable[[], float]:
     """A training step on random pictures, prompts and users, which returns its loss."""
     device, number = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, dtype)
     torch.backends.cuda.matmul.allow_tf32 = True  # as JAX does
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(device, number)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, variant=variant, safety_checker=None).to(device, number)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)
-    reference = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False).to(device, number)
+    reference = copy.deepcopy(pipe.unet)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     adapter = Adapter(pipe.unet, user_dim, tokens).to(device)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, weight_decay=1e-2)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from psa_jax.data.shards import read_info
 from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import truncation
 from psa_jax.errors import PSAError
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.interop.base_model import EMBEDDED, BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
+from psa_jax.progress import say, stage
 
 
 def run(args: Namespace) -> int:
@@ -28,13 +29,14 @@ def run(args: Namespace) -> int:
         raise PSAError("--host=I and --hosts=N belong together; give both or neither")
     if args.host is not None and args.host >= args.hosts:
         raise PSAError(f"--host={args.host} of --hosts={args.hosts}: count from 0")
-    model = load_stable_diffusion(args.model)
+    stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
+    model = BaseModel.said(vars(args)).load()
     folder = build(
         model,
         args.sage_dir,
         args.out,
         resolution=args.resolution or model.square_side,
-        family="tiny" if args.model == "tiny" else model.family,
+        family="tiny" if args.model == EMBEDDED else model.family,
         flips=args.flips,
         text=args.text_embeddings,
         batch_size=args.batch_size,
@@ -99,7 +101,7 @@ def _telling(model: StableDiffusion) -> Tokenizer:
         if lost:
             length = model.text_encoder.config.max_position_embeddings
             first = truncation("caption", lost[0][0], length, lost[0][1])
-            print(f"psa-jax: {len(lost)} of {len(distinct)} captions are too long; {first}", file=sys.stderr)
+            say(f"{len(lost)} of {len(distinct)} captions are too long; {first}")
         return model.tokenize(captions)
 
     return tokenize

@@ -3,13 +3,8 @@
 import contextlib
 import json
 import os
-import sys
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from psa_jax.data.check import KINDS, SPLITS, Report, check_sage, quarantine
 from psa_jax.errors import PSAError
@@ -27,10 +22,10 @@ def run(args: Namespace) -> int:
     if not args.sage_dir.is_dir():
         raise PSAError(f"{args.sage_dir}: no such folder; give a folder in SAGE's layout")
     store = args.quarantine or args.sage_dir / "quarantine.jsonl"
-    for path in filter(None, (args.quarantine, args.json)):
-        check_new(path)
     for path in filter(None, (store, args.json)):
         _check_writable(path)  # before an hour of decoding, not after
+    for path in filter(None, (args.quarantine, args.json)):
+        check_new(path)
     if store != args.quarantine:
         _check_own(store)
     report = check_sage(
@@ -38,7 +33,6 @@ def run(args: Namespace) -> int:
         users=read_users_csv(args.users) if args.users else None,
         images=args.images,
         processes=args.processes,
-        track=_progress,
     )
     write_private(store, quarantine(report))
     answer = report.to_mapping() | {"sage": str(args.sage_dir), "quarantine": str(store)}
@@ -51,10 +45,6 @@ def run(args: Namespace) -> int:
         print(f"… and {len(report.bad) - SHOWN} more")
     print(json.dumps({key: answer[key] for key in _LAST_LINE}))
     return 0 if report.ok else 1
-
-
-def _progress(items: Iterable[Any], name: str, count: int) -> Iterable[Any]:
-    return tqdm(items, desc=name, total=count, disable=None, file=sys.stderr)
 
 
 def _check_writable(path: Path) -> None:

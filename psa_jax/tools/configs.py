@@ -1,4 +1,7 @@
-"""Experiments from the command line: `--config=FILE[:arg] --config.key=value` to a locked ConfigDict."""
+"""Experiments from the command line: `--config=NAME[:arg] --config.key=value` to a locked ConfigDict.
+
+NAME is a shipped configuration, `tiny` or another of `shipped`, or the path of a Python file.
+"""
 
 import ast
 import difflib
@@ -14,13 +17,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from psa_jax.errors import PSAError
+from psa_jax.tools.arguments import CONFIGS
 
 
 def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     """Takes `--config` and its overrides out of an argument list.
 
-    `--config=FILE[:arg]` calls `get_config([arg])` of a Python file; `--config.key.of.it=value` then sets a value,
-    read as the type that it has in the file. The last of several equal options counts.
+    `--config=NAME[:arg]` calls `get_config([arg])` of a shipped configuration, `--config=FILE[:arg]` of a Python file;
+    `--config.key.of.it=value` then sets a value, read as the type that it has in the file. The last of several equal
+    options counts.
 
     Args:
       argv: arguments as typed; `--name=value` and `--name value` are the same.
@@ -47,18 +52,18 @@ def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
         else:
             overrides.append((name.removeprefix("--config."), value))
     if source is None:
-        raise PSAError("no configuration; give --config=FILE[:arg]")
+        raise PSAError(f"no configuration; give --config=NAME[:arg] ({', '.join(shipped())}) or --config=FILE[:arg]")
     return read_config(source, overrides), rest
 
 
 def read_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-    """Reads `FILE[:arg]`, sets `(key.of.it, text)` in order, and locks.
+    """Reads `NAME[:arg]` or `FILE[:arg]`, sets `(key.of.it, text)` in order, and locks.
 
     Raises:
       PSAError: a file that cannot be used, a key that it does not have, a value of another type.
     """
     file, colon, arg = source.partition(":")
-    path = Path(file)
+    path = _find(file)
     get_config = getattr(_load_module(path), "get_config", None)
     if not callable(get_config):
         raise PSAError(f"{path}: has no get_config(); a config is a Python file with get_config(arg) -> ConfigDict")
@@ -77,9 +82,27 @@ def read_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Confi
     return config
 
 
+def shipped() -> dict[str, Path]:
+    """Name -> file of the configurations that come with psa_jax, in a clone and in a wheel."""
+    # Read, not run: what the files share is beside them, and is no configuration.
+    files = sorted(CONFIGS.glob("*.py"))
+    return {path.stem: path for path in files if "\ndef get_config(" in path.read_text(encoding="utf-8")}
+
+
+def _find(source: str) -> Path:
+    """The file of a name or a path."""
+    path, named, here = Path(source), shipped().get(source), Path(f"{source}.py")
+    if named is None:
+        if not path.is_file():
+            known = ", ".join(shipped())
+            raise PSAError(f"{path}: no such config file; give the path of one, or a name that psa_jax knows ({known})")
+        return path
+    if here.is_file() and not here.samefile(named):
+        raise PSAError(f"{source}: a configuration of psa_jax, and {here} is here, too; write {named} or ./{here}")
+    return named
+
+
 def _load_module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise PSAError(f"{path}: no such config file; give the path of a Python file with get_config()")
     # A package for each folder, so that a config can say `from . import common`.
     package = f"psa_jax_configs_{hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:8]}"
     if package not in sys.modules:

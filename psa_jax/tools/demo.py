@@ -20,7 +20,8 @@ from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw
 from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
 from psa_jax.interop.adapter_file import adapter_hash
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter import Adapter
@@ -29,6 +30,7 @@ from psa_jax.profiles.files import check_new
 from psa_jax.profiles.policy import banned_categories, is_banned
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import say, stage
 from psa_jax.tools.train import with_mini
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
@@ -37,7 +39,7 @@ SPLITS = {"unseen": "test_unseen", "seen": "test_seen"}
 COMPARED = ("user_blind", "published_t1")
 ASSETS = Path(__file__).parents[1] / "assets"
 RECORD, RECORDED = ASSETS / "record.json", ASSETS / "recorded.json"  # of the base model and oracle; of comparison runs
-COMMAND = "psa-jax demo"
+COMMAND = "psa-jax demo --workdir=runs/demo"
 # Not every split has somebody without bans.
 _ADULT = UserProfile(None, 44, "middle-aged", "female", "None", "healthy", "healthy")
 
@@ -89,21 +91,23 @@ def run(
     start, recipe = time.perf_counter(), recipe_of(config)
     recorded = None if compare else read_recorded(RECORDED)
     if recorded is not None and recorded["recipe"] != recipe:
-        print(
+        say(
             "the recorded comparison runs are of another configuration: the base model alone is compared; use --compare"
         )
         recorded = None
+    whole = "280 to 396 s on two shared virtual cores" if recorded is not None and not all_ways else ""
+    stage("data, training, judging and a report", whole)
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --- data, training
-    model, oracle = load_stable_diffusion(config.model), shipped_oracle()
+    model, oracle = BaseModel.said(config).load(), shipped_oracle()
     config = with_mini(config, workdir / "data")
     runs = {"psa": config}
     if compare:
         runs |= {name: variant(config, name, workdir / "data") for name in COMPARED}
     generators = {}
     for name, run_config in runs.items():
-        print(f"training {name}")
+        stage(f"training {name}: {run_config.steps} steps of {run_config.batch_size} pairs")
         path = train(run_config, workdir / name)
         adapter = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
         generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
@@ -118,7 +122,8 @@ def run(
     report, made = {}, {}
     for place, split in SPLITS.items():
         cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate[place], config.seed)
-        verdicts = _judge_all(generators, oracle, cases)
+        stage(f"judging {place} users: {len(cases)} cases, drawn {1 + len(generators)} times; compiling comes first")
+        verdicts = _judge_all(generators, oracle, cases, place)
         made[place] = {"cases": _fingerprint(cases), **{name: _pack(verdicts[name]) for name in verdicts}}
         if recorded is not None:
             verdicts |= recorded_verdicts(recorded[place], cases)
@@ -134,8 +139,17 @@ def run(
         record.write_text(json.dumps(about | kept, indent=1) + "\n", encoding="utf-8")
 
     # --- pictures, report
+    stage("drawing the report's pictures")
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
+    _finish(report, config, judged, grid, workdir, start)
+    return 0
+
+
+def _finish(
+    report: dict, config: ml_collections.ConfigDict, judged: Adapter, grid: Grid, workdir: Path, start: float
+) -> None:
+    """Says in the report what was judged and how, writes it as JSON and as a page, and prints what it comes to."""
     report["adapter"] = {name: config.adapter[name] for name in ("kind", "tokens")}
     report["adapter"]["sha256"] = adapter_hash(to_file(judged), judged.config)
     report["sampling"] = {name: config.evaluate[name] for name in ("unconditional", "guidance", "steps")}
@@ -144,17 +158,17 @@ def run(
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_report(workdir / "report.html", report, grid, _curves(workdir / "psa" / "metrics.jsonl"), [COMMAND])
     print(_headline(report, workdir / "report.html"))
-    return 0
+    print(json.dumps({"report": str(workdir / "report.html"), **report["unseen"]["psa"], "seconds": report["seconds"]}))
 
 
 def _judge_all(
-    generators: dict[str, tuple[Generator, EmbeddingTable]], oracle: Oracle, cases: Sequence[Case]
+    generators: dict[str, tuple[Generator, EmbeddingTable]], oracle: Oracle, cases: Sequence[Case], place: str
 ) -> dict[str, Verdicts]:
     """Every method draws the same cases from the same seeds; the base model is the adapter at scale 0."""
-    verdicts = {"base": judge(oracle, draw_base(generators["psa"][0], cases), cases)}
+    verdicts = {"base": judge(oracle, draw_base(generators["psa"][0], cases, f"base, {place} users"), cases)}
     for name, (generator, table) in generators.items():
         users = table.lookup([case.user_id for case in cases])
-        verdicts[name] = judge(oracle, draw_cases(generator, cases, users), cases)
+        verdicts[name] = judge(oracle, draw_cases(generator, cases, users, name=f"{name}, {place} users"), cases)
     return verdicts
 
 
@@ -165,7 +179,7 @@ def recipe_of(config: ml_collections.ConfigDict) -> dict:
     """What two runs must share to be compared, as JSON: configuration, embedded base model and oracle."""
     whole = json.loads(config.to_json_best_effort())
     names = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
-    recipe = {name: whole[name] for name in names}
+    recipe = {name: whole[name] for name in names} | BaseModel.said(config).said_otherwise
     del recipe["evaluate"]["batch_size"]  # a picture does not depend on the batch it was in
     recipe["reference"] = {name: whole["reference"][name] for name in ("draws", "seed")}
     return recipe | {"assets": json.loads(RECORD.read_text(encoding="utf-8"))["sha256"]}
@@ -185,13 +199,13 @@ def _unpack(bits: dict[str, str]) -> Verdicts:
 
 def read_recorded(path: Path) -> dict:
     """The recorded verdicts of the comparison adapters."""
-    return read_json(path, hint="run psa-jax demo --compare")
+    return read_json(path, hint=f"run {COMMAND} --compare")
 
 
 def recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts]:
     """Verdicts of the comparison adapters on these very cases; raises PSAError where they are of others."""
     if place["cases"] != _fingerprint(cases):
-        raise PSAError("the recorded runs judged other cases than this configuration; run psa-jax demo --compare")
+        raise PSAError(f"the recorded runs judged other cases than this configuration; run {COMMAND} --compare")
     return {name: _unpack(place[name]) for name in COMPARED}
 
 

@@ -33,7 +33,7 @@ def run(args: Namespace) -> int:
     else:
         encoder = _encoder(args)
         if before is not None:
-            before.check_encoder(encoder.name, encoder.fingerprint)  # before hours of encoding
+            before.check_encoder(encoder)
         table = EmbeddingTable.from_profiles(read_users_csv(args.source), encoder)
         replies = dict(getattr(encoder, "counts", {}))
     if before is not None:

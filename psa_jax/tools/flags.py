@@ -61,7 +61,7 @@ def _multiple(of: int, example: int) -> Reader:
 
 
 count, seed, picture_seed = _number(int, COUNT), _number(int, SEED), _number(int, PICTURE_SEED)
-users = _number(int, whole(1, 9_999_999))  # an id has seven digits
+user_count = _number(int, whole(1, 9_999_999))  # an id has seven digits
 workers, index = _number(int, whole(1, _MOST)), _number(int, whole(0, _MOST - 1))  # threads, processes, hosts
 side, side_64, picture_side = _multiple(8, 512), _multiple(64, 128), _number(int, _SIDE)
 share, weight, rate, finite = (_number(float, rule) for rule in (SHARE, WEIGHT, RATE, FINITE))

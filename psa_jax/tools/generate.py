@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 import psa_jax
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import find_adapter, read_metadata
-from psa_jax.interop.diffusers import StableDiffusion, check_text, load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import StableDiffusion, check_text
 from psa_jax.interop.native import load_adapter
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
@@ -27,6 +26,7 @@ from psa_jax.profiles.encoders import ENCODERS, get_encoder
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import Progress, say, stage
 from psa_jax.seeds import PICTURE_BITS, check_seed
 from psa_jax.tools.prompts import read_prompts
 
@@ -42,16 +42,8 @@ def run(args: Namespace) -> int:
     wanted = _wanted(args)
     if args.adapter is None and (args.profile or args.user):
         raise PSAError("--profile and --user need --adapter; without it the base model draws for nobody in particular")
-    model = load_stable_diffusion(
-        args.model,
-        dtype=jnp.dtype(args.dtype),
-        variant=args.variant,
-        vae=args.vae,
-        lora=args.lora,
-        lora_scale=args.lora_scale,
-        tokenizer=args.tokenizer,
-        config=args.model_config,
-    )
+    base = BaseModel.said(vars(args))
+    model = base.load(dtype=jnp.dtype(args.dtype), lora=args.lora, lora_scale=args.lora_scale)
     adapter, user = (None, None) if args.adapter is None else _adapter_and_user(args, model)
     batch = min(args.batch_size, len(wanted))
     generator = Generator(
@@ -76,19 +68,23 @@ def run(args: Namespace) -> int:
     _claim(args, settings, user)
     cut = generator.truncated([text for picture in wanted for text in (picture.prompt, picture.negative or "")])
     for line in cut:
-        print(f"psa-jax: {line}", file=sys.stderr)
+        say(line)
     missing = [picture for picture in wanted if not _is_whole(args.out / picture.name, picture)]
-    for start in tqdm(range(0, len(missing), batch), desc="batches", disable=None):
-        part = missing[start : start + batch]
-        drawn = generator(
-            [picture.prompt for picture in part],
-            [picture.seed for picture in part],
-            None if user is None else np.tile(user, (len(part), 1)),
-            negative=[picture.negative for picture in part],
-            scale=args.scale,
-        )
-        for pixels, picture in zip(drawn, part, strict=True):
-            _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
+    if missing:
+        stage(f"drawing {len(missing)} of {len(wanted)} pictures; compiling comes first")
+    with Progress(len(missing), "picture", "drawing") as progress:
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            drawn = generator(
+                [picture.prompt for picture in part],
+                [picture.seed for picture in part],
+                None if user is None else np.tile(user, (len(part), 1)),
+                negative=[picture.negative for picture in part],
+                scale=args.scale,
+            )
+            for pixels, picture in zip(drawn, part, strict=True):
+                _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
+            progress.step(len(part))
     paths = [str(args.out / picture.name) for picture in wanted]
     print(json.dumps({"pictures": paths, "drawn": len(missing), "truncated": len(cut)}))
     return 0
@@ -174,10 +170,10 @@ def user_embedding(args: Namespace, adapter: Path, about: dict) -> Float[np.ndar
         raise PSAError("an adapter needs a user: give either --profile JSON or --user ID with --table FILE")
     table = None if args.table is None else EmbeddingTable.load(args.table)
     trained = about.get("encoder_fingerprint")
-    if table is not None and trained not in (None, table.fingerprint):
+    if table is not None and trained not in (None, *table.fingerprints):
         raise PSAError(
             f"{args.table}: encoded by {table.encoder} ({table.fingerprint}), the adapter was trained with "
-            f"{about['encoder']} ({trained}); encode the users again"
+            f"{about['encoder']} ({trained}); give the table of its training, or encode the users with that encoder"
         )
     if args.user:
         if table is None:

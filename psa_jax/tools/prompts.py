@@ -36,7 +36,10 @@ def read_prompts(args: Namespace) -> list[Prompt]:
         check_text(text, "--prompt", "the terminal must send UTF-8; or give --prompts FILE, saved as UTF-8")
     prompts = [Prompt(text) for text in args.prompt or []]
     if args.prompts is not None:
-        prompts += _read(args.prompts)
+        read = _read(args.prompts)
+        if not read:
+            raise PSAError(f"{args.prompts}: holds no prompt; write one a line, in .csv and .tsv under the header")
+        prompts += read
     if not prompts:
         raise PSAError("no prompts: give --prompt or --prompts FILE")
     return prompts

@@ -10,17 +10,10 @@ from typing import Any
 
 import ml_collections
 
-from psa_jax.interop.diffusers import load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.progress import say
 from psa_jax.tools.mini_data import prepare
-from psa_jax.training.distributed import (
-    connect,
-    join,
-    leader_first,
-    leads,
-    lost_peers_named,
-    require_joined,
-    say,
-)
+from psa_jax.training.distributed import connect, join, leader_first, leads, lost_peers_named, require_joined
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 
@@ -32,7 +25,7 @@ def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections
     mini = config.data.mini
     splits = ("train", "val") if config.validate.every or config.sample_every else ("train",)
     with leader_first("data"):
-        prepare(folder, load_stable_diffusion(config.model), users=mini.users, seed=mini.seed, splits=splits)
+        prepare(folder, BaseModel.said(config).load(), users=mini.users, seed=mini.seed, splits=splits)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.shards, config.data.table = str(folder / "shards"), str(folder / "table.safetensors")

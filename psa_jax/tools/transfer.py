@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from psa_jax.errors import PSAError
+from psa_jax.file_modes import owner_only, save_tensors
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
+    PICKLES,
     Tensors,
     adapter_hash,
     find_adapter,
@@ -26,15 +26,16 @@ from psa_jax.interop.adapter_file import (
     write_native,
 )
 from psa_jax.interop.baked import bake
+from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.card import model_card, upstream_limit
-from psa_jax.interop.diffusers import TINY, load_stable_diffusion, save_stable_diffusion
+from psa_jax.interop.diffusers import save_stable_diffusion
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
 from psa_jax.interop.native import load_adapter
-from psa_jax.interop.parts import read_config
 from psa_jax.interop.upstream import as_published, read_bin, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
+from psa_jax.progress import say
 from psa_jax.tools.generate import user_embedding
 
 SPLITS = ("unseen", "seen")
@@ -57,7 +58,10 @@ def export(args: Namespace) -> int:
     path = find_adapter(args.adapter)
     about = read_metadata(path)
     if not about:
-        raise PSAError(f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import first")
+        raise PSAError(
+            f"{path}: not a file that psa-jax train wrote; bring it in with psa-jax import {path} --model=DIR "
+            "--out=FILE"
+        )
     tensors = read_tensors(path)
     source = Source(path, about, fitting_config(path, tensors, about), tensors)
     report = _report(args, source)
@@ -77,11 +81,11 @@ def export(args: Namespace) -> int:
         card = card.with_name(f"{args.out.stem}.README.md") if card.exists() else card
         card.write_text(card_text(args.out.name), encoding="utf-8")
     else:
-        with _folder(args.out) as folder:
+        with _folder(args.out) as folder, owner_only() if args.format in PERSONAL else contextlib.nullcontext():
             write(source, folder / (name or ""), args)
             (folder / "README.md").write_text(card_text(name or ""), encoding="utf-8")
     if args.format == "upstream" and (limit := upstream_limit(source.config)):
-        print(f"psa-jax: {args.out}: {limit}", file=sys.stderr)
+        say(f"{args.out}: {limit}")
     return _done(source.config, args.out, args.format)
 
 
@@ -152,8 +156,7 @@ def _ip_adapter(source: Source, path: Path, args: Namespace) -> None:
     if path.suffix != ".safetensors":
         raise PSAError(f"{path}: an IP-Adapter is written as .safetensors only")
     tensors = to_ip_adapter(source.tensors, source.config, source.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"psa": json.dumps(source.about, sort_keys=True)})
+    save_tensors(tensors, path, {"psa": json.dumps(source.about, sort_keys=True)})
 
 
 def _baked(source: Source, folder: Path, args: Namespace) -> None:
@@ -161,7 +164,6 @@ def _baked(source: Source, folder: Path, args: Namespace) -> None:
     model, adapter = _model(args, source)
     unet = bake(model.unet, adapter, jnp.asarray(user), args.scale)
     save_stable_diffusion(dataclasses.replace(model, unet=unet), folder)
-    folder.chmod(0o700)  # one user's preferences are in the weights
 
 
 def _diffusers(source: Source, folder: Path, args: Namespace) -> None:
@@ -174,8 +176,8 @@ def _diffusers(source: Source, folder: Path, args: Namespace) -> None:
 def _model(args: Namespace, source: Source):
     """The base model, which must be the adapter's, and the adapter."""
     if args.model is None:
-        raise PSAError(f"--format={args.format} needs --model=DIR, the adapter's base model")
-    model = load_stable_diffusion(args.model)
+        raise PSAError(f"--format={args.format} needs --model=PATH, the adapter's base model")
+    model = BaseModel.said(vars(args)).load()
     unet = model.unet.config
     adapter = load_adapter(source.path, unet.cross_attentions, unet.cross_attention_dim)
     if not model.is_base_of(source.about):
@@ -191,6 +193,8 @@ FORMATS: dict[str, tuple[str | None, Callable[[Source, Path, Namespace], None]]]
     "diffusers": (None, _diffusers),
 }
 """Format → name of the weight file in a folder (None: the whole folder is the format), and what writes it."""
+PERSONAL = ("baked",)
+"""Formats whose weights hold one user's preferences; all of them write folders."""
 
 
 # --- import
@@ -200,8 +204,8 @@ def import_(args: Namespace) -> int:
     """Reads a native file, or the torch original's .bin or safetensors, for a base model; writes a native file."""
     if args.out.exists():
         raise PSAError(f"{args.out}: exists already; give another --out")
-    unet = _unet_config(args.model)
-    about, tensors = ({}, read_bin(args.file)) if args.file.suffix == ".bin" else _read_safetensors(args.file)
+    unet = BaseModel.said(vars(args)).unet_config()
+    about, tensors = ({}, read_bin(args.file)) if args.file.suffix in PICKLES else _read_safetensors(args.file)
     config = fitting_config(args.file, tensors, about, unet.cross_attentions, unet.cross_attention_dim)
     write_native(tensors, config, args.out, about or {"family": family(unet)})
     return _done(config, args.out, "native")
@@ -210,14 +214,6 @@ def import_(args: Namespace) -> int:
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Tensors]:
     about, tensors = read_metadata(path), read_tensors(path)
     return about, {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
-
-
-def _unet_config(model: str) -> UNetConfig:
-    """The configuration alone: no weight is read."""
-    path = TINY if model == "tiny" else Path(model)
-    if path.is_file():
-        raise PSAError(f"{path}: give the model's folder in diffusers' layout; only its unet/config.json is read")
-    return read_config("unet", path / "unet" / "config.json")
 
 
 def family(unet: UNetConfig) -> str:

@@ -134,7 +134,7 @@ def family(unet: UNet2DConditionModel) -> str:
 
 def _check_table(path: Path, about: dict[str, Any], user_dim: int, table: EmbeddingTable) -> None:
     trained = about.get("encoder_fingerprint", table.fingerprint)
-    if trained != table.fingerprint:
+    if trained not in table.fingerprints:
         raise PSAError(
             f"{path}: trained with the encoder {about.get('encoder')} ({trained}), the table was made by "
             f"{table.encoder} ({table.fingerprint}); encode the users again"

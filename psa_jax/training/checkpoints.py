@@ -9,7 +9,7 @@ import dataclasses
 import glob
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from psa_jax.errors import PeerLost, PSAError
 from psa_jax.paths import check_workdir
-from psa_jax.training.distributed import any_process, first_line, is_peer_lost, leads, say
+from psa_jax.progress import say
+from psa_jax.training.distributed import any_process, first_line, is_peer_lost, leads
 from psa_jax.training.step import TrainState
 
 
@@ -35,10 +36,20 @@ class Checkpoints:
       keep: how many of the latest stay.
       keep_best: how many stay because of their held-out accuracy.
       identity: JSON values that must be equal for a run to go on from a checkpoint (base model, adapter, data, loss).
+      renewed: such values from a checkpoint, perhaps of an earlier version -> as they are said today.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_best: int = 0, identity: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_best: int = 0,
+        identity: dict[str, Any],
+        renewed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ):
         check_workdir(folder)
+        self._renewed = renewed
         self._folder, self._identity = folder.absolute(), _as_json(identity)
         self._held_out: dict[int, float] = {}
         self._saved: tuple[int, PyTree[jax.ShapeDtypeStruct]] | None = None  # the latest step and what its state is
@@ -170,7 +181,7 @@ class Checkpoints:
             self._held_out[step] = held_out
 
     def _require_same_run(self, step: int, saved: dict[str, Any]) -> None:
-        found = list(differences(saved, self._identity))
+        found = list(differences(self._renewed(saved), self._identity))
         if found:
             raise PSAError(
                 f"{self._folder}: checkpoint {step} was made with {'; '.join(found)}; "

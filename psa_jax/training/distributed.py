@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from psa_jax.errors import PeerLost, PSAError
+from psa_jax.progress import hush
 
 # What says that this process is one of several; jax.distributed reads the rest of it by itself.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
@@ -70,23 +71,22 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         raise kind(
             f"the processes did not meet ({first_line(error)}); is every one started, with one address?"
         ) from error
+    if not leads():
+        hush()
 
 
 def require_joined() -> None:
     """Raises PSAError on a TPU pod whose processes share devices but have not joined."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise PSAError(f"this is one of {jax.process_count()} hosts and they have not joined; give --coordinator=auto")
+        raise PSAError(
+            f"this is one of {jax.process_count()} hosts and they have not joined; run psa-jax train "
+            "--coordinator=auto on all of them (no other command joins)"
+        )
 
 
 def leads() -> bool:
     """Whether this process prints and writes what is written once."""
     return jax.process_index() == 0
-
-
-def say(text: str) -> None:
-    """Prints, once for the whole group."""
-    if leads():
-        print(text, flush=True)
 
 
 def any_process(flag: bool) -> bool:

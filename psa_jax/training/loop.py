@@ -9,7 +9,6 @@ import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 import psa_jax
 from psa_jax.data.latents import Preprocess, fingerprint
@@ -19,14 +18,16 @@ from psa_jax.data.validation import validation_batches
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
 from psa_jax.interop.adapter_file import ADAPTER_FILE
-from psa_jax.interop.diffusers import StableDiffusion, load_stable_diffusion
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import save_adapter, with_arrays
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective, describe_beta
 from psa_jax.preference.pairs import batch_arrays
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import Progress, say, stage
 from psa_jax.training.checkpoints import Checkpoints
-from psa_jax.training.distributed import connect, leads, lost_peers_named, require_joined, say
+from psa_jax.training.distributed import connect, leads, lost_peers_named, require_joined
 from psa_jax.training.held_out import HeldOut
 from psa_jax.training.metrics import MetricsWriter, Row, require_finite
 from psa_jax.training.optimizer import make_optimizer
@@ -65,10 +66,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     for split in ("train", *(["val"] if config.validate.every or config.sample_every else [])):
         if split not in info["splits"]:
             raise PSAError(f"{shards}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
+    stage(f"reading the base model {config.model}")
     where, drawing = of_file(mesh, config.mesh.frozen), config.sample_every > 0
-    model = load_stable_diffusion(
-        config.model, dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",)
-    )
+    model = BaseModel.said(config).load(dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",))
     base_hash = model.base_hash
     adapter_config = AdapterConfig.for_unet(
         model.unet.config,
@@ -134,7 +134,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         watchdog = stack.enter_context(Watchdog(config.hang_timeout))
         checkpoints = stack.enter_context(
             Checkpoints(
-                workdir / "checkpoints", keep=config.keep_checkpoints, keep_best=config.keep_best, identity=identity
+                workdir / "checkpoints",
+                keep=config.keep_checkpoints,
+                keep_best=config.keep_best,
+                identity=identity,
+                # Earlier versions knew the base model by the bytes of its files.
+                renewed=lambda saved: saved | ({"base_model": base_hash} if model.is_base_of(saved) else {}),
             )
         )
         state = checkpoints.restore(state, iterator) or state
@@ -182,9 +187,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
 
         # --- steps
         end = config.steps if until is None else min(until, config.steps)
-        bar = tqdm(
-            range(start, end), initial=start, total=config.steps, unit="step", mininterval=2.0, disable=not leads()
-        )
+        if start < end:
+            stage(f"compiling the training step of {config.batch_size} pairs; {end - start} steps follow")
+        progress = stack.enter_context(Progress(config.steps, "step", "training", first=start))
+        said = ""
         clock, peak = StepClock(config.batch_size), peak_flops()
         running: list[tuple[int, Metrics, np.ndarray]] = []
         verified = False
@@ -195,7 +201,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
                 require_finite(*running.pop(0), workdir)
                 clock.step()
 
-        for number in bar:
+        for number in range(start, end):
             with clock.data():
                 batch = next(iterator) | empty
             numbers, done = batch.pop("rows"), number + 1
@@ -223,7 +229,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
             if done % config.log_every == 0 or number == 0 or last or measuring:
                 written = writer.log(done, metrics | measured, **clock.read())
                 if written is not None:
-                    bar.set_postfix_str(_summary(written))
+                    said = _summary(written)
             if saving:
                 with clock.excluded():
                     writer.sync()
@@ -236,8 +242,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
                     params = _whole(state.exported, mesh)
                     if samples is not None:
                         samples.draw(with_arrays(adapter_config, params), done)
+            progress.step(note=said)
             if stopping and not last:
-                bar.close()
                 raise Stopped(f"stopped by a signal after step {done}, with a checkpoint; run again to go on")
 
     # --- result
@@ -263,9 +269,10 @@ def held_out_batches(
     size = config.validate.batch_size
     rows = min(config.validate.rows, len(shards)) // size * size
     if not rows:
+        more = " or raise validate.rows" if len(shards) >= size else ""
         raise PSAError(
             f"validate: {min(config.validate.rows, len(shards))} held-out rows do not fill a batch of {size}; "
-            "lower validate.batch_size or raise validate.rows"
+            f"lower validate.batch_size{more}"
         )
     names = (*batch_arrays(len(model.text_encoders))[0], "noise", "timesteps")
     return list(

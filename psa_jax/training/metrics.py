@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
 from psa_jax.preference.measures import part_means
+from psa_jax.progress import say
 from psa_jax.training.distributed import in_global_order, leads
 from psa_jax.training.step import Metrics
 
@@ -65,10 +65,10 @@ class MetricsWriter:
         if alarm is not None:
             row["alarm_winner_worse"] = float(alarm > 0)
             if alarm > 0:
-                tqdm.write(
+                say(
                     f"alarm winner_worse at step {step}: the chosen pictures are drawn worse than by the base model, "
-                    f"pw - rw = {alarm:.3g} on average over {self._window} steps; raise the weight of the anchor or "
-                    "lower β"
+                    f"pw - rw = {alarm:.3g} on average over {self._window} steps; raise objective.sft_weight or "
+                    "lower objective.beta"
                 )
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -17,13 +17,13 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
-from tqdm import tqdm
 
 from psa_jax.data.mini import sample_scenes
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE, latent_noise, sample_latents
+from psa_jax.progress import Progress
 from psa_jax.seeds import check_seed
 from psa_jax.training.checkpoints import as_it_is
 
@@ -94,15 +94,19 @@ def fit(
         if first:
             kept = manager.restore(first, args=ocp.args.StandardRestore((params, average, state)))
             params, average, state = kept
-    for number in tqdm(range(first, config.steps), desc=name, mininterval=5.0):
-        if manager is not None and number > first:
-            manager.save(number, args=ocp.args.StandardSave((params, average, state)))
-        params, average, state, value = step(params, average, state, data, jax.random.fold_in(key, number))
-        values.append(value)
-        if len(values) == 50 or number + 1 == config.steps:
-            mean = float(np.mean(jax.device_get(values)))
-            log({"phase": name, "step": number + 1, "loss": mean, "seconds": round(time.perf_counter() - start, 1)})
-            values = []
+    with Progress(config.steps, "step", name, first=first) as progress:
+        for number in range(first, config.steps):
+            if manager is not None and number > first:
+                manager.save(number, args=ocp.args.StandardSave((params, average, state)))
+            params, average, state, value = step(params, average, state, data, jax.random.fold_in(key, number))
+            values.append(value)
+            if number == first:
+                jax.block_until_ready(value)  # so that the pace is that of steps that are not compiled
+            if len(values) == 50 or number + 1 == config.steps:
+                mean = float(np.mean(jax.device_get(values)))
+                log({"phase": name, "step": number + 1, "loss": mean, "seconds": round(time.perf_counter() - start, 1)})
+                values = []
+            progress.step()
     if manager is not None:
         manager.close()
     return params if average is None else average

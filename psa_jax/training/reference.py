@@ -13,22 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32
 from safetensors.numpy import save
-from tqdm import tqdm
 
-from psa_jax.data.chunks import Encoded, plan_chunks
+from psa_jax.data.chunks import Chunk, Encoded, plan_chunks
 from psa_jax.data.pipeline import to_devices
 from psa_jax.data.shards import Shards
 from psa_jax.data.validation import batches_in_order
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
-from psa_jax.interop.diffusers import StableDiffusion
+from psa_jax.interop.diffusers import StableDiffusion, weights_hash
 from psa_jax.preference.draws import Batch, Stored, of_rows
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pairs import batch_arrays, reference_errors
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import Progress
 from psa_jax.seeds import check_seed
 from psa_jax.training.distributed import any_process, leads
 from psa_jax.training.sharding import by_rows, replicated
@@ -60,6 +60,19 @@ def stored_or_none(count: int, seed: int, objective: Objective, *, flips: bool) 
             f"reference.draws is {count}, but these shards hold mirrored pictures, too; build shards without --flips"
         )
     return Stored(count, check_seed(seed, "reference.seed"))
+
+
+def _asked_of_one(value: Any) -> np.ndarray:
+    """What the first process finds, so that all do the same."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def _planned(
+    folder: Path, settings: dict[str, Any], rows: list[str], size: int
+) -> tuple[list[Chunk], Bool[np.ndarray, " c"]]:
+    """The chunks, and which of them are there."""
+    chunks = plan_chunks(folder, settings, rows, size)
+    return chunks, _asked_of_one([chunk.path.exists() for chunk in chunks])
 
 
 def reference_table(
@@ -105,20 +118,23 @@ def reference_table(
     if leads():
         folder.mkdir(parents=True, exist_ok=True)
     rows = [str(row) for row in range(len(shards))]
-    chunks = plan_chunks(folder, settings, rows, _CHUNK_BATCHES * batch_size)
-    # Asked of one process, so that all run the same batches.
-    there = multihost_utils.broadcast_one_to_all(np.asarray([chunk.path.exists() for chunk in chunks]))
+    chunks, there = _planned(folder, settings, rows, _CHUNK_BATCHES * batch_size)
+    if not there.any() and _asked_of_one(any(folder.glob("*.safetensors"))):
+        # Perhaps of an earlier version, which knew the base model by the bytes of its files.
+        older = settings | {"base_model": weights_hash(model.folder)}
+        older_chunks, older_there = _planned(folder, older, rows, _CHUNK_BATCHES * batch_size)
+        if older_there.any():
+            chunks, there = older_chunks, older_there
     missing = [chunk for chunk, done in zip(chunks, there, strict=True) if not done]
     if missing:
         numbers = np.concatenate([chunk.items for chunk in missing])
         found = _run(stored, model, objective, frozen, shards, table, mesh, empty, batch_size, numbers)
-        bar = tqdm(total=len(numbers), unit="row", desc="reference", mininterval=2.0, disable=None if leads() else True)
-        with bar:
+        with Progress(len(numbers), "row", "reference") as progress:
             for chunk in missing:
                 errors = []
-                while sum(map(len, errors)) < len(chunk.items):
+                while (there := sum(map(len, errors))) < len(chunk.items):
                     errors.append(next(found))
-                    bar.update(len(errors[-1]))
+                    progress.step(min(len(errors[-1]), len(chunk.items) - there))  # the last batch is filled up
                     between()
                 if leads():
                     write_private(chunk.path, save({"errors": np.concatenate(errors)[: len(chunk.items)]}))

@@ -14,6 +14,7 @@ from psa_jax.data.pipeline import BALANCES
 from psa_jax.data.shards import INFO_FILE
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.errors import PSAError
+from psa_jax.interop.base_model import BaseModel
 from psa_jax.models.adapter_config import KINDS, check_kind
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
@@ -39,8 +40,8 @@ from psa_jax.training.sharding import REPLICATED, RULES, check_batch, make_mesh
 from psa_jax.training.step import check_parts
 
 DTYPES = ("float32", "bfloat16", "float16")
-EMBEDDED = "tiny"
 
+NAME = Rule(lambda value: isinstance(value, str), "a name")
 FLAG = Rule(lambda value: type(value) is bool, "true or false")
 PLACE = Rule(lambda value: isinstance(value, str), "a path")
 WIDTHS = Rule(
@@ -142,6 +143,8 @@ PRETRAINING: dict[str, Rule] = _under(
         **_under("restart", _AVERAGED),
     },
 )
+BASE_MODEL: dict[str, Rule] = {"variant": NAME, **dict.fromkeys(("vae", "tokenizer", "model_config"), PLACE)}
+"""What may stand beside `model`; a configuration without these keys is one that leaves them empty."""
 RULES_OF: dict[str, dict[str, Rule]] = {
     "train": TRAINING,
     "fit": TRAINING,
@@ -150,7 +153,7 @@ RULES_OF: dict[str, dict[str, Rule]] = {
     "pretrain": PRETRAINING,
 }
 """What a command asks of a configuration. What else is in it is checked where this file knows it."""
-EVERY_RULE = TRAINING | EVALUATION | PRETRAINING
+EVERY_RULE = TRAINING | BASE_MODEL | EVALUATION | PRETRAINING
 PATHS = tuple(key for key, rule in EVERY_RULE.items() if rule is PLACE)
 _ABSENT = object()
 
@@ -198,7 +201,7 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
         )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise PSAError("wandb is asked for and not installed; pip install wandb, or --config.wandb=false")
-    _check_model(config.model)
+    BaseModel.said(config).check()
     if command in ("train", "demo"):
         _check_data(config, command)
 
@@ -247,13 +250,6 @@ def _named(key: str, check: Callable[[Any], object], value: Any) -> None:
         check(value)
     except PSAError as error:
         raise PSAError(f"{key}: {error}") from error
-
-
-def _check_model(model: str) -> None:
-    if not model:
-        raise PSAError("the configuration leaves model open; give --config.model=PATH")
-    if model != EMBEDDED and not Path(model).exists():
-        raise PSAError(f"model is {model}, which is not there; give a base model's folder or file, or {EMBEDDED}")
 
 
 def _check_data(config: ml_collections.ConfigDict, command: str) -> None:

@@ -1,6 +1,7 @@
 import filecmp
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
+from tensorflow_datasets.core.utils import tqdm_utils
 
 from psa_jax.data import builder, latents, sage
 from psa_jax.data.encoding import TextCache
@@ -124,6 +126,27 @@ def test_shards_hold_the_rows(sage_dir: Path, tmp_path: Path, encode, build_opti
     np.testing.assert_array_equal(shards.columns.unsafe, [record.kind == "u" for record in records])
     np.testing.assert_array_equal(shards.columns.banned, [record.banned for record in records])
     assert list(shards.columns.user_ids) == [record.user_id for record in records]
+
+
+def test_what_is_said_is_true_and_on_whole_lines(sage_dir: Path, tmp_path: Path, encode, build_options, capfd):
+    """TFDS says "Downloading … Unknown size" where nothing is downloaded, and draws bars of its own."""
+    builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    out, err = capfd.readouterr()
+    assert out == "" and not re.search("download|Unknown size|it/s|\r|\x1b", err)
+    assert (
+        "encoding pictures at 8 px" in err and "encoding: 56/56 pictures" in err and "writing train: 56/56 rows" in err
+    )
+
+
+def test_an_error_of_tfds_is_not_silenced(sage_dir: Path, tmp_path: Path, encode, build_options, monkeypatch):
+    def broken(self, dl_manager):
+        raise ValueError("no space left")
+
+    before = tqdm_utils._active
+    monkeypatch.setattr(builder.Sage, "_split_generators", broken)
+    with pytest.raises(ValueError, match="no space left"):
+        builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    assert tqdm_utils._active == before  # TFDS's bars are its user's again
 
 
 def test_each_picture_is_encoded_once(sage_dir: Path, tmp_path: Path, encode, build_options):

@@ -5,6 +5,7 @@ import os
 import struct
 import time
 import zlib
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,27 @@ def test_a_survey_tells_of_every_picture_in_order(tmp_path: Path, processes: int
     assert [each.size for each in found] == [(3, number + 1) if number % 10 else None for number in range(70)]
     problems = [each.problem for each in found if each.problem]
     assert len(problems) == 7 and all(problem.startswith("0 bytes") for problem in problems)
+
+
+class Died:
+    """Stands for processes of which one dies at the second chunk."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def map(self, function, chunks):
+        yield [images.Surveyed((1, 1), None)] * len(chunks[0])
+        raise BrokenProcessPool
+
+    def shutdown(self, **options):
+        pass
+
+
+def test_a_process_that_dies_says_where(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(images, "ProcessPoolExecutor", Died)
+    paths = [tmp_path / f"{number}.jpg" for number in range(3 * images._CHUNK)]
+    with pytest.raises(PSAError, match=f"died, at {paths[images._CHUNK]} or up to .* give --processes=1"):
+        list(images.survey(paths, 2))
 
 
 def test_a_survey_needs_a_process(tmp_path: Path):

@@ -38,5 +38,5 @@ def test_a_reading_does_not_depend_on_the_batch():
 
 def test_weights_are_small_and_must_exist(tmp_path):
     assert (ASSETS / "oracle.safetensors").stat().st_size <= 1_000_000
-    with pytest.raises(PSAError, match="oracle weights not found"):
+    with pytest.raises(PSAError, match="oracle weights not found; .*remove it and run psa-jax pretrain again"):
         load_oracle(tmp_path / "none.safetensors")

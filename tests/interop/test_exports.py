@@ -1,5 +1,6 @@
 """An adapter as an IP-Adapter, in the torch original's words, baked into a UNet, and described on a card."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from torch_adapters import attention, file_tensors, random_adapter, user_tokens
 from torch_models import UNETS, tensor
 
+from psa_jax import cli
 from psa_jax.errors import PSAError
 from psa_jax.interop.baked import bake
 from psa_jax.interop.card import model_card
@@ -20,6 +22,7 @@ from psa_jax.interop.upstream import as_published, read_bin, write_bin
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
+from psa_jax.tools.configs import load_config
 
 LAYERS = ((16, 2), (24, 3))
 WHERE = Path("a.safetensors")
@@ -149,6 +152,16 @@ def test_card(format_):
     assert ("one user's embedding" in card) == (format_ == "baked")
 
 
+def test_the_cards_advice_is_a_command():
+    card = model_card(AdapterConfig("text", 4, 35, 768, LAYERS), ABOUT, "baked", "a", REPORT | SAMPLING)
+    (advice,) = re.findall(r"`psa-jax (demo [^`]+)`", card)
+    name, *words = advice.split()
+    args = cli._command_parser(name).parse_args(words)
+    assert args.all_ways and args.workdir == Path("runs/demo")
+    config, rest = load_config([f"--config={args.config}"])
+    assert config.model == "tiny" and not rest
+
+
 def test_card_of_rates_that_do_not_say_how_they_were_measured():
     card = model_card(AdapterConfig("text", 4, 35, 768, LAYERS), ABOUT, "native", "a.safetensors", REPORT)
     assert "83.2" not in card and "Not measured in this way" in card
@@ -159,6 +172,7 @@ def test_card_of_one_user_at_another_scale():
     whole, half = (model_card(config, ABOUT, "baked", "", SAMPLING | rates, scale) for scale in (1.0, 0.5))
     assert "| 83.2 |" in whole and "side `same`, scale 1, steps 12, guidance 4.0" in whole
     assert "83.2" not in half and "Not measured at scale 0.5" in half
+    assert "psa-jax demo" not in half  # which measures at scale 1
 
 
 def test_card_of_what_is_not_known():

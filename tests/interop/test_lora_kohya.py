@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_single_file import ldm_unet
+from torch_ldm import ldm_unet
 from torch_lora import assert_weights, by_hand, fused, kohya, open_pipeline, random_pairs, weights_of
 from torch_models import tensor
 

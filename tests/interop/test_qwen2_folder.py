@@ -269,6 +269,21 @@ def test_the_fingerprint_moves_with_all_that_moves_the_states(saved, folder):
     assert before not in others and len(others) == 5
 
 
+def test_the_fingerprint_is_of_what_is_loaded(saved, folder):
+    """Another header, shards, a wider type of the same numbers, and a file beside: the same model."""
+    model = load_qwen2(folder)
+    before, by_files = model.fingerprint, model.files_fingerprint
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt", "note": "saved again"})
+    save_file(tensors, folder / "model.fp16.safetensors")
+    assert load_qwen2(folder).fingerprint == before and load_qwen2(folder).files_fingerprint != by_files
+    (folder / "model.safetensors").unlink()
+    saved[1].save_pretrained(folder / "shards", max_shard_size="20KB")
+    for path in (folder / "shards").glob("model*"):
+        shutil.move(path, folder)
+    assert load_qwen2(folder).fingerprint == before
+
+
 def test_pad_left():
     ids, mask = pad_left([[1, 2, 3], [4]], 4, pad_token=9)
     assert ids.tolist() == [[9, 1, 2, 3], [9, 9, 9, 4]] and ids.dtype == np.int32

@@ -184,9 +184,9 @@ def test_what_is_there_instead_is_said(tmp_path):
     with pytest.raises(PSAError, match=f"{STEM}.bin is a pickle, which can run code, .* save_pretrained"):
         find_weights(tmp_path, STEM)
     (tmp_path / f"{STEM}.fp16.safetensors").touch()
-    with pytest.raises(PSAError, match=f"has {STEM}.fp16.safetensors: give the variant"):
+    with pytest.raises(PSAError, match="those of the variant fp16 are there; give --variant=fp16"):
         find_weights(tmp_path, STEM)
-    with pytest.raises(PSAError, match=f"{STEM}.ema.safetensors: weights not found; .*fp16"):
+    with pytest.raises(PSAError, match=f"{STEM}.ema.safetensors: weights not found, but .*fp16"):
         find_weights(tmp_path, STEM, "ema")
 
 

@@ -427,6 +427,25 @@ def test_a_text_encoder_that_transformers_opens_the_same(change, tmp_path):
     assert ours == dataclasses.asdict(before) | {key: value for key, value in change.items() if key in ours}
 
 
+def test_a_resolution_without_attention_has_any_depth():
+    from diffusers import UNet2DConditionModel
+
+    released = UNetConfig.from_json(SDXL_UNET)
+    assert UNetConfig.from_json(SDXL_UNET | {"transformer_layers_per_block": [0, 2, 10]}) == released
+    for depths in ([1, 0, 10], [1, 2, 0], [-1, 2, 10], [False, 2, 10]):
+        with pytest.raises(PSAError, match="transformer_layers_per_block"):
+            UNetConfig.from_json(SDXL_UNET | {"transformer_layers_per_block": depths})
+    # As diffusers has it.
+    small = {"block_out_channels": [8, 16, 16], "attention_head_dim": [1, 2, 2], "norm_num_groups": 4}
+    names = [
+        UNet2DConditionModel.from_config(
+            SDXL_UNET | small | {"transformer_layers_per_block": depths}
+        ).state_dict().keys()
+        for depths in ([0, 1, 2], [1, 1, 2])
+    ]  # fmt: skip
+    assert names[0] == names[1]
+
+
 def test_the_text_half_of_a_whole_clip():
     whole = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 9}
     whole |= {"text_config": {k: v for k, v in SD15_TEXT.items() if k != "architectures"}, "vision_config": {}}

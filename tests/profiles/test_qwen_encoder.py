@@ -1,5 +1,7 @@
 """The `qwen` encoder against transformers' model and tokenizer with torch's pooling."""
 
+import dataclasses
+import hashlib
 import json
 import time
 
@@ -101,8 +103,28 @@ def test_the_fingerprint_holds_what_changes_the_numbers_and_nothing_else(small):
     assert QwenEncoder(lm, batch_size=2, max_new_tokens=9).fingerprint == encoders[0].fingerprint
     assert encoders[1].fingerprint.startswith("qwen-v1-sum-")
     notes = encoders[2].notes
+    earlier = notes.pop("earlier_fingerprint")
     assert notes == {"pooling": "mean", "template": template.hash, "model": lm.fingerprint, "bans": "policy"}
+    # As earlier versions made it: of the files' bytes in place of the model.
+    settings = json.dumps(notes | {"model": lm.files_fingerprint}, sort_keys=True)
+    assert earlier == f"qwen-v1-mean-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
     assert encoders[3].notes["bans"] == f"model {QUESTION.hash}, 64 tokens"
+
+
+def test_tables_of_earlier_versions_are_of_the_same_encoder(small):
+    """They are added to, and an adapter that was trained with one takes a table of today."""
+    encoder = QwenEncoder(small[1])
+    today = EmbeddingTable.from_profiles(USERS[:2], encoder)
+    before = dataclasses.replace(
+        today, fingerprint=today.notes["earlier_fingerprint"], notes={}, ids=["9000001", "9000002"]
+    )
+    before.check_encoder(encoder)
+    both = before.joined(today)
+    assert both.fingerprint == before.fingerprint and len(both.ids) == 4
+    assert before.fingerprint in today.fingerprints
+    other = QwenEncoder(small[1], pooling="sum")
+    with pytest.raises(PSAError, match="use its encoder and settings"):
+        before.check_encoder(other)
 
 
 def test_a_template_file_replaces_the_prompt(small, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from psa_jax.tools import bench_step
 from psa_jax.tools.configs import read_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TINY = f"--config={CONFIGS}/tiny.py"
 
 
 @pytest.mark.parametrize(("way", "dtype"), [("ours", "float32"), ("torch", "float32"), ("torch", "bfloat16")])
@@ -27,15 +29,82 @@ def test_the_step_is_one_of_dpo(sd1, way, dtype):
 
 def test_a_configuration_that_leaves_the_model_open(capsys):
     assert main(["bench", "step", f"--config={CONFIGS}/sd15.py"]) == 1
-    assert "--config.model=DIR" in capsys.readouterr().err
+    assert "--model=PATH" in capsys.readouterr().err
 
 
-def test_two_devices_are_not_compared(capsys, monkeypatch):
-    found = {"seconds": 1.0, "peak_bytes": 1, "first_loss": 0.7}
-    devices = {"ours": "cpu", "torch": "NVIDIA H100 80GB HBM3"}
-    monkeypatch.setattr(bench_step, "_measure", lambda way, spec: found | {"device": devices[way]})
-    assert main(["bench", "step", f"--config={CONFIGS}/tiny.py", "--against=torch"]) == 1
+class Worker:
+    """Stands for a process: says what it is asked, and takes a quarter of a second, or in torch a half."""
+
+    calls: list[str] = []
+    devices: dict[str, str] = {}
+
+    def __init__(self, way, spec):
+        self.way, self.device, self.first_loss = way, self.devices.get(way, "cpu"), 0.7
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.calls.append(f"{self.way} ends")
+
+    def step(self):
+        self.calls.append(self.way)
+        return 0.5 if self.way == "torch" else 0.25
+
+    def peak_bytes(self):
+        return {"ours": 3, "torch": 4}[self.way]
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    monkeypatch.setattr(Worker, "calls", [])
+    monkeypatch.setattr(Worker, "devices", {})
+    monkeypatch.setattr(bench_step, "_Worker", Worker)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 9.0, 9.0))
+    return Worker
+
+
+def test_two_devices_are_not_compared(capsys, workers):
+    workers.devices["torch"] = "NVIDIA H100 80GB HBM3"
+    assert main(["bench", "step", TINY, "--against=torch"]) == 1
     assert "JAX ran on cpu and torch on NVIDIA H100" in capsys.readouterr().err
-    devices["torch"] = "cpu"
-    assert main(["bench", "step", f"--config={CONFIGS}/tiny.py", "--against=torch"]) == 0
-    assert json.loads(capsys.readouterr().out)["ratio_time"] == 1.0
+    assert workers.calls == ["torch ends", "ours ends"]
+
+
+def test_the_two_take_turns(capsys, workers, tmp_path):
+    words = [TINY, "--against=torch", "--steps=3", f"--json={tmp_path / 'step.json'}"]
+    assert main(["bench", "step", *words]) == 0
+    out, err = capsys.readouterr()
+    assert workers.calls == ["ours", "torch"] * 3 + ["torch ends", "ours ends"]
+    result = json.loads(out)
+    assert result == json.loads((tmp_path / "step.json").read_text())
+    expected = {
+        "ours_seconds": 0.25,
+        "torch_seconds_quartiles": [0.5, 0.5],
+        "ratio_time": 2.0,
+        "ratio_time_quartiles": [2.0, 2.0],
+        "ratio_memory": 0.75,
+        "load": [0.5, 0.5],
+        "busy": False,
+    }
+    assert {name: result[name] for name in expected} == expected
+    assert "ours: reading the model" in err and "measuring ours, torch: 3/3 turns" in err and "busy" not in err
+
+
+def test_one_way_alone(capsys, workers):
+    assert main(["bench", "step", TINY, "--steps=2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert workers.calls == ["ours", "ours", "ours ends"] and "ratio_time" not in result
+
+
+def test_a_process_of_its_own_measures(sd1, capsys, monkeypatch):
+    """Both real processes, two turns; and one that ends says so on one line."""
+    words = [TINY, f"--config.model={sd1[0]}", "--pairs=1", "--steps=2", "--against=torch"]
+    assert main(["bench", "step", *words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    # Errors near 2 have the rounding 1.2e-7, which β / 2 + sft_weight = 66 make 1.6e-5; sums have some of them.
+    assert result["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert min(result["ours_seconds"], result["torch_seconds"], result["ours_peak_bytes"]) > 0
+    monkeypatch.setattr(bench_step, "__name__", "psa_jax.tools.absent")
+    assert main(["bench", "step", *words]) == 1
+    assert "the process that measures 'ours' ended with code 1; see above" in capsys.readouterr().err

@@ -59,7 +59,9 @@ def test_hosts_and_then_all(sd1, sage_dir: Path, tmp_path: Path, capsys):
     plain = {"flips": False, "text_embeddings": False}
     for host in (0, 1):
         assert build.run(options(model, sage_dir, tmp_path / "out", host=host, hosts=2, **plain)) == 0
-        assert json.loads(capsys.readouterr().out)["parts"] == str(tmp_path / "out.parts")
+        out, err = capsys.readouterr()
+        assert json.loads(out)["parts"] == str(tmp_path / "out.parts")
+        assert "before the first is encoded" in err
     assert build.run(options(model, sage_dir, tmp_path / "out", **plain)) == 0
     shards = open_shards(tmp_path / "out", "train")
     assert (len(shards), shards.info["family"], shards.info["resolution"]) == (42, "sd1", 16)

@@ -59,9 +59,17 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
     """Four steps: every file is there, and nothing is quoted from runs of another configuration."""
     config = read_config(f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke")
     assert demo.run(config, tmp_path, all_ways=True) == 0
-    printed = capsys.readouterr().out
+    out, err = capsys.readouterr()
     report = json.loads((tmp_path / "report.json").read_text())
-    assert "recorded comparison runs are of another configuration" in printed
+    assert "recorded comparison runs are of another configuration" in err
+    for said in (
+        "training psa: 4 steps of 4 pairs",
+        "compiling the training step",
+        "training: 4/4 steps",
+        "judging unseen",
+    ):
+        assert said in err
+    assert "drawing base, unseen users: 17/17 pictures" in err and "download" not in err and "\r" not in err
     assert "recorded" not in report and set(report["unseen"]) == set(report["seen"]) == {
         "psa",
         "base",
@@ -73,7 +81,8 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
     words = [str(tmp_path / "psa"), f"--report={tmp_path / 'report.json'}", f"--out={tmp_path / 'out'}"]
     assert main(["export", *words]) == 0
     assert f"| {report['unseen']['psa']['selectivity']:.1f} |" in (tmp_path / "out" / "README.md").read_text()
-    assert str(tmp_path / "report.html") in printed.splitlines()[-1]
+    headline, last = out.splitlines()[-2:]
+    assert str(tmp_path / "report.html") in headline and json.loads(last)["report"] == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 20
     assert [json.loads(row)["step"] for row in (tmp_path / "psa" / "metrics.jsonl").read_text().splitlines()] == [1, 4]

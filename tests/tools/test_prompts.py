@@ -38,6 +38,8 @@ REFUSED = {
     "twice.csv": (b"prompt,seed,prompt\na cat,1,a dog\n", "each once"),
     "empty.csv": (b"prompt,seed\n,,\n", "line 2: more or fewer cells"),
     "blank.csv": (b"prompt,seed\n ,\n", "line 2: empty prompt"),
+    "header.csv": (b"prompt,seed\n", r"header\.csv: holds no prompt"),
+    "spaces.txt": (b" \n\n", r"spaces\.txt: holds no prompt"),
 }
 
 

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 from torch_adapters import random_adapter
+from torch_ldm import checkpoint
 
 from psa_jax.cli import main
 from psa_jax.interop.adapter_file import adapter_hash, read_metadata
@@ -18,8 +19,9 @@ from psa_jax.interop.single_file import CONFIGS
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.profiles.encoders import get_encoder
-from psa_jax.profiles.population import sample_population
+from psa_jax.profiles.population import sample_population, write_users_csv
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.tools import transfer
 
 SDXL = CONFIGS["StableDiffusionXLPipeline"]["unet"]
 
@@ -84,6 +86,28 @@ def test_a_file_with_a_card_beside_it_that_overwrites_nothing(run_folder, tmp_pa
     assert (tmp_path / "a.safetensors").read_bytes() == (run_folder[1] / "psa_adapter.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002], ids=oct)
+@pytest.mark.parametrize("format_", list(transfer.FORMATS))
+def test_who_may_read_an_export(run_folder, tmp_path, format_, umask):
+    """A model with one user in it is its owner's, all of it; what tells about nobody is whosever the umask lets."""
+    model, folder = run_folder
+    words = ["export", str(folder), f"--format={format_}", f"--out={tmp_path / 'out'}"]
+    if format_ in ("baked", "diffusers"):
+        words.append(f"--model={model}")
+    if format_ == "baked":
+        words += [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
+    before = os.umask(umask)
+    try:
+        assert main(words) == 0
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    hidden = 0o077 if format_ == "baked" else umask
+    found = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
+    assert {0o777 & ~hidden} == {mode for path, mode in found.items() if path.is_dir()}
+    assert {0o666 & ~hidden} == {mode for path, mode in found.items() if path.is_file()}
+
+
 def test_a_baked_folder_and_a_whole_one_open_in_diffusers(run_folder, tmp_path, capsys):
     model, folder = run_folder
     baked, whole = tmp_path / "baked", tmp_path / "whole"
@@ -91,7 +115,6 @@ def test_a_baked_folder_and_a_whole_one_open_in_diffusers(run_folder, tmp_path, 
     table = [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
     assert main([*map(str, words), "--format=baked", *table, f"--out={baked}"]) == 0
     assert main([*map(str, words), "--format=diffusers", f"--out={whole}"]) == 0
-    assert baked.stat().st_mode & 0o777 == 0o700
     base = StableDiffusionPipeline.from_pretrained(model, local_files_only=True).unet.state_dict()
     for out in (baked, whole):
         unet = StableDiffusionPipeline.from_pretrained(out, local_files_only=True).unet.state_dict()
@@ -239,6 +262,23 @@ def test_a_report_is_of_the_adapter_that_is_exported(run_folder, tmp_path, capsy
     assert "| 12.3 |" in (tmp_path / "card" / "README.md").read_text()
 
 
+def test_a_base_model_in_a_single_file(run_folder, sd1, tmp_path):
+    """The same weights as the folder's, so the same base model: exported whole, and imported for."""
+    folder, single = run_folder[1], tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in checkpoint(sd1[1]).items()}
+    safetensors.torch.save_file(tensors, single)
+    base = [f"--model={single}", f"--model-config={sd1[0]}", f"--tokenizer={sd1[0] / 'tokenizer'}"]
+    assert main(["export", str(folder), "--format=diffusers", *base, f"--out={tmp_path / 'whole'}"]) == 0
+    ours = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", local_files_only=True)
+    for part in ("unet", "vae", "text_encoder"):
+        theirs = getattr(sd1[1], part).state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in getattr(ours, part).state_dict().items())
+    assert ours.tokenizer(["a cat"])["input_ids"] == sd1[1].tokenizer(["a cat"])["input_ids"]
+    adapter, out = folder / "psa_adapter.safetensors", tmp_path / "again.safetensors"
+    assert main(["import", str(adapter), *base, f"--out={out}"]) == 0
+    assert out.read_bytes() == adapter.read_bytes()
+
+
 def test_a_baked_card_has_no_rates_of_another_way(run_folder, tmp_path):
     model, folder = run_folder
     words = [f"--model={model}", "--format=baked", f"--table={folder / 'table.safetensors'}", "--user=0000002"]
@@ -268,6 +308,64 @@ def test_what_is_given_for_an_adapter(run_folder, tmp_path, capsys):
     ip = tmp_path / "ip" / "ip_adapter.safetensors"
     error = refused(capsys, "import", ip, f"--model={model}", f"--out={tmp_path / 'x.safetensors'}")
     assert "an IP-Adapter, which stock diffusers loads" in error and "version" not in error
+
+
+FOLDERS = ["native", "diffusers", "upstream", "ip-adapter", "baked"]
+
+
+@pytest.mark.parametrize("format_", FOLDERS)
+def test_every_exported_folder_is_drawn_with_or_says_what_to_do(run_folder, tmp_path, capsys, format_):
+    """`generate --adapter=FOLDER`; for a folder of another format, what the error tells to do ends in a picture."""
+    model, folder = run_folder
+    user = [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
+    words = [f"--format={format_}", f"--out={tmp_path / 'out'}", *(user if format_ == "baked" else [])]
+    words += [f"--model={model}"] if format_ in ("baked", "diffusers") else []
+    assert main(["export", str(folder), *words]) == 0
+    draw = ["generate", "--prompt=a cat", "--steps=1", f"--out={tmp_path / 'drawn'}"]
+    ours, theirs, made = f"--model={model}", f"--adapter={tmp_path / 'out'}", tmp_path / "made.safetensors"
+    if format_ in ("native", "diffusers"):
+        assert main([*draw, ours, theirs, *user]) == 0
+        return
+    error = refused(capsys, *draw, ours, theirs, *user)
+    if format_ == "upstream":
+        command = f"psa-jax import {tmp_path / 'out' / 'psa_adapter.bin'} --model=DIR --out=FILE"
+        assert command in error
+        assert main(command.replace("DIR", str(model)).replace("FILE", str(made)).split()[1:]) == 0
+        assert main([*draw, ours, f"--adapter={made}", *user]) == 0
+    elif format_ == "ip-adapter":
+        assert "an IP-Adapter, which stock diffusers loads" in error and "the run that it was exported from" in error
+        assert main([*draw, ours, f"--adapter={folder}", *user]) == 0
+    else:
+        assert "draw with it as --model, without --adapter" in error
+        assert main([*draw, f"--model={tmp_path / 'out'}"]) == 0
+
+
+def test_a_pickle_of_any_name_is_brought_in_as_the_error_says(run_folder, tmp_path, capsys):
+    model, folder = run_folder
+    assert main(["export", str(folder), "--format=upstream", f"--out={tmp_path / 'a.bin'}"]) == 0
+    for suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        pickle, made = (tmp_path / "a.bin").rename(tmp_path / f"a{suffix}"), tmp_path / f"made{suffix}.safetensors"
+        command = f"psa-jax import {pickle} --model=DIR --out=FILE"
+        assert command in refused(capsys, "export", pickle, f"--out={tmp_path / 'x'}")
+        assert main(command.replace("DIR", str(model)).replace("FILE", str(made)).split()[1:]) == 0
+        assert main(["export", str(made), f"--out={tmp_path / ('out' + suffix[1:])}"]) == 0
+        pickle.rename(tmp_path / "a.bin")
+    for words in (["export", folder], ["import", folder / "psa_adapter.safetensors", f"--model={model}"]):
+        assert "name it .safetensors" in refused(capsys, *words, f"--out={tmp_path / 'native.bin'}")
+    assert not (tmp_path / "native.bin").exists()
+
+
+def test_a_user_who_is_not_in_the_table_is_added_as_the_error_says(run_folder, tmp_path, capsys):
+    model, folder = run_folder
+    (tmp_path / "table").write_bytes((folder / "table.safetensors").read_bytes())
+    write_users_csv(tmp_path / "users.csv", sample_population(4)[3:])
+    words = [f"--model={model}", "--prompt=a cat", "--steps=1", f"--adapter={folder}", f"--out={tmp_path / 'out'}"]
+    words = ["generate", *words, f"--table={tmp_path / 'table'}", "--user=0000004"]
+    command = "psa-jax encode USERS --add --out=TABLE"
+    assert command in refused(capsys, *words)
+    command = command.replace("USERS", str(tmp_path / "users.csv")).replace("TABLE", str(tmp_path / "table"))
+    assert main(command.split()[1:]) == 0
+    assert main(words) == 0
 
 
 def test_a_profile_for_an_adapter_of_another_encoder(run_folder, tmp_path, capsys):

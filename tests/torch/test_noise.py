@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from torch_runtime import CALL, IDS, PROMPTS, difference, open_pipeline
 
 from psa_jax.diffusion import generate
@@ -60,6 +61,20 @@ def test_pictures_are_those_of_jax(small_pipeline, sd1, files, table):
     drawn = psa(PROMPTS, user=IDS, latents=initial_latents(seeds, (channels, height, width)), **CALL).images
     assert difference(drawn, ours) <= 1e-3
     assert difference(drawn[:1], drawn[1:]) > 0.01
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers' scheduler, and of numpy about its tensors
+def test_noise_of_the_steps_is_torchs_own(small_pipeline, sd1):
+    """The first noise is the same; a sampler that draws more goes on with other numbers (docs/torch.md)."""
+    _, model = small_pipeline
+    generator = Generator(model, None, steps=3, guidance=5.0, sampler="euler-ancestral", batch_size=1)
+    ours = np.clip(generator.pixels(PROMPTS[:1], [7]) * 0.5 + 0.5, 0, 1)
+    height, width, channels = generator.latent_shape
+    pipe = open_pipeline(sd1[0])
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    noise = initial_latents([7], (channels, height, width))
+    drawn = pipe(PROMPTS[:1], latents=noise, generator=torch.Generator().manual_seed(7), **CALL).images
+    assert difference(drawn, ours) > 0.01
 
 
 @pytest.mark.parametrize(

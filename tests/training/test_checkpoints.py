@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(saved: Path, tmp_path:
             found = checkpoints.restore(state_at(0), position)
         step = position.examples // 8
         jax.tree.map(np.testing.assert_array_equal, found, state_at(step))
-        said = capsys.readouterr().out
+        said = capsys.readouterr().err
         if step == 10:
             fell_back.add(path.name)
             assert "checkpoint 20 cannot be read" in said and said.count("\n") == 1 and "going on from 10" in said

@@ -125,8 +125,11 @@ def test_held_out_accuracy(training_config, tmp_path):
     best = 1 if second["held_out_accuracy"] < 0.5 else 2
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {str(best), "2"}
 
-    with pytest.raises(PSAError, match="3 held-out rows do not fill a batch of 4"):
+    with pytest.raises(PSAError, match="3 held-out rows do not fill a batch of 4; lower .* or raise validate.rows"):
         train(training_config(**{"validate.every": 1, "validate.rows": 3, "validate.batch_size": 4}), tmp_path)
+    # More rows than the split has: to ask for more would not help.
+    with pytest.raises(PSAError, match=r"do not fill a batch of 4000; lower validate\.batch_size$"):
+        train(training_config(**{"validate.every": 1, "validate.rows": 4000, "validate.batch_size": 4000}), tmp_path)
 
 
 def test_sdxl_trains(training_config, sdxl, tmp_path):

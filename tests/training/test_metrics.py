@@ -64,8 +64,10 @@ def test_the_alarm_of_a_winner_that_gets_worse(tmp_path: Path, capsys, stopped: 
     write(tmp_path, {step: gap for step, gap in GAPS.items() if step > start}, start=start, alarm_window=4)
     alarms = {row["step"]: row["alarm_winner_worse"] for row in rows(tmp_path) if "alarm_winner_worse" in row}
     assert alarms == {4: 0.0, 8: 1.0, 12: 0.0}
-    (said,) = [line for line in capsys.readouterr().out.splitlines() if "alarm" in line]
-    assert said.startswith("alarm winner_worse at step 8: ") and "pw - rw = 0.1 on average over 4 steps" in said
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "alarm" in line]
+    assert (
+        said.startswith("psa-jax: alarm winner_worse at step 8: ") and "pw - rw = 0.1 on average over 4 steps" in said
+    )
 
 
 def test_what_is_not_finite(tmp_path: Path):

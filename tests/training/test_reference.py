@@ -18,7 +18,7 @@ from psa_jax.data.shards import open_shards
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
 from psa_jax.interop.adapter_file import ADAPTER_FILE
-from psa_jax.interop.diffusers import weights_hash
+from psa_jax.interop.diffusers import StableDiffusion, weights_hash
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.draws import Stored, draw_stored, of_rows
 from psa_jax.preference.objective import Objective
@@ -259,8 +259,11 @@ def test_a_pass_that_was_stopped_goes_on_and_is_shared(table_of, tmp_path, monke
         make(folder), make(folder, Stored(2, seed=2))
 
 
-def test_training_with_stored_errors(training_config, small_pipeline, tmp_path):
-    """It starts at ln 2 (the stored errors are those of this very draw), learns, and resumes bit for bit."""
+def test_training_with_stored_errors(training_config, small_pipeline, tmp_path, monkeypatch):
+    """It starts at ln 2 (the stored errors are those of this very draw), learns, and resumes bit for bit.
+
+    So does a run of an earlier version, which knew the base model by the bytes of its files.
+    """
     data = tmp_path / "data"
     prepare(data, small_pipeline[1], users=2, seed=0, resolution=32, splits=("train",))
     settings = {"steps": 4, "checkpoint_every": 2, "log_every": 1, "reference.draws": 2, "data.balance": "none"}
@@ -273,6 +276,15 @@ def test_training_with_stored_errors(training_config, small_pipeline, tmp_path):
     assert before == sorted(path.stat().st_mtime_ns for path in shared["reference.folder"].iterdir())
     ours, theirs = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("twice", "straight"))
     assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusion, "base_hash", property(lambda model: weights_hash(model.folder)))
+        train(training_config(**settings), tmp_path / "earlier", until=2)
+    files = sorted((tmp_path / "earlier" / "reference").iterdir())
+    assert {path.name for path in files}.isdisjoint(path.name for path in shared["reference.folder"].iterdir())
+    train(training_config(**settings), tmp_path / "earlier")
+    assert files == sorted((tmp_path / "earlier" / "reference").iterdir())
+    old = load_file(tmp_path / "earlier" / ADAPTER_FILE)
+    assert all(np.array_equal(old[name], value) for name, value in theirs.items())
     found = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
     assert abs(found[0]["loss"] - np.log(2)) <= 1e-4
     assert abs(found[0]["winner_gap"]) <= 1e-6
