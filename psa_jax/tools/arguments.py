@@ -271,7 +271,9 @@ def generate(parser: ArgumentParser) -> None:
     prompt.add_argument("--images", type=count, default=1, metavar="N", help="pictures a prompt (default: 1)")
     how = parser.add_argument_group("sampling")
     how.add_argument(
-        "--sampler", help="ddim, euler, euler-ancestral, dpmsolver++, unipc or pndm (default: the folder's scheduler)"
+        "--sampler",
+        choices=["ddim", "euler", "euler-ancestral", "dpmsolver++", "unipc", "pndm"],
+        help="default: the folder's scheduler",
     )
     how.add_argument("--steps", type=count, default=20, help="sampler steps (default: 20)")
     how.add_argument("--guidance", type=weight, default=7.5, help="classifier-free guidance (default: 7.5)")

@@ -42,9 +42,11 @@ def run(args: Namespace) -> int:
     wanted = _wanted(args)
     if args.adapter is None and (args.profile or args.user):
         raise PSAError("--profile and --user need --adapter; without it the base model draws for nobody in particular")
-    base = BaseModel.said(vars(args))
-    model = base.load(dtype=jnp.dtype(args.dtype), lora=args.lora, lora_scale=args.lora_scale)
-    adapter, user = (None, None) if args.adapter is None else _adapter_and_user(args, model)
+    trained = None if args.adapter is None else find_adapter(args.adapter)
+    # What can be wrong with the user is said before the weights are read.
+    user = None if trained is None else user_embedding(args, trained, read_metadata(trained))
+    model = BaseModel.said(vars(args)).load(dtype=jnp.dtype(args.dtype), lora=args.lora, lora_scale=args.lora_scale)
+    adapter = None if trained is None else _adapter(trained, model)
     batch = min(args.batch_size, len(wanted))
     generator = Generator(
         model,
@@ -114,14 +116,10 @@ def _wanted(args: Namespace) -> list[_Picture]:
     return wanted
 
 
-def _adapter_and_user(args: Namespace, model: StableDiffusion) -> tuple[Adapter, Float[np.ndarray, "1 d"]]:
-    path = find_adapter(args.adapter)
-    about = read_metadata(path)
-    if not model.is_base_of(about):
+def _adapter(path: Path, model: StableDiffusion) -> Adapter:
+    if not model.is_base_of(read_metadata(path)):
         raise PSAError(f"{path}: the adapter was trained for another base model than {model.folder}")
-    unet = model.unet.config
-    adapter = load_adapter(path, unet.cross_attentions, unet.cross_attention_dim)
-    return adapter, user_embedding(args, path, about)
+    return load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
 
 
 def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:

@@ -8,9 +8,10 @@ import pytest
 
 from psa_jax import cli
 from psa_jax.diffusion.generate import UNCONDITIONAL
+from psa_jax.diffusion.scheduler_config import SAMPLERS
 from psa_jax.tools import flags
 
-TEXT = {"forget", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative", "sampler"}
+TEXT = {"forget", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
 """What is neither a path nor a number."""
 PATHS = (flags.path, flags.place)
 NO_PATHS = {
@@ -147,5 +148,6 @@ def test_what_is_taken_is_read_as_typed():
     )
     assert parser.parse_args([*needed, "--size=768"]).size == (768, 768)
     assert parser.parse_args([*needed[1:], "--model=./m/"]).model == "./m/"
-    (unconditional,) = [action for action in parser._actions if action.dest == "unconditional"]
-    assert tuple(unconditional.choices) == UNCONDITIONAL
+    for flag, table in (("unconditional", UNCONDITIONAL), ("sampler", SAMPLERS)):
+        (found,) = [action for action in parser._actions if action.dest == flag]
+        assert tuple(found.choices) == tuple(table)

@@ -124,7 +124,7 @@ def test_a_folder_holds_the_pictures_of_one_user(files, tmp_path, capsys):
         (["--size=63"], "picture size"),
         (["--steps=0"], "--steps: '0' does not fit; give a whole number of 1 or more"),
         (["--images=0"], "--images: '0' does not fit; give a whole number of 1 or more"),
-        (["--sampler=magic"], "choose one of ddim"),
+        (["--sampler=magic"], "invalid choice"),
         (["--eta=0.5", "--sampler=euler"], "eta is DDIM's"),
         (["--prompts=EMPTY"], "columns"),
         (["--prompts=missing.csv"], "missing.csv"),
