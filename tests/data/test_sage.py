@@ -351,7 +351,7 @@ def test_what_editors_add_to_metadata_is_no_row(sage_dir: Path, end: bytes):
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().rstrip(b"\n").replace(b"\n", b"\r\n") + end)
     assert sage.read_split(sage_dir, "train") == records
     path.write_bytes(path.read_bytes().replace(b"\r\n", b"\r\n\r\n", 1))
-    with pytest.raises(PSAError, match="line 2: not a JSON object"):  # in between, something may be lost
+    with pytest.raises(PSAError, match="line 2: not valid JSON"):  # in between, something may be lost
         sage.read_split(sage_dir, "train")
     path.write_bytes(b"\xef\xbb\xbf" + end)
     with pytest.raises(PSAError, match="no rows in it"):

@@ -54,4 +54,4 @@ def test_bench_generate_says_what_comes(monkeypatch, capsys):
 
 def test_a_size_that_no_unet_takes(capsys):
     assert main(["bench", "generate", "--size=100"]) == 1
-    assert "multiples of 64" in capsys.readouterr().err
+    assert "multiple of 64" in capsys.readouterr().err

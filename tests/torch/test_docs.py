@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_pipelines
+import test_all_pipelines
 import test_switches
 import torch
 from torch_adapters import random_adapter
@@ -78,9 +78,9 @@ def test_its_pipelines_are_those_of_the_tests():
     text = section("Pipelines")
     works, _, refused = text.partition("These are refused")
     classes = {name for name in in_code(works.partition("The user is in")[0]) if name.endswith("Pipeline")}
-    assert classes == {name.partition(",")[0] for name in test_pipelines.WORKS}
+    assert classes == {name.partition(",")[0] for name in test_all_pipelines.WORKS}
     refused = refused.partition("Pipelines may share")[0]
-    assert {name for name in in_code(refused) if name.endswith("Pipeline")} == test_pipelines.REFUSED.keys()
+    assert {name for name in in_code(refused) if name.endswith("Pipeline")} == test_all_pipelines.REFUSED.keys()
 
 
 def test_its_changes_are_those_of_the_tests():
