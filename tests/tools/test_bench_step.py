@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,13 @@ def test_a_process_of_its_own_measures(sd1, capsys, monkeypatch):
     monkeypatch.setattr(bench_step, "__name__", "psa_jax.tools.absent")
     assert main(["bench", "step", *words]) == 1
     assert "the process that measures 'ours' ended with code 1; see above" in capsys.readouterr().err
+
+
+CHILD = "from psa_jax.tools.bench_step import _process_peak; print(_process_peak())"
+PARENT = f"import subprocess, sys; held = b'x' * (300 << 20); subprocess.run([sys.executable, '-c', {CHILD!r}])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system counts otherwise")
+def test_what_the_parent_holds_is_not_measured():
+    done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(done.stdout) < 200 << 20
