@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import psa_jax
 from psa_jax.errors import STOPPED, PeerLost, PSAError, Stopped
+from psa_jax.rules import quoted
 from psa_jax.tools import arguments
 
 
@@ -201,7 +202,10 @@ def _run(name: str, words: list[str]) -> int:
     except argparse.ArgumentError as error:
         if error.argument_name is None:  # a flag that is missing: from Python 3.12 on it comes here, too
             parser.error(str(error))
-        raise PSAError(f"{error.argument_name}: {error.message}") from error
+        said = error.message
+        for value in (word.partition("=")[2] or word for word in words):
+            said = said.replace(repr(value), quoted(value))
+        raise PSAError(f"{error.argument_name}: {said}") from error
     if getattr(args, "takes_config", False):
         from psa_jax.tools.configs import load_config  # not above: it takes a third of the time that --help has
 

@@ -15,6 +15,7 @@ from psa_jax.json_input import parse_json
 from psa_jax.profiles.encoders import Encoder, fingerprints
 from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile, check_user_id
+from psa_jax.rules import quoted
 from psa_jax.tensor_file import MAX_HEADER, read_float32, read_header
 
 FORMAT = "psa_jax.embedding_table/1"
@@ -90,7 +91,7 @@ class EmbeddingTable:
         for user_id in ids:
             if user_id not in self._rows:
                 raise PSAError(
-                    f"user {user_id!r} is not in the embedding table of {len(self.ids)} users; add it with "
+                    f"user {quoted(user_id)} is not in the embedding table of {len(self.ids)} users; add it with "
                     "psa-jax encode USERS --add --out=TABLE"
                 )
         return self.embeddings[np.asarray([self._rows[user_id] for user_id in ids], dtype=np.intp)]
@@ -136,7 +137,9 @@ class EmbeddingTable:
         """
         for user_id in user_ids:
             if user_id not in self._rows:
-                raise PSAError(f"user {user_id!r} is not in the embedding table: nothing is forgotten; check the ids")
+                raise PSAError(
+                    f"user {quoted(user_id)} is not in the embedding table: nothing is forgotten; check the ids"
+                )
         kept = [row for row, user_id in enumerate(self.ids) if user_id not in user_ids]
         if not kept:
             raise PSAError("embedding table: no other user is in it; delete the file")

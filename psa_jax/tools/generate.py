@@ -36,8 +36,8 @@ from psa_jax.tools.prompts import read_prompts
 def run(args: Namespace) -> int:
     """Draws one picture a prompt and seed, batch by batch; prints a last line in JSON with their paths.
 
-    A run that was stopped goes on where it was: pictures that are there and whole are not drawn again. Other settings
-    in the same folder are refused.
+    A run that was stopped goes on where it was: pictures that are there and whole are not drawn again. Other settings,
+    or files of other contents, in the same folder are refused.
     """
     wanted = _wanted(args)
     if args.adapter is None and (args.profile or args.user):

@@ -139,6 +139,9 @@ def test_a_value_that_is_missing_or_none_of_the_choices(run):
     assert run("generate", "--steps") == (1, ["psa-jax: error: --steps: expected one argument"])
     code, (line,) = run("generate", "--dtype=float8")
     assert code == 1 and line.startswith("psa-jax: error: --dtype: invalid choice: 'float8' (choose from ")
+    for words in (["--dtype=" + "8" * 5000], ["--dtype", "8" * 5000]):
+        code, (line,) = run("generate", *words)
+        assert code == 1 and len(line) < 200 and f"invalid choice: '{'8' * 79}… (choose from " in line
 
 
 def test_what_is_taken_is_read_as_typed():

@@ -122,6 +122,7 @@ def test_a_folder_holds_the_pictures_of_one_user(files, tmp_path, capsys):
         (["--profile={}"], "need --adapter"),
         (["--adapter=ADAPTER", "--user=0000001"], "--user needs --table"),
         (["--adapter=ADAPTER", "--table=TABLE", "--user=0000099"], "0000099"),
+        (["--adapter=ADAPTER", "--table=TABLE", "--user=" + "9" * 5000], f"user '{'9' * 79}… is not in the embedding"),
         (["--adapter=ADAPTER", '--profile={"age": 9, "gender": "robot"}'], "gender"),
         (["--adapter=missing.safetensors", "--profile={}"], "no such adapter"),
         (["--model=missing"], "no such model folder"),
