@@ -173,6 +173,8 @@ def user_embedding(args: Namespace, adapter: Path, about: dict) -> Float[np.ndar
             f"{args.table}: encoded by {table.encoder} ({table.fingerprint}), the adapter was trained with "
             f"{about['encoder']} ({trained}); give the table of its training, or encode the users with that encoder"
         )
+    if table is not None and about.get("standardised", table.mean is not None) != (table.mean is not None):
+        raise PSAError(f"{adapter}: only one of adapter and table is standardised; give the table of its training")
     if args.user:
         if table is None:
             raise PSAError("--user needs --table FILE, the embeddings of known users")

@@ -204,6 +204,8 @@ def import_(args: Namespace) -> int:
     """Reads a native file, or the torch original's .bin or safetensors, for a base model; writes a native file."""
     if args.out.exists():
         raise PSAError(f"{args.out}: exists already; give another --out")
+    if args.file.is_dir():
+        raise PSAError(f"{args.file}: a folder; give the file in it, such as {args.file / ADAPTER_FILE}")
     unet = BaseModel.said(vars(args)).unet_config()
     about, tensors = ({}, read_bin(args.file)) if args.file.suffix in PICKLES else _read_safetensors(args.file)
     config = fitting_config(args.file, tensors, about, unet.cross_attentions, unet.cross_attention_dim)
