@@ -56,7 +56,8 @@ _RUNTIME = """\
 _LOADING = {
     "native": _RUNTIME.replace("{path!r}", "{weights!r}") + "\n\nor `psa-jax generate --adapter={weights}` in JAX.",
     "upstream": """\
-The torch original reads it as its own `psa_adapter.bin`. `psa-jax import {weights} --model=DIR --out=FILE` brings it back.""",
+The torch original reads it as its own `psa_adapter.bin`. `psa-jax import {weights} --model=DIR --out=FILE` brings it
+back.""",
     "ip-adapter": """\
     import torch                                             # stock diffusers, no code of psa_jax
     from safetensors.torch import load_file

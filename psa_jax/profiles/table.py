@@ -89,11 +89,11 @@ class EmbeddingTable:
         """
         for user_id in ids:
             if user_id not in self._rows:
-                meant = user_id.zfill(7)
-                way_out = (
-                    f"give {meant}" if meant in self._rows else "add it with psa-jax encode USERS --add --out=TABLE"
+                meant, way_out = user_id.zfill(7), "add it with psa-jax encode USERS --add --out=TABLE"
+                raise PSAError(
+                    f"user {user_id!r} is not in the embedding table of {len(self.ids)} users; "
+                    f"{f'give {meant}' if meant in self._rows else way_out}"
                 )
-                raise PSAError(f"user {user_id!r} is not in the embedding table of {len(self.ids)} users; {way_out}")
         return self.embeddings[np.asarray([self._rows[user_id] for user_id in ids], dtype=np.intp)]
 
     def standardised(self) -> "EmbeddingTable":
