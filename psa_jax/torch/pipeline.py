@@ -181,7 +181,7 @@ class _Hidden:
 class PSA:
     """A pipeline that draws for users. Called as the pipeline is, with `user`, `scale` and `unconditional` more.
 
-    Not for two threads at once.
+    One call at a time: in another thread it is refused while this one draws.
     """
 
     def __init__(self, pipe, unet, adapter, path, table, device):
