@@ -40,8 +40,12 @@ def run(args: Namespace) -> int:
     in the same folder are refused.
     """
     wanted = _wanted(args)
-    if args.adapter is None and (args.profile or args.user):
-        raise PSAError("--profile and --user need --adapter; without it the base model draws for nobody in particular")
+    for_users = args.profile or args.user or args.table or args.scale != 1.0 or args.unconditional != "off"
+    if args.adapter is None and for_users:
+        raise PSAError(
+            "--profile, --user, --table, --scale and --unconditional need --adapter; without it the base model draws "
+            "for nobody in particular"
+        )
     trained = None if args.adapter is None else find_adapter(args.adapter)
     # What can be wrong with the user is said before the weights are read.
     user = None if trained is None else user_embedding(args, trained, read_metadata(trained))

@@ -55,6 +55,11 @@ def export(args: Namespace) -> int:
     """Writes the adapter of a run's folder, or of a native file, in another format, with a model card beside it."""
     if args.out.exists():
         raise PSAError(f"{args.out}: exists already; give another --out")
+    if args.format != "baked" and (args.profile or args.user or args.table or args.scale != 1.0):
+        raise PSAError(
+            f"--profile, --user, --table and --scale are for --format=baked; an adapter of --format={args.format} is "
+            "for all users, who are given when it draws"
+        )
     path = find_adapter(args.adapter)
     about = read_metadata(path)
     if not about:

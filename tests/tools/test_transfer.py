@@ -422,3 +422,9 @@ def test_an_id_without_its_zeros(run_folder, tmp_path, capsys):
     words += [f"--table={folder / 'table.safetensors'}"]
     assert refused(capsys, "generate", *words, "--user=2").endswith("give 0000002\n")
     assert main(["generate", *words, "--user=0000002"]) == 0
+
+
+def test_flags_that_another_format_has_are_not_taken_in_silence(run_folder, tmp_path, capsys):
+    for words in (["--scale=0.5"], ["--user=0000002"], ['--profile={"age": 9}'], ["--table=x"]):
+        error = refused(capsys, "export", run_folder[1], *words, f"--out={tmp_path / 'out'}")
+        assert "are for --format=baked" in error
