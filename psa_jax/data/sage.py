@@ -224,8 +224,8 @@ def _one_of(values: Iterable[str]) -> tuple[Callable[[object], bool], str]:
     return lambda value: isinstance(value, str) and value in allowed, f"one of: {', '.join(allowed)}"
 
 
-# Field of user_data -> (test, what it must be). UserProfile has the same sets, but its errors quote the value: they
-# answer the person who typed it, while what is said about a data set is stored and passed on.
+# Field of user_data -> (test, what it must be). UserProfile has the same sets; here the error has a kind, too, and
+# the column's name.
 _USER_RULES: Mapping[str, tuple[Callable[[object], bool], str]] = MappingProxyType(
     {
         "User_ID": (_text("[0-9]{7}"), "seven digits as text"),

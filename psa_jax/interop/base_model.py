@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.diffusers import TINY, StableDiffusion, load_stable_diffusion
+from psa_jax.interop.diffusers import TINY, StableDiffusion, check_variant, load_stable_diffusion
 from psa_jax.interop.parts import read_config
 from psa_jax.interop.single_file import unet_config
 from psa_jax.models.config import UNetConfig
@@ -76,7 +76,13 @@ class BaseModel:
         )
 
     def unet_config(self) -> UNetConfig:
-        """The UNet's configuration alone: no weight is read, and of a folder no other file."""
+        """The UNet's configuration alone: no weight is read, and of a folder no other file.
+
+        Raises:
+          PSAError: what `load` would refuse of the record itself: a path that is not there, a variant that no part has.
+        """
+        self.check()
+        check_variant(self.path, self.variant, () if self.vae is None else (local_path(self.vae),))
         if self.path.is_file():
             return unet_config(self.path, self.model_config and local_path(self.model_config))
         return read_config("unet", self.path / "unet" / "config.json")

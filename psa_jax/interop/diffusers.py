@@ -54,6 +54,7 @@ from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE
+from psa_jax.rules import quoted
 
 __all__ = [
     "TINY",
@@ -223,8 +224,7 @@ def load_stable_diffusion(
     """
     source = TINY if str(source) == "tiny" else Path(source)
     if source.is_file():
-        if variant is not None and (vae is None or Path(vae).is_file()):
-            raise PSAError(f"{source}: variant {variant!r} is for folders; give the file of that variant")
+        check_variant(source, variant, () if vae is None else (Path(vae),))
         parts = open_single_file(source, tokenizer and Path(tokenizer), config and Path(config))
     elif tokenizer is not None or config is not None:
         raise PSAError(f"{source}: tokenizer and config are for single files; a folder has its own")
@@ -267,6 +267,20 @@ def _shapes(name: str, config: Config, dtype: Any):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
+def check_variant(source: Path, variant: str | None, others: Collection[Path] = ()) -> None:
+    """Raises PSAError for a variant that no part of a folder has, nor what takes a part's place (`others`)."""
+    if variant is None:
+        return
+    if source.is_file():
+        if all(other.is_file() for other in others):
+            raise PSAError(f"{source}: variant {quoted(variant)} is for folders; give the file of that variant")
+        return
+    if not any(
+        has_variant(place, variant) for place in (*(source / name for name in MODELS), *map(_vae_folder, others))
+    ):
+        raise PSAError(f"{source}: no part has weights of the variant {quoted(variant)}; leave it out, or give another")
+
+
 def open_folder(folder: Path, variant: str | None = None, others: Collection[Path] = ()) -> Parts:
     """Opens a folder in diffusers' layout; no weight is read yet.
 
@@ -277,9 +291,7 @@ def open_folder(folder: Path, variant: str | None = None, others: Collection[Pat
         way_out = "make it with psa-jax pretrain" if folder == TINY else "give a folder in diffusers' layout"
         raise PSAError(f"{folder}: no such model folder; {way_out}")
     described = read_folder(folder)
-    places = [*(folder / name for name in described.configs), *map(_vae_folder, others)]
-    if variant is not None and not any(has_variant(place, variant) for place in places):
-        raise PSAError(f"{folder}: no part has weights of the variant {variant!r}; leave it out, or give another")
+    check_variant(folder, variant, others)
     return Parts(
         where=folder,
         pipeline=described.pipeline,

@@ -6,6 +6,8 @@ Read are kohya's files, every format of diffusers, and peft's folders. Whatever 
 Source: Hu et al., LoRA, arXiv 2106.09685.
 """
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -83,6 +85,16 @@ def merge_lora_into(models: Mapping[str, Tensors], path: Path, scale: float = 1.
             weight = merged[place.model][name]
             merged[place.model][name] = _updated(weight, update, scale, f"{file.path}: {place.layer}")
     return {model: Tensors(models[model].where, by_name) for model, by_name in merged.items()}
+
+
+def lora_hash(path: Path) -> str:
+    """sha256 over the files that `merge_lora_into` reads of a path, in their order; their names do not count."""
+    digest = hashlib.sha256()
+    for file in _files(Path(path)):
+        with file.path.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(json.dumps([file.model, file.config], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _updated(weight: Tensor, update: Update, scale: float, where: str) -> Tensor:

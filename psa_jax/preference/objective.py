@@ -5,6 +5,7 @@ import math
 
 from psa_jax.errors import PSAError
 from psa_jax.preference.losses import LOSSES, TIMESTEP_WEIGHTS
+from psa_jax.rules import quoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Objective:
             )
         for name, choices in (("loss", LOSSES), ("timestep_weight", TIMESTEP_WEIGHTS)):
             if getattr(self, name) not in choices:
-                raise PSAError(f"objective.{name} is {getattr(self, name)!r}; choose {', '.join(choices)}")
+                raise PSAError(f"objective.{name} is {quoted(getattr(self, name))}; choose {', '.join(choices)}")
         for name in ("beta", "odds_scale", "snr_gamma"):
             self._require(name, "a positive number", 0.0 < getattr(self, name) < math.inf)
         for name in ("sft_weight", "dpop_weight", "anchor_weight"):

@@ -139,9 +139,16 @@ def _check_header(path: str | Path, header: list[str]) -> None:
     required = [column for field, column in COLUMNS.items() if field != "user_id"]
     allowed = {"User_ID", *required, *_POLICY_COLUMNS}
     missing = [column for column in required if column not in header]
-    unknown = [column for column in header if column not in allowed]
+    # By number: where the header is missing, the first user stands in its place.
+    unknown = [number for number, column in enumerate(header, start=1) if column not in allowed]
     if missing or unknown or len(set(header)) != len(header):
-        problem = f"missing {missing}" if missing else f"unknown {unknown}" if unknown else "a column twice"
+        problem = (
+            f"missing {missing}"
+            if missing
+            else f"unknown is number {unknown[0]} of {len(header)}"
+            if unknown
+            else "a column twice"
+        )
         raise PSAError(f"{path}: columns: {problem}; expected {', '.join([*COLUMNS.values(), *_POLICY_COLUMNS])}")
 
 
@@ -152,9 +159,8 @@ def _parse_row(header: list[str], cells: list[str], number: int) -> UserProfile:
     listed = {column: row.pop(column) for column in _POLICY_COLUMNS if column in row}
     profile = UserProfile.from_mapping({"User_ID": f"{number:07d}", **row})
     for column, cell in listed.items():
-        expected = _POLICY_COLUMNS[column](profile)
-        if _parse_categories(column, cell) != expected:
-            raise PSAError(f"{column} is {cell}, but the policy gives {list(expected)} for this profile")
+        if _parse_categories(column, cell) != _POLICY_COLUMNS[column](profile):
+            raise PSAError(f"{column} is not what the policy gives for this profile; leave the column out")
     return profile
 
 
@@ -163,5 +169,5 @@ def _parse_categories(column: str, cell: str) -> tuple[str, ...]:
     match = re.fullmatch(r"\[(.*)\]", cell)
     names = match[1].split(", ") if match and match[1] else []
     if match is None or any(name not in {f"'{category}'" for category in CATEGORIES} for name in names):
-        raise PSAError(f"{column} is {cell!r}; expected such as ['Hate', 'Violence'], of: {', '.join(CATEGORIES)}")
+        raise PSAError(f"{column} is no list; expected such as ['Hate', 'Violence'], of: {', '.join(CATEGORIES)}")
     return tuple(name.strip("'") for name in names)

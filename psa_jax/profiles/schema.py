@@ -103,10 +103,12 @@ class UserProfile:
         if not isinstance(mapping, Mapping):
             raise PSAError(f"profile: expected key-value pairs, got {type(mapping).__name__}")
         values: dict[str, object] = {}
-        for key, value in mapping.items():
+        for number, (key, value) in enumerate(mapping.items(), start=1):
             field = _FIELDS.get(key) if isinstance(key, str) else None
             if field is None:
-                raise PSAError(f"profile: unknown key {_show(key)}; allowed keys: {', '.join(COLUMNS)}")
+                raise PSAError(
+                    f"profile: key {number} of {len(mapping)} is unknown; allowed keys: {', '.join(COLUMNS)}"
+                )
             if field in values:
                 raise PSAError(f'profile: "{field}" is given twice; give it once')
             values[field] = value
@@ -156,7 +158,7 @@ def age_group_of(age: object) -> str:
         for name, (low, high) in AGE_GROUPS.items():
             if low <= age <= high:
                 return name
-    raise _error("age", age, f"whole numbers from 0 to {MAX_AGE}")
+    raise _error("age", f"whole numbers from 0 to {MAX_AGE}")
 
 
 def check_user_id(user_id: object) -> str:
@@ -167,7 +169,7 @@ def check_user_id(user_id: object) -> str:
     """
     if isinstance(user_id, str) and re.fullmatch("[0-9]{7}", user_id):
         return user_id
-    raise _error("user_id", user_id, 'seven digits as text, such as "0000797"')
+    raise _error("user_id", 'seven digits as text, such as "0000797"')
 
 
 def _check(values: Mapping[str, object]) -> None:
@@ -178,9 +180,9 @@ def _check(values: Mapping[str, object]) -> None:
     for field, choices in _CHOICES.items():
         value = values[field]
         if not isinstance(value, str) or value not in choices:
-            raise _error(field, value, ", ".join(choices) + _hint(field, value))
+            raise _error(field, ", ".join(choices) + _hint(field, value))
     if values["age_group"] != group:
-        raise _error("age_group", values["age_group"], f'"{group}" for the age {values["age"]}, or leave it out')
+        raise _error("age_group", "the group that the age is in; correct one of them, or leave it out")
 
 
 def _parse_age(age: object) -> object:
@@ -194,10 +196,6 @@ def _hint(field: str, value: object) -> str:
     return ' (no religion is the text "None")' if lost else ""
 
 
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _error(field: str, value: object, allowed: str) -> PSAError:
-    return PSAError(f'profile: "{field}" is {_show(value)}; allowed: {allowed}')
+def _error(field: str, allowed: str) -> PSAError:
+    # Without the value: it tells about a person, and errors end up in the logs of jobs.
+    return PSAError(f'profile: "{field}" has a value that is not allowed; allowed: {allowed}')

@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from psa_jax.errors import PSAError
+from psa_jax.rules import quoted
 from psa_jax.tools.arguments import CONFIGS
 
 
@@ -167,14 +168,15 @@ def _parse(text: str, kind: type, current: Any, option: str) -> Any:
             return kind(value) if isinstance(value, (tuple, list)) else kind([value])
         if kind is type(None):
             return _literal(text)
-    except (ValueError, SyntaxError, KeyError) as error:
-        expected = "true or false" if kind is bool else f"a value of type {kind.__name__}, such as {current!r}"
-        raise PSAError(f"{option}: {text!r} does not fit; give {expected}") from error
+    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError) as error:
+        example = "or none" if current is None else f"such as {quoted(current)}"
+        expected = "true or false" if kind is bool else f"a value of type {kind.__name__}, {example}"
+        raise PSAError(f"{option}: {quoted(text)} does not fit; give {expected}") from error
     raise PSAError(f"{option}: a {kind.__name__} cannot be set from the command line; set it in the file")
 
 
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two for text that is nested too deep
         return text

@@ -7,11 +7,9 @@ from typing import Any
 
 from psa_jax.errors import PSAError
 from psa_jax.paths import local_path
-from psa_jax.rules import COUNT, FINITE, PICTURE_SEED, RATE, SEED, SHARE, WEIGHT, Rule, whole
+from psa_jax.rules import COUNT, FINITE, MOST_SIZE, PICTURE_SEED, RATE, SEED, SHARE, SIZE, WEIGHT, Rule, quoted, whole
 
 Reader = Callable[[str], Any]
-_MOST = 1 << 16  # what is more was mistyped, and would be an error of the system's or no memory left
-_SIDE = whole(1, _MOST)
 
 
 def path(text: str) -> Path:
@@ -31,8 +29,8 @@ def place(text: str) -> str:
 def size(text: str) -> tuple[int, int]:
     """Height and width from `768` or `512x768`."""
     sides = [_read(int, side) for side in text.split("x")]
-    if len(sides) > 2 or not all(_SIDE.holds(side) for side in sides):
-        raise ArgumentTypeError(f"{text!r} is no size; give such as 768 or 512x768 (height x width)")
+    if len(sides) > 2 or not all(SIZE.holds(side) for side in sides):
+        raise ArgumentTypeError(f"{quoted(text)} is no size; give such as 768 or 512x768 (height x width)")
     return sides[0], sides[-1]
 
 
@@ -40,7 +38,7 @@ def _number(kind: Callable[[str], Any], rule: Rule) -> Reader:
     def read(text: str) -> Any:
         value = _read(kind, text)
         if not rule.holds(value):
-            raise ArgumentTypeError(f"{text!r} does not fit; give {rule.wanted}")
+            raise ArgumentTypeError(f"{quoted(text)} does not fit; give {rule.wanted}")
         return value
 
     return read
@@ -56,12 +54,12 @@ def _read(kind: Callable[[str], Any], text: str) -> Any:
 
 def _multiple(of: int, example: int) -> Reader:
     return _number(
-        int, Rule(lambda value: _SIDE.holds(value) and value % of == 0, f"a multiple of {of}, such as {example}")
+        int, Rule(lambda value: SIZE.holds(value) and value % of == 0, f"a multiple of {of}, such as {example}")
     )
 
 
 count, seed, picture_seed = _number(int, COUNT), _number(int, SEED), _number(int, PICTURE_SEED)
 user_count = _number(int, whole(1, 9_999_999))  # an id has seven digits
-workers, index = _number(int, whole(1, _MOST)), _number(int, whole(0, _MOST - 1))  # threads, processes, hosts
-side, side_64, picture_side = _multiple(8, 512), _multiple(64, 128), _number(int, _SIDE)
+workers, index = _number(int, SIZE), _number(int, whole(0, MOST_SIZE - 1))  # threads, processes, hosts
+side, side_64, picture_side = _multiple(8, 512), _multiple(64, 128), _number(int, SIZE)
 share, weight, rate, finite = (_number(float, rule) for rule in (SHARE, WEIGHT, RATE, FINITE))

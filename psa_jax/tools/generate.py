@@ -13,13 +13,15 @@ from jaxtyping import Float
 from PIL import Image, PngImagePlugin
 
 import psa_jax
+from psa_jax.data.latents import Preprocess, fingerprint
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
-from psa_jax.interop.adapter_file import find_adapter, read_metadata
+from psa_jax.interop.adapter_file import adapter_hash, find_adapter, read_metadata
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion, check_text
-from psa_jax.interop.native import load_adapter
+from psa_jax.interop.lora import lora_hash
+from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import ENCODERS, get_encoder
@@ -29,8 +31,6 @@ from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import Progress, say, stage
 from psa_jax.seeds import PICTURE_BITS, check_seed
 from psa_jax.tools.prompts import read_prompts
-
-_FILES = ("model", "adapter", "vae", "lora", "tokenizer", "model_config")
 
 
 def run(args: Namespace) -> int:
@@ -71,7 +71,7 @@ def run(args: Namespace) -> int:
         "size": generator.size,
         "version": psa_jax.__version__,
     }
-    _claim(args, settings, user)
+    _claim(args, settings | _contents(args, model, adapter), user)
     cut = generator.truncated([text for picture in wanted for text in (picture.prompt, picture.negative or "")])
     for line in cut:
         say(line)
@@ -126,13 +126,26 @@ def _adapter(path: Path, model: StableDiffusion) -> Adapter:
     return load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
 
 
+def _contents(args: Namespace, model: StableDiffusion, adapter: Adapter | None) -> dict[str, str | None]:
+    """What is drawn with, by its contents: a path may hold other weights by now, and a file has many spellings."""
+    configs = [repr(part.config) for part in (model.unet, model.vae, *model.text_encoders)]
+    described = json.dumps([configs, model.scheduler_config, model.force_zeros_for_empty_prompt], sort_keys=True)
+    return {
+        "model": model.base_hash,
+        "model_config": hashlib.sha256(described.encode()).hexdigest(),
+        # The preprocessing is of pictures that are read; none is here.
+        "vae": fingerprint(model.vae_tensors or {}, Preprocess(1)),
+        "adapter": None if adapter is None else adapter_hash(to_file(adapter), adapter.config),
+        "lora": None if args.lora is None else lora_hash(args.lora),
+    }
+
+
 def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:
     """Notes the settings of a folder, or compares them: pictures of two settings, or users, never mix in silence."""
-    files = {name: None if path is None else str(path) for name, path in vars(args).items() if name in _FILES}
     # The embedding's digest tells who was drawn for to anybody who can guess the profile: this file is the owner's.
     digest = None if user is None else hashlib.sha256(np.float32(user).tobytes()).hexdigest()
     text = {name: getattr(args, name) for name in ("dtype", "variant", "lora_scale", "scale", "unconditional")}
-    now = json.loads(json.dumps({**files, **text, **settings, "user": digest}))
+    now = json.loads(json.dumps({**text, **settings, "user": digest}))
     path = args.out / ".settings.json"
     if path.is_file():
         before = read_json(path)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from psa_jax.interop.upstream import as_published, read_bin, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
+from psa_jax.profiles.files import check_new
 from psa_jax.progress import say
 from psa_jax.tools.generate import user_embedding
 
@@ -53,8 +55,7 @@ class Source:
 
 def export(args: Namespace) -> int:
     """Writes the adapter of a run's folder, or of a native file, in another format, with a model card beside it."""
-    if args.out.exists():
-        raise PSAError(f"{args.out}: exists already; give another --out")
+    check_new(args.out, "give another --out")
     if args.format != "baked" and (args.profile or args.user or args.table or args.scale != 1.0):
         raise PSAError(
             f"--profile, --user, --table and --scale are for --format=baked; an adapter of --format={args.format} is "
@@ -80,11 +81,10 @@ def export(args: Namespace) -> int:
     if args.out.suffix in (".safetensors", ".bin"):
         if name is None:
             raise PSAError(f"{args.out}: --format={args.format} writes a folder; give --out without {args.out.suffix}")
+        # Both before anything is written, so that what is refused leaves nothing.
+        card, text = _card_path(args.out), card_text(args.out.name)
         write(source, args.out, args)
-        card = args.out.with_name("README.md")
-        # Beside a file of this name there may be a page that has nothing to do with it.
-        card = card.with_name(f"{args.out.stem}.README.md") if card.exists() else card
-        card.write_text(card_text(args.out.name), encoding="utf-8")
+        card.write_text(text, encoding="utf-8")
     else:
         with _folder(args.out) as folder, owner_only() if args.format in PERSONAL else contextlib.nullcontext():
             write(source, folder / (name or ""), args)
@@ -92,6 +92,15 @@ def export(args: Namespace) -> int:
     if args.format == "upstream" and (limit := upstream_limit(source.config)):
         say(f"{args.out}: {limit}")
     return _done(source.config, args.out, args.format)
+
+
+def _card_path(out: Path) -> Path:
+    """README.md beside a file or, where a page of that name is, which may be about anything, one named after it."""
+    card = out.with_name("README.md")
+    if os.path.lexists(card):
+        card = out.with_name(f"{out.stem}.README.md")
+        check_new(card, f"the card of {out.name} would replace it; give another --out, or move it away")
+    return card
 
 
 @contextlib.contextmanager
@@ -207,8 +216,7 @@ PERSONAL = ("baked",)
 
 def import_(args: Namespace) -> int:
     """Reads a native file, or the torch original's .bin or safetensors, for a base model; writes a native file."""
-    if args.out.exists():
-        raise PSAError(f"{args.out}: exists already; give another --out")
+    check_new(args.out, "give another --out")
     if args.file.is_dir():
         raise PSAError(f"{args.file}: a folder; give the file in it, such as {args.file / ADAPTER_FILE}")
     unet = BaseModel.said(vars(args)).unet_config()

@@ -24,14 +24,17 @@ from psa_jax.rules import (
     COUNT_OR_NONE,
     DECAY,
     FINITE,
+    MOST_SIZE,
     RATE,
     SEED,
     SHARE,
+    SIZE,
     WEIGHT,
     Rule,
     any_of,
     number,
     optional,
+    quoted,
     whole,
 )
 from psa_jax.training.optimizer import DECAYED, OPTIMIZERS, SCHEDULES, make_optimizer
@@ -44,9 +47,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 NAME = Rule(lambda value: isinstance(value, str), "a name")
 FLAG = Rule(lambda value: type(value) is bool, "true or false")
 PLACE = Rule(lambda value: isinstance(value, str), "a path")
+ALL_OR_SIZE = Rule(lambda value: whole(-1, -1).holds(value) or SIZE.holds(value), f"{SIZE.wanted}, or -1 for all")
 WIDTHS = Rule(
-    lambda value: isinstance(value, tuple | list) and len(value) > 0 and all(COUNT.holds(each) for each in value),
-    "whole numbers of 1 or more, such as (32, 64)",
+    lambda value: isinstance(value, tuple | list) and len(value) > 0 and all(SIZE.holds(each) for each in value),
+    f"whole numbers from 1 to {MOST_SIZE}, such as (32, 64)",
 )
 
 # Ranges are the objective's own: it refuses what is outside of them.
@@ -84,15 +88,17 @@ TRAINING: dict[str, Rule] = {
     "hang_timeout": WEIGHT,
     "wandb": FLAG,
     "sample_every": COUNT_OR_NONE,
-    "mesh.data": Rule(lambda value: type(value) is int and (value == -1 or value >= 1), "1 or more, or -1 for all"),
-    "mesh.fsdp": COUNT,
+    "mesh.data": Rule(
+        lambda value: SIZE.holds(value) or (value == -1 and type(value) is int), f"{SIZE.wanted}, or -1 for all"
+    ),
+    "mesh.fsdp": SIZE,
     "mesh.frozen": any_of(RULES),
     "accumulate": COUNT,
     "remat": any_of(REMAT),
     "dtype": any_of(DTYPES),
     "adapter.kind": any_of(KINDS),
-    "adapter.tokens": COUNT,
-    "adapter.qk_dim": optional(COUNT),
+    "adapter.tokens": SIZE,
+    "adapter.qk_dim": optional(SIZE),
     **{f"objective.{field.name}": _OF_OBJECTIVE[_type_name(field)] for field in dataclasses.fields(Objective)},
     "reference.draws": COUNT_OR_NONE,
     "reference.seed": SEED,
@@ -129,13 +135,13 @@ PRETRAINING: dict[str, Rule] = _under(
         "held_out": COUNT,
         "samples": COUNT,
         "data_seed": whole(0, 2**32 - 4),  # seeds up to 3 above it are used, too
-        **dict.fromkeys(("text.hidden_size", "text.layers", "text.heads", "text.length"), COUNT),
+        **dict.fromkeys(("text.hidden_size", "text.layers", "text.heads", "text.length"), SIZE),
         "unet.widths": WIDTHS,
-        "unet.heads": COUNT,
+        "unet.heads": SIZE,
         "vae.widths": WIDTHS,
         "vae.kl_weight": WEIGHT,
-        **_under("vae.crops", _PHASE | {"size": COUNT}),
-        **_under("vae.whole", _PHASE | {"size": COUNT}),
+        **_under("vae.crops", _PHASE | {"size": SIZE}),
+        **_under("vae.whole", _PHASE | {"size": SIZE}),
         **_under("oracle", _AVERAGED | {"decoded": COUNT}),
         "min_snr": RATE,
         "text_dropout": SHARE,
@@ -175,7 +181,7 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
             if key in required:
                 raise PSAError(f"the configuration has no {key}; give it {rule.wanted}")
         elif not rule.holds(value):
-            raise PSAError(f"{key} is {value!r}; give {rule.wanted}")
+            raise PSAError(f"{key} is {quoted(value)}; give {rule.wanted}")
         elif rule is PLACE and value:
             _named(key, local_path, value)
     if workdir is not None:

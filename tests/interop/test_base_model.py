@@ -19,8 +19,11 @@ from psa_jax.cli import COMMANDS, main
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import load_stable_diffusion
+from psa_jax.interop.native import save_adapter
 from psa_jax.interop.parts import MODELS
 from psa_jax.interop.single_file import CONFIGS
+from psa_jax.models.adapter import Adapter
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.tools import arguments
 from psa_jax.tools.configs import read_config
 
@@ -138,6 +141,29 @@ def test_what_is_not_there_is_said_before_anything_is_read(name, sd1, tmp_path, 
     assert main([*words, f"--{name.replace('_', '-')}={tmp_path / 'absent'}"]) == 1
     assert f"{name} is {tmp_path / 'absent'}, which is not there" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_import_refuses_of_the_base_model_what_the_others_refuse(sd1, single, mixed, tmp_path, capsys):
+    """Though it reads a configuration only, it takes the same flags."""
+    unet = BaseModel(str(sd1[0])).unet_config()
+    adapter, number = tmp_path / "adapter.safetensors", iter(range(9))
+    save_adapter(Adapter(AdapterConfig.for_unet(unet, user_dim=4), rngs=nnx.Rngs(0)), adapter, {})
+
+    def bring(*words: str) -> tuple[int, str]:
+        return main(["import", str(adapter), f"--out={tmp_path / f'{next(number)}.safetensors'}", *words]), (
+            capsys.readouterr().err
+        )
+
+    assert bring(f"--model={sd1[0]}")[0] == bring(f"--model={mixed}", "--variant=fp16")[0] == 0
+    for words, said in (
+        ((f"--model={sd1[0]}", "--variant=ema"), "no part has weights of the variant 'ema'; leave it out"),
+        (("--model=tiny", "--variant=fp16"), "no part has weights of the variant 'fp16'; leave it out"),
+        ((f"--model={single}", "--variant=fp16"), "variant 'fp16' is for folders"),
+        ((f"--model={sd1[0]}", f"--vae={tmp_path / 'absent'}"), "absent, which is not there; check the path"),
+    ):
+        code, error = bring(*words)
+        assert code == 1 and said in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.glob("[0-9]*")) == ["0.safetensors", "1.safetensors"]
 
 
 def test_the_unet_of_a_single_file_without_its_weights(sd1, single):

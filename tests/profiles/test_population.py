@@ -4,6 +4,7 @@ import stat
 
 import pytest
 
+from psa_jax.cli import main
 from psa_jax.errors import PSAError
 from psa_jax.profiles.population import read_users_csv, sample_population, write_users_csv
 from psa_jax.profiles.schema import UserProfile
@@ -96,18 +97,19 @@ def test_writing_refuses_anonymous_and_repeated_users(tmp_path):
         ("", "no users"),
         (HEADER + "\n", "no users"),
         (HEADER.replace(",Gender", "") + "\n" + ROW, "missing .'Gender'"),
-        (HEADER + ",Name\n" + ROW + ",x", "unknown .'Name'"),
+        (HEADER + ",Name\n" + ROW + ",x", "unknown is number 8 of 8"),
+        (f"{HEADER},\n{ROW},x", "unknown is number 8 of 8"),
         (HEADER + ",Age\n" + ROW + ",35", "a column twice"),
         (f"{HEADER}\n{ROW},x\n", "line 2: 8 cells, but the header has 7"),
         (f"{HEADER}\n\n{ROW}\n", "line 2: 0 cells"),
         (f"{HEADER}\n{ROW}\n{ROW}\n", "line 3: user 0000001 is listed twice"),
         (f"{HEADER}\n{ROW.replace('None', '')}\n", 'line 2: .*religion.*the text "None"'),
-        (f"{HEADER}\n{ROW.replace('35', '35.0')}\n", "line 2: .*'35.0'"),
+        (f"{HEADER}\n{ROW.replace('35', '35.0')}\n", "line 2: .*age.*whole numbers"),
         (f"{HEADER}\n{ROW.replace('0000001', '1')}\n", "line 2: .*seven digits"),
         (f'{HEADER}\n{ROW[:-1]},"unclosed\n', "not a UTF-8 CSV"),
-        (f"{HEADER},Banned_Categories\n{ROW},['Hate']\n", r"line 2: Banned_Categories is .*policy gives \[\]"),
+        (f"{HEADER},Banned_Categories\n{ROW},['Hate']\n", "line 2: Banned_Categories is not .*leave the column out"),
         (f"{HEADER},Banned_Categories\n{ROW},[\n", "line 2: Banned_Categories .*expected"),
-        (f"{HEADER},Allowed_Categories\n{ROW},[]\n", "line 2: Allowed_Categories .*policy gives"),
+        (f"{HEADER},Allowed_Categories\n{ROW},[]\n", "line 2: Allowed_Categories .*the policy gives"),
         (f"{HEADER},Banned_Categories\n{ROW},__import__('os').abort()\n", "line 2: Banned_Categories .*expected"),
     ],
 )
@@ -117,6 +119,26 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, message):
     with pytest.raises(PSAError, match=message) as caught:
         read_users_csv(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SECRET,35,middle-aged,male,None,healthy,healthy\n" + ROW,  # no header: a user is in its place
+        *(f"{HEADER}\n" + ROW.replace(cell, "SECRET" * 1000) for cell in ROW.split(",")[:6]),
+        f"{HEADER},Banned_Categories\n{ROW},{'SECRET' * 1000}",
+        f"{HEADER},Banned_Categories\n{ROW},\"['Shocking', 'Violence']\"",
+    ],
+)
+def test_a_command_quotes_no_cell_of_a_users_csv(tmp_path, capsys, text):
+    path = tmp_path / "users.csv"
+    path.write_text(text)
+    assert main(["encode", str(path), f"--out={tmp_path / 'table.safetensors'}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"psa-jax: error: {path}") and error.count("\n") == 1
+    told = error.removeprefix(f"psa-jax: error: {path}")
+    assert len(told) < 400
+    assert not [word for word in ("SECRET", "35", "'Shocking'") if word in told]
 
 
 def test_missing_or_binary_files_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """UserProfile: closed sets, both spellings, nothing sensitive in its repr."""
 
+import re
 import subprocess
 import sys
 
@@ -59,36 +60,42 @@ def test_age_groups_cover_0_to_100_without_a_gap():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"age": 101}, ['"age"', "101", "0 to 100"]),
-        ({"age": -1}, ['"age"', "-1"]),
-        ({"age": 9.0}, ['"age"', "9.0"]),
-        ({"age": True}, ['"age"', "True"]),
-        ({"age": "9.0"}, ['"age"', "'9.0'"]),
+        ({"age": 101}, ['"age"', "whole numbers from 0 to 100"]),
+        ({"age": -1}, ['"age"']),
+        ({"age": 9.5}, ['"age"']),
+        ({"age": True}, ['"age"']),
+        ({"age": "9.5"}, ['"age"']),
         ({"age": "٩"}, ['"age"']),
-        ({"age": float("nan")}, ['"age"', "nan"]),
-        ({"age": None}, ['"age"', "None"]),
-        ({"age": 9}, ['"age_group"', "'middle-aged'", '"children"', "9"]),
-        ({"age_group": "teenagers"}, ['"age_group"', "'teenagers'", "adolescents"]),
-        ({"gender": "Male"}, ['"gender"', "'Male'", "male, female"]),
-        ({"religion": float("nan")}, ['"religion"', "nan", 'the text "None"']),
+        ({"age": float("nan")}, ['"age"']),
+        ({"age": None}, ['"age"']),
+        ({"age": 9}, ['"age_group"', "the group that the age is in"]),
+        ({"age_group": "teenagers"}, ['"age_group"', "adolescents"]),
+        ({"gender": "Male"}, ['"gender"', "male, female"]),
+        ({"religion": float("nan")}, ['"religion"', 'the text "None"']),
         ({"religion": None}, ['"religion"', 'the text "None"']),
         ({"religion": ""}, ['"religion"', "Christianity, Islam, Buddhism, None", 'the text "None"']),
-        ({"physical_condition": ["healthy"]}, ['"physical_condition"', "visual impairment"]),
+        ({"religion": "SECRETrel" * 10_000}, ['"religion"', "Christianity, Islam, Buddhism, None"]),
+        ({"physical_condition": ["SECRET"]}, ['"physical_condition"', "visual impairment"]),
         ({"mental_condition": "sad\nforged line"}, ['"mental_condition"', "sexual assault"]),
-        ({"user_id": "797"}, ['"user_id"', "'797'", "seven digits"]),
-        ({"user_id": 797}, ['"user_id"', "797", "seven digits"]),
+        ({"user_id": "797"}, ['"user_id"', "seven digits"]),
+        ({"user_id": 797}, ['"user_id"', "seven digits"]),
         ({"user_id": "000079\n"}, ['"user_id"']),
         ({"User_ID": "0000797"}, ['"user_id" is given twice']),
-        ({"Cluster_ID": "3"}, ["unknown key 'Cluster_ID'", "gender"]),
-        ({7: "x"}, ["unknown key 7"]),
+        ({"SECRET": "3"}, ["key 8 of 8 is unknown", "gender"]),
+        ({7: "x"}, ["key 8 of 8 is unknown"]),
     ],
 )
-def test_bad_values_are_refused_in_one_line_that_names_them(change, words):
+def test_bad_values_are_refused_in_one_line_that_names_the_field_and_no_value(change, words):
     with pytest.raises(PSAError) as caught:
         UserProfile.from_mapping({**VALID, **change})
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 300
     assert [word for word in words if word not in message] == []
+    told = message.partition("; allowed")[0]
+    values = [str(value) for value in change.values() if value != ""]
+    assert [
+        value for value in [*values, "SECRET", VALID["age_group"]] if re.search(rf"\b{re.escape(value)}\b", told)
+    ] == []
 
 
 @pytest.mark.parametrize("missing", ["age", "gender"])
@@ -117,9 +124,9 @@ def test_bad_json_is_refused(text, message):
 
 
 def test_the_constructor_is_as_strict_as_from_mapping():
-    with pytest.raises(PSAError, match='"age" is 101'):
+    with pytest.raises(PSAError, match='"age" has a value that is not allowed'):
         UserProfile(**{**VALID, "age": 101})
-    with pytest.raises(PSAError, match="\"age_group\" is 'children'"):
+    with pytest.raises(PSAError, match="the group that the age is in"):
         UserProfile(**{**VALID, "age_group": "children"})
     # Wrong types, in a process of its own: here the checked annotations would refuse them before the profile does.
     code = (
@@ -129,9 +136,8 @@ def test_the_constructor_is_as_strict_as_from_mapping():
         "    except PSAError as error: print(error)\n"
     )
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    starts = ["\"age\" is '35'", '"age" is 35.0', '"gender" is nan', '"religion" is None']
-    assert [line[: len(start) + 9] for line, start in zip(lines, starts, strict=True)] == [
-        f"profile: {start}" for start in starts
+    assert [line.partition(" has a value")[0] for line in lines] == [
+        f'profile: "{field}"' for field in ("age", "age", "gender", "religion")
     ]
 
 

@@ -1,11 +1,15 @@
 """generate, export and import as a user calls them, and what they refuse."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from psa_jax.cli import main
 from psa_jax.interop.diffusers import weights_hash
@@ -124,8 +128,8 @@ def test_a_folder_holds_the_pictures_of_one_user(files, tmp_path, capsys):
         (["--adapter=missing.safetensors", "--profile={}"], "no such adapter"),
         (["--model=missing"], "no such model folder"),
         (["--size=63"], "picture size"),
-        (["--steps=0"], "--steps: '0' does not fit; give a whole number of 1 or more"),
-        (["--images=0"], "--images: '0' does not fit; give a whole number of 1 or more"),
+        (["--steps=0"], "--steps: '0' does not fit; give a whole number from 1 to 2147483647"),
+        (["--images=0"], "--images: '0' does not fit; give a whole number from 1 to 2147483647"),
         (["--sampler=magic"], "invalid choice"),
         (["--eta=0.5", "--sampler=euler"], "eta is DDIM's"),
         (["--prompts=EMPTY"], "columns"),
@@ -143,6 +147,73 @@ def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, words
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("profile", ['{"age": 9, "gender": "SECRET"}', '{"age": 9, "SECRET": 1}', '{"SECRET', "SECRET"])
+def test_no_value_of_a_profile_is_in_an_error(files, tmp_path, capsys, profile):
+    assert generate(files, tmp_path, f"--adapter={files[1] / 'adapter.safetensors'}", f"--profile={profile}") == 1
+    error = capsys.readouterr().err
+    assert "profile: " in error and error.count("\n") == 1 and "SECRET" not in error
+
+
+def changed(path):
+    """The same tensors, one of them with other numbers."""
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    name = max(tensors, key=lambda name: tensors[name].size)
+    save_file(tensors | {name: tensors[name] + np.float32(0.5)}, path, metadata)
+
+
+def test_a_run_goes_on_with_the_same_contents_only(small_pipeline, files, tmp_path, monkeypatch, capsys):
+    """Paths may be spelled otherwise and files moved; other weights under the old path are another run's."""
+    shutil.copytree(files[0], tmp_path / "model")
+    shutil.copytree(files[0] / "vae", tmp_path / "vae")
+    shutil.copy(files[1] / "adapter.safetensors", tmp_path / "adapter.safetensors")
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = small_pipeline[1].unet.config.block_out_channels[0]
+    lora = {f"{layer}.lora_A.weight": np.ones((1, width)), f"{layer}.lora_B.weight": np.ones((width, 1))}
+    save_file({name: array.astype(np.float32) for name, array in lora.items()}, tmp_path / "lora.safetensors")
+    monkeypatch.chdir(tmp_path)
+
+    def draw(model="model", vae="vae", lora="lora.safetensors", adapter="adapter.safetensors") -> int:
+        words = [f"--vae={vae}", f"--lora={lora}", "--lora-scale=0.1", f"--adapter={adapter}", f"--profile={PROFILE}"]
+        return main(["generate", f"--model={model}", "--prompt=a cat", "--steps=2", "--out=out", *words])
+
+    assert draw() == 0
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    shutil.copy("adapter.safetensors", "again.safetensors")
+    shutil.copy("lora.safetensors", "lora2.safetensors")
+    for words in (
+        {"model": "./vae/../model", "adapter": tmp_path / "adapter.safetensors"},
+        {"vae": "model/vae", "lora": "lora2.safetensors", "adapter": "again.safetensors"},
+    ):
+        capsys.readouterr()
+        assert draw(**words) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["drawn"] == 0
+    for name, file in (
+        ("adapter", "adapter.safetensors"),
+        ("lora", "lora.safetensors"),
+        ("vae", "vae/diffusion_pytorch_model.safetensors"),
+        ("model", "model/unet/diffusion_pytorch_model.safetensors"),
+        ("model_config", "model/scheduler/scheduler_config.json"),
+    ):
+        whole = Path(file).read_bytes()
+        if name == "model_config":
+            Path(file).write_text(json.dumps(json.loads(whole) | {"beta_end": 0.013}))
+        else:
+            changed(file)
+        if name == "model":  # an adapter is of one base model: what says so is left out
+            about = {"encoder": "features", "encoder_fingerprint": get_encoder("features").fingerprint}
+            monkeypatch.setattr("psa_jax.tools.generate.read_metadata", lambda path, about=about: about)
+        assert draw() == 1
+        assert f"out: holds pictures of other settings ({name}); give another --out" in capsys.readouterr().err
+        Path(file).write_bytes(whole)
+    settings = Path("out/.settings.json")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"adapter": "adapter.safetensors"}))  # as once
+    assert draw() == 1
+    assert "other settings (adapter)" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("out").glob("*.png")}.items() <= before.items()
 
 
 def test_a_picture_that_is_not_finite_is_never_written(files, tmp_path, capsys):

@@ -86,6 +86,22 @@ def test_a_file_with_a_card_beside_it_that_overwrites_nothing(run_folder, tmp_pa
     assert (tmp_path / "a.safetensors").read_bytes() == (run_folder[1] / "psa_adapter.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_no_card_is_replaced_and_a_refusal_leaves_nothing(run_folder, tmp_path, capsys, link):
+    (tmp_path / "README.md").write_text("mine")
+    if link:
+        (tmp_path / "e1.README.md").symlink_to(tmp_path / "nowhere")
+    else:
+        (tmp_path / "e1.README.md").write_text("mine, too")
+    before = sorted(os.listdir(tmp_path))
+    error = refused(capsys, "export", run_folder[1], f"--out={tmp_path / 'e1.safetensors'}")
+    assert "e1.README.md: exists already" in error and "give another --out, or move it away" in error
+    assert sorted(os.listdir(tmp_path)) == before and not (tmp_path / "nowhere").exists()
+    assert main(["export", str(run_folder[1]), f"--out={tmp_path / 'e2.safetensors'}"]) == 0  # the advice works
+    (tmp_path / "e1.README.md").rename(tmp_path / "away.md")
+    assert main(["export", str(run_folder[1]), f"--out={tmp_path / 'e1.safetensors'}"]) == 0
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002], ids=oct)
 @pytest.mark.parametrize("format_", list(transfer.FORMATS))
 def test_who_may_read_an_export(run_folder, tmp_path, format_, umask):

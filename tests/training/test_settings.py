@@ -139,16 +139,34 @@ def test_paths_are_of_this_machine(complete, key: str, value: str):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("steps=-5", "steps is -5; give a whole number of 1 or more"),
+        ("steps=-5", "steps is -5; give a whole number from 1 to 2147483647"),
         ("objective.loss=dpo", "objective.loss is 'dpo'; choose sigmoid, "),
         ("adapter.kind=lora", "adapter.kind is 'lora'; give one of published, text, concept, prompt"),
-        ("adapter.tokens=0", "adapter.tokens is 0; give a whole number of 1 or more"),
+        ("adapter.tokens=0", "adapter.tokens is 0; give a whole number from 1 to 65536"),
         ("dtype=float8", "dtype is 'float8'; give one of float32, bfloat16, float16"),
-        ("log_every=0", "log_every is 0; give a whole number of 1 or more"),
-        ("checkpoint_every=0", "checkpoint_every is 0; give a whole number of 1 or more"),
+        ("log_every=0", "log_every is 0; give a whole number from 1 to 2147483647"),
+        ("checkpoint_every=0", "checkpoint_every is 0; give a whole number from 1 to 2147483647"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate is -1.0; give a finite number above 0"),
         ("optimizer.warmup_steps=900", "optimizer: 900 warm-up and 2 decay steps do not fit into 4 steps"),
         ("data.safe_share=1", "data.safe_share is 1.0; give a finite number of 0 or more and below 1"),
+        (f"steps={10**30}", f"steps is {10**30}; give a whole number from 1 to 2147483647"),
+        (f"batch_size={2**31}", "batch_size is 2147483648; give a whole number from 1 to 2147483647"),
+        (f"steps={'9' * 5000}", f"--config.steps: '{'9' * 79}… does not fit; give a value of type int, such as "),
+        ("adapter.tokens=65537", "adapter.tokens is 65537; give a whole number from 1 to 65536"),
+        (f"adapter.qk_dim={10**12}", f"adapter.qk_dim is {10**12}; give a whole number from 1 to 65536, or none"),
+        ("adapter.qk_dim=nan", "--config.adapter.qk_dim: 'nan' does not fit; give a value of type int, or none"),
+        (
+            f"adapter.qk_dim={'9' * 5000}",
+            f"--config.adapter.qk_dim: '{'9' * 79}… does not fit; give a value of type int, or none",
+        ),
+        (
+            f"adapter.qk_dim={'-' * 50_000}1",
+            f"--config.adapter.qk_dim: '{'-' * 79}… does not fit; give a value of type int, or none",
+        ),
+        (f"adapter.kind={'x' * 5000}", f"adapter.kind is '{'x' * 79}…; give one of published"),
+        (f"objective.loss={'x' * 5000}", f"objective.loss is '{'x' * 79}…; choose sigmoid"),
+        (f"mesh.data={2**31}", "mesh.data is 2147483648; give a whole number from 1 to 65536, or -1 for all"),
+        ("data.shards=a\udcff", "data.shards: 'a\\udcff': a path that is not UTF-8"),
         ("model=gs://bucket/sd15", "model: gs://bucket/sd15: only paths on this machine can be used"),
     ],
 )
@@ -180,6 +198,19 @@ def test_what_does_not_fit_together(no_work, capsys, tmp_path, settings: list[st
     error = capsys.readouterr().err
     assert error.startswith(f"psa-jax: error: {said}") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "pretrain"])
+@pytest.mark.parametrize("place", ["users.csv", "users.csv/run", "link"])
+def test_a_workdir_that_cannot_be_a_folder(no_work, capsys, tmp_path, command: str, place: str):
+    (tmp_path / "users.csv").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert main([command, f"--config={TINY}:smoke", f"--workdir={tmp_path / place}"]) == 1
+    said = tmp_path / place.partition("/")[0]
+    assert capsys.readouterr().err == (
+        f"psa-jax: error: {said}: not a folder; give a --workdir that is one, or is not there yet\n"
+    )
+    assert (tmp_path / "users.csv").read_text() == "mine" and not (tmp_path / "nowhere").exists()
 
 
 # --- data by path
