@@ -214,7 +214,10 @@ def _run(name: str, words: list[str]) -> int:
         with args.config.unlocked():
             args.config.update({name: vars(args)[name] for name in arguments.BASE_MODEL if vars(args).get(name)})
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        keys = args.config if getattr(args, "takes_config", False) else ()
+        meant = [f"--config.{word[2:]}" for word in rest if word.startswith("--") and word[2:].split("=")[0] in keys]
+        hint = f"; did you mean {' '.join(meant)}?" if meant else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return COMMANDS[name].run(args) or 0
 
 

@@ -417,3 +417,10 @@ def test_help_lists_what_a_profile_may_hold(command, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     for said in ("age (0 to 100, required)", "gender (male, female; required)", "physical_condition (healthy, visual"):
         assert said in shown
+
+
+def test_a_key_of_the_configuration_that_is_given_as_a_flag(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--config=tiny", f"--workdir={tmp_path / 'run'}", "--steps=3", "--stepz"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --steps=3 --stepz; did you mean --config.steps=3?" in capsys.readouterr().err

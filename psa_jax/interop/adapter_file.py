@@ -176,6 +176,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"{path}: an IP-Adapter, which stock diffusers loads (pipe.load_ip_adapter); psa_jax takes the native file "
             "that psa-jax train wrote"
         )
+    if "embeddings" in header.tensors:
+        raise PSAError(f"{path}: an embedding table and no adapter; a table is given with --table, or as table=")
     if "psa" not in metadata:
         return {}
     about = parse_json(metadata["psa"], f"{path}: its metadata", limit=MAX_HEADER)
@@ -251,10 +253,10 @@ def fitting_config(
             f"has {len(layers or own)} of width {cross_dim or own_dim}, or others in between"
         )
     projection = tensors.get("user_proj.proj.weight")
-    if projection is None or projection.ndim != 2 or projection.shape[0] % own_dim:
-        raise PSAError(
-            f"{where}: user_proj.proj.weight is missing or does not fit a cross-attention width of {own_dim}"
-        )
+    if projection is None:
+        raise PSAError(f"{where}: user_proj.proj.weight is missing, so it is no adapter of PSA, or damaged")
+    if projection.ndim != 2 or projection.shape[0] % own_dim:
+        raise PSAError(f"{where}: user_proj.proj.weight does not fit a cross-attention width of {own_dim}")
     tokens, user_dim = projection.shape[0] // own_dim, projection.shape[1]
     try:
         config = AdapterConfig(about.get("kind", "published"), tokens, user_dim, own_dim, own, about.get("qk_dim"))

@@ -56,12 +56,14 @@ _RUNTIME = """\
 _LOADING = {
     "native": _RUNTIME.replace("{path!r}", "{weights!r}") + "\n\nor `psa-jax generate --adapter={weights}` in JAX.",
     "upstream": """\
-The torch original reads it as its own `psa_adapter.bin`. `psa-jax import {weights} --model=DIR` brings it back.""",
+The torch original reads it as its own `psa_adapter.bin`. `psa-jax import {weights} --model=DIR --out=FILE` brings it
+back.""",
     "ip-adapter": """\
-    import numpy as np, torch                                # stock diffusers, no code of psa_jax
+    import torch                                             # stock diffusers, no code of psa_jax
+    from safetensors.torch import load_file
     pipe.load_ip_adapter(FOLDER, subfolder="", weight_name={weights!r}, image_encoder_folder=None)
     pipe.set_ip_adapter_scale(1.0)
-    user = torch.tensor(np.load("embedding.npy")).reshape(1, 1, {user_dim})
+    user = load_file("table.safetensors")["embeddings"][0].reshape(1, 1, {user_dim})    # row 0 of a table
     both = torch.cat([torch.zeros_like(user), user])         # guidance: the unconditional side first, with zeros
     image = pipe("a prompt", ip_adapter_image_embeds=[both.to(pipe.dtype)]).images[0]
 

@@ -90,9 +90,10 @@ class EmbeddingTable:
         """
         for user_id in ids:
             if user_id not in self._rows:
+                meant, way_out = user_id.zfill(7), "add it with psa-jax encode USERS --add --out=TABLE"
                 raise PSAError(
-                    f"user {quoted(user_id)} is not in the embedding table of {len(self.ids)} users; add it with "
-                    "psa-jax encode USERS --add --out=TABLE"
+                    f"user {quoted(user_id)} is not in the embedding table of {len(self.ids)} users; "
+                    f"{f'give {meant}' if meant in self._rows else way_out}"
                 )
         return self.embeddings[np.asarray([self._rows[user_id] for user_id in ids], dtype=np.intp)]
 

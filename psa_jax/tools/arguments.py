@@ -279,7 +279,7 @@ def generate(parser: ArgumentParser) -> None:
     how.add_argument("--guidance", type=weight, default=7.5, help="classifier-free guidance (default: 7.5)")
     how.add_argument("--guidance-rescale", type=share, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
     how.add_argument("--eta", type=share, default=0.0, help="DDIM's share of fresh noise (default: 0)")
-    how.add_argument("--karras", action="store_true", help="Karras' noise levels (euler, dpmsolver++)")
+    how.add_argument("--karras", action="store_true", help="Karras' noise levels (euler, dpmsolver++, unipc)")
     how.add_argument("--size", type=size, metavar="HxW", help="such as 768 or 512x768 (default: the model's)")
     how.add_argument("--batch-size", type=count, default=8, metavar="N", help="pictures a call (default: 8)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the PNG files")

@@ -24,7 +24,7 @@ from psa_jax.models.adapter import Adapter
 from psa_jax.models.adapter_config import KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
-from psa_jax.progress import stage
+from psa_jax.progress import stage, track
 from psa_jax.tools.turns import Load, spread, take_turns
 
 USER_DIM = 3584
@@ -59,7 +59,9 @@ def ratios(config: UNetConfig, side: int, steps: int) -> dict[str, Any]:
       All are medians over the turns; `quartiles` has those of every ratio in `jax` and `torch`.
     """
     adapters = {kind: _adapter(config, kind) for kind in KINDS}
+    stage("JAX: weights, compiling and a first step of each way")
     in_jax, jax_quartiles = _measured(_jax_ways(config, side, adapters), steps)
+    stage("torch: weights and a first step of each way")
     in_torch, torch_quartiles = _measured(_torch_ways(config, side, adapters), steps)
     return {
         "jax_ratio": in_jax[DEFAULT_KIND],
@@ -79,7 +81,7 @@ def _measured(ways: dict[str, Callable[[], None]], steps: int) -> tuple[dict[str
         step()
         return time.perf_counter() - start
 
-    for step in ways.values():
+    for step in track(ways.values(), len(ways), "way", "first steps"):
         step()
     turns = take_turns({name: functools.partial(seconds, step) for name, step in ways.items()}, steps, rotate=True)
     medians, quartiles = {"base_seconds": round(statistics.median(turn["base"] for turn in turns), 4)}, {}

@@ -40,8 +40,12 @@ def run(args: Namespace) -> int:
     or files of other contents, in the same folder are refused.
     """
     wanted = _wanted(args)
-    if args.adapter is None and (args.profile or args.user):
-        raise PSAError("--profile and --user need --adapter; without it the base model draws for nobody in particular")
+    for_users = args.profile or args.user or args.table or args.scale != 1.0 or args.unconditional != "off"
+    if args.adapter is None and for_users:
+        raise PSAError(
+            "--profile, --user, --table, --scale and --unconditional need --adapter; without it the base model draws "
+            "for nobody in particular"
+        )
     trained = None if args.adapter is None else find_adapter(args.adapter)
     # What can be wrong with the user is said before the weights are read.
     user = None if trained is None else user_embedding(args, trained, read_metadata(trained))
@@ -186,6 +190,8 @@ def user_embedding(args: Namespace, adapter: Path, about: dict) -> Float[np.ndar
             f"{args.table}: encoded by {table.encoder} ({table.fingerprint}), the adapter was trained with "
             f"{about['encoder']} ({trained}); give the table of its training, or encode the users with that encoder"
         )
+    if table is not None and about.get("standardised", table.mean is not None) != (table.mean is not None):
+        raise PSAError(f"{adapter}: only one of adapter and table is standardised; give the table of its training")
     if args.user:
         if table is None:
             raise PSAError("--user needs --table FILE, the embeddings of known users")

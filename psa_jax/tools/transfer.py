@@ -56,6 +56,11 @@ class Source:
 def export(args: Namespace) -> int:
     """Writes the adapter of a run's folder, or of a native file, in another format, with a model card beside it."""
     check_new(args.out, "give another --out")
+    if args.format != "baked" and (args.profile or args.user or args.table or args.scale != 1.0):
+        raise PSAError(
+            f"--profile, --user, --table and --scale are for --format=baked; an adapter of --format={args.format} is "
+            "for all users, who are given when it draws"
+        )
     path = find_adapter(args.adapter)
     about = read_metadata(path)
     if not about:
@@ -212,6 +217,8 @@ PERSONAL = ("baked",)
 def import_(args: Namespace) -> int:
     """Reads a native file, or the torch original's .bin or safetensors, for a base model; writes a native file."""
     check_new(args.out, "give another --out")
+    if args.file.is_dir():
+        raise PSAError(f"{args.file}: a folder; give the file in it, such as {args.file / ADAPTER_FILE}")
     unet = BaseModel.said(vars(args)).unet_config()
     about, tensors = ({}, read_bin(args.file)) if args.file.suffix in PICKLES else _read_safetensors(args.file)
     config = fitting_config(args.file, tensors, about, unet.cross_attentions, unet.cross_attention_dim)

@@ -122,7 +122,9 @@ def load_psa(
 def _unet(pipe: DiffusionPipeline) -> torch.nn.Module | None:
     """The pipeline's UNet, also inside torch.compile."""
     unet = getattr(pipe, "unet", None)
-    return getattr(unet, "_orig_mod", unet)
+    while hasattr(unet, "_orig_mod"):  # it may be compiled twice
+        unet = unet._orig_mod
+    return unet
 
 
 def family(unet: UNet2DConditionModel) -> str:
@@ -143,6 +145,16 @@ def _check_table(path: Path, about: dict[str, Any], user_dim: int, table: Embedd
         raise PSAError(f"{path}: only one of adapter and table is standardised; give the table of its training")
     if table.dim != user_dim:
         raise PSAError(f"{path}: the adapter needs embeddings of {user_dim} numbers, the table has {table.dim}")
+
+
+def _scales(scale: float | Sequence[float] | Tensor) -> Tensor:
+    try:
+        scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PSAError("scale must be a number, or one for each prompt") from error
+    if not torch.isfinite(scales).all():
+        raise PSAError("scale must be finite numbers")
+    return scales
 
 
 class _Hidden:
@@ -169,7 +181,7 @@ class _Hidden:
 class PSA:
     """A pipeline that draws for users. Called as the pipeline is, with `user`, `scale` and `unconditional` more.
 
-    Not for two threads at once.
+    One call at a time: in another thread it is refused while this one draws.
     """
 
     def __init__(self, pipe, unet, adapter, path, table, device):
@@ -180,7 +192,7 @@ class PSA:
         self._signature = inspect.signature(pipe.encode_prompt)
         self._installed = installed(unet)
         self._installed.check()
-        self._installed.add_pipeline()
+        self._installed.add_pipeline(self)
         self._hook: _Hidden | None = _Hidden(pipe, "encode_prompt", self._encode)
         self._watched: _Hidden | None = None  # the scheduler's step
         pipe.psa = self
@@ -229,20 +241,15 @@ class PSA:
         """
         if unconditional not in UNCONDITIONAL:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
-        if self._request is not None:
-            self._request.used = True
-        if self._installed.drawing:
-            raise PSAError("the pipeline is drawing for another user; wait until it is done")
-        users = self._users(user, allow_unprotected)
-        scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
-        if not torch.isfinite(scales).all():
-            raise PSAError("scale must be finite numbers")
-        self._check()
-        request = self._request = _Request(users, scales, unconditional)
-        self._installed.drawing = True
-        if users is None:
-            self._installed.leave_unprotected()
+        if (outer := self._request) is not None:
+            outer.used = True
+        users, scales = self._users(user, allow_unprotected), _scales(scale)
+        self._installed.start()
         try:
+            self._check()
+            request = self._request = _Request(users, scales, unconditional)
+            if users is None:
+                self._installed.leave_unprotected()
             yield
             if users is not None:
                 self._finish(request)
@@ -257,7 +264,7 @@ class PSA:
             return
         self._hook.restore()
         self._hook = None
-        self._installed.remove_pipeline()
+        self._installed.remove_pipeline(self)
         self.pipe.psa = None
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
@@ -277,9 +284,16 @@ class PSA:
             return None
         if isinstance(user, str):
             user = [user]
-        if not isinstance(user, (np.ndarray, Tensor)):
-            if not user or not all(isinstance(one, str) for one in user):
-                raise PSAError("user must be ids, or embeddings as one array or tensor [n, D]")
+        if isinstance(user, np.ndarray) and user.dtype.kind in "UO":
+            user = user.ravel().tolist()
+        if isinstance(user, np.ndarray):
+            numbers = user.dtype.kind == "f"
+        else:
+            numbers = isinstance(user, Tensor) and user.is_floating_point() and user.layout is torch.strided
+        if not numbers:
+            # In an order: of a set or a dict nobody knows whose prompt is whose.
+            if not isinstance(user, (list, tuple)) or not user or not all(isinstance(one, str) for one in user):
+                raise PSAError("user must be a list of ids, or embeddings as one array or tensor [n, D] of floats")
             if self.table is None:
                 raise PSAError("users by id need load_psa(..., table=FILE)")
             user = self.table.lookup(user)
@@ -300,15 +314,28 @@ class PSA:
             raise PSAError(f"pipe.unet is another UNet now, without the user's adapter; {AGAIN}")
         if not self._hook.holds:
             raise PSAError(f"pipe.encode_prompt was replaced, and with it what asks the user's adapter; {AGAIN}")
+        self._installed.add_pipeline(self)  # a copied pipeline is not yet known to its copied UNet
         self._installed.check()
+
+    def draws_with(self, unet: torch.nn.Module) -> bool:
+        """Whether the adapter is in the pipeline, and this is its UNet."""
+        return self._hook is not None and _unet(self.pipe) is unet
+
+    def _check_steps(self, request: _Request) -> None:
+        """What the UNet did since the last step that was looked at, also for another pipeline, was for the users."""
+        if request.text is not None and self._installed.were_run():
+            self._installed.check_run(request.text)
 
     def _finish(self, request: _Request) -> None:
         """What was drawn in `applied` was drawn for its users."""
         self._check()
         if not request.used:
             raise PSAError("this pipeline drew nothing; applied() speaks for the pipeline given to load_psa alone")
-        if self._installed.were_run():  # by loops that call the UNet themselves
-            self._installed.check_run(request.text)
+        if request.steps and not self._watches(self.pipe.scheduler):
+            raise PSAError(
+                "the pipeline's scheduler was replaced after it had begun, so nobody saw for whom it drew on"
+            )
+        self._check_steps(request)  # of loops that call the UNet themselves
 
     def _watch(self, request: _Request) -> None:
         """From now on, before each step of the scheduler the processors are looked at."""
@@ -322,6 +349,12 @@ class PSA:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self._installed.check_run(request.text)
             request.steps += 1
+            predicted = args[0] if args else kwargs["model_output"]
+            if not torch.isfinite(predicted).all():
+                raise PSAError(
+                    "the UNet's prediction is not finite, and no picture is given out: take bfloat16 or float32 in "
+                    "place of float16, or a smaller scale"
+                )
             return step(*args, **kwargs)
 
         self._watched = _Hidden(scheduler, "step", watched)
@@ -344,6 +377,7 @@ class PSA:
         encoded = self._encode_prompt(*args, **kwargs)
         if request.users is None:
             return encoded
+        self._check_steps(request)  # before it is forgotten
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         images, guided = (bound.arguments[n] for n in ("num_images_per_prompt", "do_classifier_free_guidance"))

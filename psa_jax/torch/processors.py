@@ -5,7 +5,10 @@ and draws on without a word. So nothing is taken on trust: before a call, at eac
 whether our processors are in their places, were all run, and with the text states that the user's part was made for.
 """
 
+import threading
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,9 @@ _REPLACED_BY = {
     "UserProcessor": "unload_ip_adapter() or AdaptedUNet",
 }
 _IP_ADAPTER = "load_ip_adapter()", "one pipeline cannot have both: unload_ip_adapter(), psa.unload() and load_psa again"
+
+
+_TURN = threading.Lock()  # not one for each UNet: a copy or a file cannot hold a lock
 
 
 class UserProcessor:
@@ -96,14 +102,29 @@ class Installed:
     def __init__(self, unet: nn.Module):
         self.unet = unet
         self.drawing = False
-        self._pipelines = 0
+        self._pipelines: list[weakref.ref] = []
         self._attentions = cross_attentions(unet)
         self._before = {name: attention.processor for name, attention in self._attentions.items()}
         self._processors = dict(zip(self._attentions, attach(unet), strict=True))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what a file gives back, is in no pipeline until one says so."""
+        return vars(self) | {"_pipelines": [], "drawing": False}
+
     @property
     def count(self) -> int:
         return len(self._processors)
+
+    def start(self) -> None:
+        """A call begins: only one at a time, whatever threads there are.
+
+        Raises:
+          PSAError: another call is under way.
+        """
+        with _TURN:
+            if self.drawing:
+                raise PSAError("the pipeline is drawing for another user; wait until it is done")
+            self.drawing = True
 
     def check(self) -> None:
         """Our processors are where they were put.
@@ -161,13 +182,15 @@ class Installed:
                 )
             known = seen
 
-    def add_pipeline(self) -> None:
-        self._pipelines += 1
+    def add_pipeline(self, psa: Any) -> None:
+        """Counts a `PSA`, once, for as long as it lives."""
+        if all(known() is not psa for known in self._pipelines):
+            self._pipelines.append(weakref.ref(psa))
 
-    def remove_pipeline(self) -> None:
+    def remove_pipeline(self, psa: Any) -> None:
         """Without the last of the pipelines the UNet is as it was; processors that others put there stay."""
-        self._pipelines -= 1
-        if self._pipelines:
+        self._pipelines = [known for known in self._pipelines if known() not in (None, psa)]
+        if any(known().draws_with(self.unet) for known in self._pipelines):
             return
         now = self.unet.attn_processors
         ours = {name: self._before[name] for name, one in now.items() if isinstance(one, UserProcessor)}

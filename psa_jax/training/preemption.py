@@ -38,6 +38,8 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._restore()
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"psa-jax: a signal: stopping after this step, with a checkpoint; a second ends at once\n")
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)
         self._stop = True

@@ -120,6 +120,8 @@ def test_a_folder_holds_the_pictures_of_one_user(files, tmp_path, capsys):
     [
         (["--adapter=ADAPTER"], "needs a user"),
         (["--profile={}"], "need --adapter"),
+        (["--scale=0.5"], "need --adapter"),
+        (["--unconditional=same"], "need --adapter"),
         (["--adapter=ADAPTER", "--user=0000001"], "--user needs --table"),
         (["--adapter=ADAPTER", "--table=TABLE", "--user=0000099"], "0000099"),
         (["--adapter=ADAPTER", "--table=TABLE", "--user=" + "9" * 5000], f"user '{'9' * 79}… is not in the embedding"),

@@ -397,3 +397,50 @@ def test_a_profile_for_an_adapter_of_another_encoder(run_folder, tmp_path, capsy
     error = refused(capsys, *words, '--profile={"age": 9, "gender": "female"}')
     assert "'qwen', which --profile cannot run; give --user ID with --table FILE" in error
     assert main([*words, "--user=0000002", f"--table={tmp_path / 'table.safetensors'}"]) == 0
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+def test_a_table_of_another_scale_than_the_training_s(run_folder, tmp_path, capsys, standardised):
+    """`generate` and a baked export refuse what `load_psa` refuses."""
+    model, folder = run_folder
+    about = read_metadata(folder / "psa_adapter.safetensors") | {"standardised": standardised}
+    table = EmbeddingTable.load(folder / "table.safetensors")
+    config = AdapterConfig("published", 1, table.dim, about["cross_dim"], tuple(map(tuple, about["layers"])))
+    save_adapter(random_adapter(config), tmp_path / "psa_adapter.safetensors", about)
+    tables = {False: tmp_path / "raw.safetensors", True: tmp_path / "scaled.safetensors"}
+    table.save(tables[False])
+    table.standardised().save(tables[True])
+    draw = ["generate", f"--model={model}", "--prompt=a cat", "--steps=1", f"--adapter={tmp_path}"]
+    bake = ["export", tmp_path, "--format=baked", f"--model={model}"]
+    message = "only one of adapter and table is standardised; give the table of its training"
+    for who in ("--user=0000002", '--profile={"age": 9, "gender": "female"}'):
+        for words in (draw, bake):
+            out = f"--out={tmp_path / 'out'}"
+            assert message in refused(capsys, *words, who, f"--table={tables[not standardised]}", out)
+    assert main([*draw, f"--table={tables[standardised]}", "--user=0000002", f"--out={tmp_path / 'drawn'}"]) == 0
+
+
+def test_what_is_no_adapter(run_folder, tmp_path, capsys):
+    model, folder = run_folder
+    out, table = f"--out={tmp_path / 'x.safetensors'}", folder / "table.safetensors"
+    for words in (["export", table], ["import", table, f"--model={model}"]):
+        assert "an embedding table and no adapter" in refused(capsys, *words, out)
+    error = refused(capsys, "import", folder, f"--model={model}", out)
+    assert f"a folder; give the file in it, such as {folder / 'psa_adapter.safetensors'}" in error
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    error = refused(capsys, "import", tmp_path / "a.safetensors", f"--model={model}", out)
+    assert "user_proj.proj.weight is missing, so it is no adapter of PSA" in error
+
+
+def test_an_id_without_its_zeros(run_folder, tmp_path, capsys):
+    model, folder = run_folder
+    words = [f"--model={model}", "--prompt=a cat", "--steps=1", f"--adapter={folder}", f"--out={tmp_path / 'out'}"]
+    words += [f"--table={folder / 'table.safetensors'}"]
+    assert refused(capsys, "generate", *words, "--user=2").endswith("give 0000002\n")
+    assert main(["generate", *words, "--user=0000002"]) == 0
+
+
+def test_flags_that_another_format_has_are_not_taken_in_silence(run_folder, tmp_path, capsys):
+    for words in (["--scale=0.5"], ["--user=0000002"], ['--profile={"age": 9}'], ["--table=x"]):
+        error = refused(capsys, "export", run_folder[1], *words, f"--out={tmp_path / 'out'}")
+        assert "are for --format=baked" in error

@@ -1,5 +1,7 @@
 """psa_jax.torch in pipelines of diffusers: who is drawn for, who is refused, what is left behind."""
 
+import inspect
+
 import accelerate
 import diffusers
 import numpy as np
@@ -14,6 +16,7 @@ from psa_jax.interop.ip_adapter import to_ip_adapter
 from psa_jax.interop.native import save_adapter, to_file
 from psa_jax.models.adapter_config import KINDS, AdapterConfig
 from psa_jax.torch import load_adapter, load_psa
+from psa_jax.torch.pipeline import PSA, _scales
 from psa_jax.torch.processors import cross_attentions
 
 # diffusers gives torch tensors to numpy in a way that numpy 2 warns about.
@@ -169,6 +172,11 @@ def says(message: str):
     return pytest.raises(PSAError, match=message)
 
 
+def unchecked(function):
+    """As users have it: here the types of arguments are checked on the way."""
+    return inspect.unwrap(function)
+
+
 def test_nobody(pipe, files, table):
     psa = load_psa(pipe, files["text"], table=table)
     with says("no user was given"):
@@ -199,11 +207,22 @@ def test_users_that_are_none(pipe, files, table):
         draw(psa, user=np.full((1, ENCODER.dim), np.nan, np.float32))
     with says("unconditional 'on' is unknown"):
         draw(psa, user=IDS, unconditional="on")
-    with says("user must be ids"):
-        draw(psa, user=[])
+    # Of a set or a dict nobody knows whose prompt is whose; other things are no embedding.
+    numbers = torch.ones(2, 33)
+    others = numbers.bool(), numbers.int().numpy(), numbers.to_sparse()
+    for none in ([], set(IDS), dict.fromkeys(IDS, 0), 1, [1, 2], *others):
+        with says("user must be a list of ids"):
+            unchecked(PSA._users)(psa, none, False)
+    for none in ("1", None, 1 + 0j, [[1.0], [1.0, 2.0]]):
+        with says("scale must be a number"):
+            unchecked(_scales)(none)
     with psa.applied(IDS), says("drawing for another user"):
         draw(psa, user=IDS)
-    assert np.isfinite(draw(psa, user=IDS)).all()  # nothing stays behind
+    with says("not finite, and no picture is given out"):
+        draw(psa, user=IDS, scale=1e30)
+    expected = draw(psa, user=IDS)  # nothing stays behind
+    assert np.isfinite(expected).all()
+    assert difference(draw(psa, user=np.array(IDS)), expected) == 0
 
 
 def test_ids_need_a_table(pipe, files):

@@ -1,12 +1,16 @@
 """Pipelines that share a UNet or are copied, text states that are given, unload(), and pipelines that are refused."""
 
 import copy
+import gc
+import pickle
+import sys
+import threading
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from torch_runtime import CALL, IDS, STEPS, difference, draw, latents
 
 from psa_jax.errors import PSAError
@@ -177,3 +181,103 @@ def test_no_cpu_offload_without_an_accelerator(models, table):
     for switch in (psa.pipe.enable_model_cpu_offload, psa.pipe.enable_sequential_cpu_offload):
         with pytest.raises(RuntimeError, match="requires accelerator"):
             switch()
+
+
+# --- other pipelines, threads and copies
+
+
+def test_another_pipeline_between_two_drawings(models, table):
+    """It has a scheduler of its own, whose steps nobody watches: what its UNet runs were for is looked at later."""
+    for kind in ("text", "prompt"):
+        model, path = models[kind]
+        pipe = copy.deepcopy(model)
+        psa = load_psa(pipe, path, table=table)
+        other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        other.scheduler = copy.deepcopy(pipe.scheduler)
+        with pytest.raises(PSAError, match="other text states"), psa.applied(IDS[0]):
+            draw(pipe, rows=slice(1, 2))
+            image_to_image(other)
+            draw(pipe, rows=slice(1, 2))
+
+
+def test_a_scheduler_that_is_replaced_while_it_draws(models, table):
+    model, path = models["text"]
+    pipe, base = copy.deepcopy(model), copy.deepcopy(model)
+    psa = load_psa(pipe, path, table=table)
+
+    def replace(pipe, step, timestep, values):
+        pipe.scheduler = copy.copy(pipe.scheduler)
+        vars(pipe.scheduler).pop("step", None)
+        pipe.unet.forward = base.unet.forward
+        return values
+
+    with pytest.raises(PSAError, match="scheduler was replaced"), psa.applied(IDS):
+        draw(pipe, callback_on_step_end=replace)
+
+
+def test_threads_take_turns(models, table):
+    """Each picture that is given out is its thread's; who comes too early is told, in one line."""
+    model, path = models["text"]
+    pipe = copy.deepcopy(model)
+    psa = load_psa(pipe, path, table=table)
+    one = [draw(psa, user=user, rows=slice(1), num_inference_steps=1) for user in IDS]
+    found, before = [], sys.getswitchinterval()
+
+    def work(index: int, together: threading.Barrier) -> None:
+        together.wait()
+        try:
+            picture = draw(psa, user=IDS[index], rows=slice(1), num_inference_steps=1)
+            found.append("right" if difference(picture, one[index]) <= 1e-5 else "wrong")
+        except Exception as error:  # told below
+            found.append(f"{type(error).__name__}: {error}")
+
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(15):
+            together = threading.Barrier(2)
+            threads = [threading.Thread(target=work, args=(index, together)) for index in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert set(found) <= {"right", "PSAError: the pipeline is drawing for another user; wait until it is done"}
+    assert found.count("right") >= 15
+
+
+def test_a_copied_unet_is_free_after_unload(models, table):
+    model, path = models["text"]
+    pipe = copy.deepcopy(model)
+    psa = load_psa(pipe, path, table=table)
+    pipe.unet = copy.deepcopy(pipe.unet)
+    with pytest.raises(PSAError, match="another UNet"):
+        draw(psa, user=IDS)
+    psa.unload()
+    psa = load_psa(pipe, path, table=table)
+    expected = draw(psa, user=IDS)
+    psa.unload()
+    assert difference(draw(pipe), draw(model)) == 0
+
+    dropped = copy.deepcopy(model)
+    load_psa(dropped, path, table=table)
+    parts = dropped.components
+    del dropped
+    gc.collect()
+    again = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    again.set_progress_bar_config(disable=True)
+    psa = load_psa(again, path, table=table)
+    assert difference(draw(psa, user=IDS), expected) == 0
+    psa.unload()
+    assert difference(draw(again), draw(model)) == 0
+
+
+def test_a_copied_pipeline_unloads_its_own(models, table):
+    model, path = models["text"]
+    pipe = copy.deepcopy(model)
+    expected = draw(load_psa(pipe, path, table=table), user=IDS)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(pipe)))
+    assert difference(draw(copied.psa, user=IDS), expected) == 0
+    copied.psa.unload()
+    assert difference(draw(copied), draw(model)) == 0
+    assert difference(draw(pipe.psa, user=IDS), expected) == 0

@@ -14,12 +14,16 @@ from psa_jax.training.preemption import StopSignal, Watchdog
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_and_the_second_acts(number: int):
+def test_the_first_signal_asks_and_the_second_acts(number: int, capfd):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with StopSignal() as stop:
         assert not stop.reached()
         os.kill(os.getpid(), number)
         assert stop.reached() and stop.reached()
+        assert (
+            capfd.readouterr().err
+            == "psa-jax: a signal: stopping after this step, with a checkpoint; a second ends at once\n"
+        )
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
