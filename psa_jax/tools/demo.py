@@ -95,7 +95,7 @@ def run(
             "the recorded comparison runs are of another configuration: the base model alone is compared; use --compare"
         )
         recorded = None
-    whole = "146 to 396 s on two shared virtual cores" if recorded is not None and not all_ways else ""
+    whole = "129 to 396 s on two shared virtual cores" if recorded is not None and not all_ways else ""
     stage("data, training, judging and a report", whole)
     workdir.mkdir(parents=True, exist_ok=True)
 
