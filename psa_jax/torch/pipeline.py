@@ -197,6 +197,10 @@ class PSA:
         self._watched: _Hidden | None = None  # the scheduler's step
         pipe.psa = self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy that is made during a call has no part in it."""
+        return vars(self) | {"_request": None}
+
     def __call__(
         self,
         *args: Any,
@@ -246,6 +250,7 @@ class PSA:
         users, scales = self._users(user, allow_unprotected), _scales(scale)
         self._installed.start()
         try:
+            self._unwatch()  # a copy that was made during a call has its watch
             self._check()
             request = self._request = _Request(users, scales, unconditional)
             if users is None:

@@ -49,6 +49,10 @@ class UserProcessor:
         self.text: Tensor | None = None
         self.unprotected = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy that is made during a call draws for nobody, and is not unprotected either."""
+        return vars(self) | {"context": None, "text": None, "unprotected": False}
+
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
         context = self.context
         if context is None:

@@ -88,9 +88,7 @@ TRAINING: dict[str, Rule] = {
     "hang_timeout": WEIGHT,
     "wandb": FLAG,
     "sample_every": COUNT_OR_NONE,
-    "mesh.data": Rule(
-        lambda value: SIZE.holds(value) or (value == -1 and type(value) is int), f"{SIZE.wanted}, or -1 for all"
-    ),
+    "mesh.data": ALL_OR_SIZE,
     "mesh.fsdp": SIZE,
     "mesh.frozen": any_of(RULES),
     "accumulate": COUNT,

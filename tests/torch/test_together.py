@@ -281,3 +281,17 @@ def test_a_copied_pipeline_unloads_its_own(models, table):
     copied.psa.unload()
     assert difference(draw(copied), draw(model)) == 0
     assert difference(draw(pipe.psa, user=IDS), expected) == 0
+
+
+@pytest.mark.parametrize("user", [IDS[0], None])
+def test_a_copy_that_is_made_during_a_call_draws_for_nobody(models, table, user):
+    model, path = models["text"]
+    pipe = copy.deepcopy(model)
+    psa = load_psa(pipe, path, table=table)
+    with psa.applied(user, allow_unprotected=user is None):
+        draw(pipe)
+        copied = copy.deepcopy(pipe)
+    for other in (copied, pipe):
+        with pytest.raises(PSAError, match="no user was given"):
+            draw(other)
+    assert difference(draw(copied.psa, user=IDS), draw(psa, user=IDS)) == 0
