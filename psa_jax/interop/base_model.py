@@ -8,13 +8,11 @@ from typing import Any
 import ml_collections
 
 from psa_jax.errors import PSAError
-from psa_jax.interop.diffusers import TINY, StableDiffusion, check_variant, load_stable_diffusion
+from psa_jax.interop.diffusers import EMBEDDED, TINY, StableDiffusion, check_variant, load_stable_diffusion
 from psa_jax.interop.parts import read_config
 from psa_jax.interop.single_file import unet_config
 from psa_jax.models.config import UNetConfig
 from psa_jax.paths import local_path
-
-EMBEDDED = "tiny"
 
 
 @dataclasses.dataclass(frozen=True)

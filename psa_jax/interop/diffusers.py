@@ -75,7 +75,9 @@ __all__ = [
 ]
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
-"""The embedded base model; `load_stable_diffusion("tiny")` reads it."""
+"""The folder of the embedded base model."""
+EMBEDDED = "tiny"
+"""The name that stands for it: `load_stable_diffusion("tiny")`."""
 
 
 @dataclasses.dataclass
@@ -222,7 +224,7 @@ def load_stable_diffusion(
     Raises:
       PSAError: anything missing, of another kind, or not matching its config.
     """
-    source = TINY if str(source) == "tiny" else Path(source)
+    source = TINY if str(source) == EMBEDDED else Path(source)
     if source.is_file():
         check_variant(source, variant, () if vae is None else (Path(vae),))
         parts = open_single_file(source, tokenizer and Path(tokenizer), config and Path(config))
