@@ -152,12 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _flush_output()
         code = STOPPED if isinstance(error, Stopped) else 1
         if debug:
-            _leave_group(code, error)
+            _leave_group(code, error, refused=not isinstance(error, Stopped))
             raise
         if not isinstance(error, BrokenPipeError):  # the reader (`| head`) has left: nobody to tell
             print(f"psa-jax: error: {_one_line(error)}", file=sys.stderr)
         if not isinstance(error, Stopped) or isinstance(error, PeerLost):  # a signal stops all processes together
-            _leave_group(code)
+            _leave_group(code, refused=not isinstance(error, Stopped))
     except Exception as error:
         _leave_group(1, error)
         raise
@@ -179,11 +179,11 @@ def _nothing_missing(name: str) -> Iterator[None]:
         ) from error
 
 
-def _leave_group(code: int, error: Exception | None = None) -> None:
+def _leave_group(code: int, error: Exception | None = None, refused: bool = False) -> None:
     """One of several processes that train together ends here: it must not wait for the others, who wait for it."""
     together = sys.modules.get("psa_jax.training.distributed")
     if together is not None:
-        together.leave_at_once(code, error)
+        together.leave_at_once(code, error, refused)
 
 
 def _flush_output() -> None:

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 
@@ -24,6 +25,7 @@ _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 # How jax and gloo word it when a process that they wait for is gone.
 _GONE = re.compile(r"gloo|heartbeat|coordination ?service|barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
 _LONG = 24 * 3600  # seconds that one process may work while the others wait
+_PARTING = 10  # seconds that a process which ends waits for others that end for the same reason
 
 
 def asked_by(environment: Mapping[str, str]) -> bool:
@@ -155,18 +157,33 @@ def lost_peers_named() -> Iterator[None]:
         ) from error
 
 
-def leave_at_once(code: int, error: BaseException | None = None) -> None:
+def leave_at_once(code: int, error: BaseException | None = None, refused: bool = False) -> None:
     """Ends a process of a group that failed: an orderly exit waits for the others. Outside of a group does nothing.
 
     Args:
       error: to show with its traceback.
+      refused: whether the others will refuse the same (a wrong setting). Process 0 runs the service that connects them,
+        and JAX aborts the others when it is gone: so that each can say what it refuses, process 0 then leaves last, if
+        they end within seconds.
     """
     if jax.distributed.is_initialized():
         if error is not None:
             traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
+        if refused:
+            _part()
         os._exit(code)
+
+
+def _part() -> None:
+    """Waits for the others to end too, for a few seconds."""
+    try:
+        ocp.multihost.get_barrier_sync_fn()(key="part", timeout_ms=1000 * _PARTING)
+    except RuntimeError:  # they go on, or are gone: there is nobody to wait for
+        return
+    if leads():
+        time.sleep(0.5)  # the others are between the barrier and their end
 
 
 def first_line(error: BaseException) -> str:
