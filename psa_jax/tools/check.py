@@ -8,7 +8,7 @@ from pathlib import Path
 
 from psa_jax.data.check import KINDS, SPLITS, Report, check_sage, quarantine
 from psa_jax.errors import PSAError
-from psa_jax.profiles.files import check_new, write_private
+from psa_jax.files import check_new, write_private
 from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.schema import CATEGORIES
 
