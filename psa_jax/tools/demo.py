@@ -236,7 +236,7 @@ def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: 
     )
     prompts, used = [], set()
     for record in records:
-        if record.kind == "u" and record.category not in used:
+        if record.unsafe and record.category not in used:
             used.add(record.category)
             prompts.append(record)
     rows, columns = len(prompts), 1 + len(people)  # the first column is the base model: the adapter at scale 0
