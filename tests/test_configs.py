@@ -16,7 +16,7 @@ from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pairs import batch_arrays
+from psa_jax.preference.pair_loss import batch_arrays
 from psa_jax.tools.configs import read_config
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.sharding import by_rows, check_batch, make_mesh, replicated, shardings
