@@ -70,8 +70,6 @@ def test_draws_are_standard_normal_and_all_different():
     found = draws_of(numbers, which)
     drawn = (found.noise, found.vae_noise_w, found.vae_noise_l)
     noises = np.concatenate([np.asarray(x).reshape(200, -1) for x in drawn])
-        [np.asarray(x).reshape(200, -1) for x in (found.noise, found.vae_noise_w, found.vae_noise_l)]
-    )
     assert abs(noises.mean()) < 0.01 and abs(noises.std() - 1.0) < 0.01
     correlation = np.corrcoef(noises)
     np.fill_diagonal(correlation, 0.0)
