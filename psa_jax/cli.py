@@ -183,7 +183,7 @@ def _leave_group(code: int, error: Exception | None = None, refused: bool = Fals
     """One of several processes that train together ends here: it must not wait for the others, who wait for it."""
     together = sys.modules.get("psa_jax.training.distributed")
     if together is not None:
-        together.leave_at_once(code, error, refused)
+        together.hard_exit(code, error, refused)
 
 
 def _flush_output() -> None:

@@ -16,7 +16,7 @@ from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pairs import batch_arrays
+from psa_jax.preference.pair_loss import batch_arrays
 from psa_jax.tools.configs import read_config
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.sharding import by_rows, check_batch, make_mesh, replicated, shardings
@@ -151,7 +151,13 @@ def test_the_full_step_can_be_traced(name, mode):
     of_pairs, of_all = batch_arrays(len(model.text_encoders))
     sizes = {"chosen": (side, side, 8), "rejected": (side, side, 8), "user": (USER_DIM,)}
     sizes |= {"input_ids": (77,), "input_ids_2": (77,), "original_size": (2,), "crop": (2,), "banned": (), "unsafe": ()}
-    kinds = {"chosen": jnp.float16, "rejected": jnp.float16, "user": jnp.float32, "banned": jnp.bool_, "unsafe": jnp.bool_}
+    kinds = {
+        "chosen": jnp.float16,
+        "rejected": jnp.float16,
+        "user": jnp.float32,
+        "banned": jnp.bool_,
+        "unsafe": jnp.bool_,
+    }
     batch = {
         n: jax.ShapeDtypeStruct((config.batch_size, *sizes[n]), kinds.get(n, jnp.int32), sharding=by_rows(mesh))
         for n in of_pairs

@@ -144,15 +144,15 @@ def _main(
 
     from psa_jax import cli
     from psa_jax.tools import train
-    from psa_jax.training import speed, step
+    from psa_jax.training import step, step_timer
 
     for name, value in flags.items():
         jax.config.update(name, value)
     if cheap:
         step.pair_losses = _cheap_losses
     if pause:
-        finished = speed.StepClock.step
-        speed.StepClock.step = lambda clock: (time.sleep(pause), finished(clock))
+        finished = step_timer.StepClock.step
+        step_timer.StepClock.step = lambda clock: (time.sleep(pause), finished(clock))
     if slow_data:
         prepare = train.prepare
         train.prepare = lambda *given, **named: (
@@ -171,8 +171,8 @@ def _cheap_losses(objective, adapter, base, batch, draws, stored=None):
     import jax.numpy as jnp
 
     from psa_jax.interop.native import adapter_arrays
-    from psa_jax.preference.measures import memberships
-    from psa_jax.preference.pairs import PairLosses
+    from psa_jax.preference.metrics import memberships
+    from psa_jax.preference.pair_loss import PairLosses
 
     pairs = jnp.mean(batch["chosen"].astype(jnp.float32), axis=(1, 2, 3)) + jnp.mean(batch["user"], axis=1)
     aims = pairs * jnp.mean(draws.noise, axis=(1, 2, 3))  # as in the real one, a pair's place matters

@@ -21,8 +21,8 @@ class Draws(NamedTuple):
 
     no_text: Bool[Array, "b 1"]
     no_user: Bool[Array, "b 1"]
-    sample_w: Float[Array, "b h w c"]
-    sample_l: Float[Array, "b h w c"]
+    vae_noise_w: Float[Array, "b h w c"]
+    vae_noise_l: Float[Array, "b h w c"]
     noise: Float[Array, "b h w c"]
     timesteps: Int[Array, " b"]
 
@@ -30,14 +30,14 @@ class Draws(NamedTuple):
 def draw(objective: Objective, schedule: NoiseSchedule, batch: Batch, key: PRNGKeyArray) -> Draws:
     """What a batch needs at random: dropouts, the VAE's noise for either side, noise and timestep of each pair."""
     pairs = batch["input_ids"].shape[0]
-    drop_text, drop_user, sample_w, sample_l, noise_key, time_key = jax.random.split(key, 6)
+    drop_text, drop_user, vae_noise_w, vae_noise_l, noise_key, time_key = jax.random.split(key, 6)
     low, high = _range(objective, schedule)
     chosen, rejected = (batch[side].astype(jnp.float32) for side in ("chosen", "rejected"))
     return Draws(
         jax.random.bernoulli(drop_text, objective.text_dropout, (pairs, 1)),
         jax.random.bernoulli(drop_user, objective.user_dropout, (pairs, 1)),
-        latent_noise(sample_w, chosen),
-        latent_noise(sample_l, rejected),
+        latent_noise(vae_noise_w, chosen),
+        latent_noise(vae_noise_l, rejected),
         latent_noise(noise_key, chosen),
         spread_timesteps(time_key, pairs, low, high),
     )

@@ -1,7 +1,7 @@
 """Preference losses over denoising errors: pure functions of each pair's errors, in float32.
 
 pw, pl are the policy's mean squared errors on the chosen (winner) and the rejected (loser) image of each of b pairs,
-rw, rl the reference's; see `psa_jax.preference.pairs` for how they come about.
+rw, rl the reference's; see `psa_jax.preference.pair_loss` for how they come about.
 
 Many of these losses come from language models, where they are written over the scaled log-ratio
 β·log(π_θ(y)/π_ref(y)) of an answer y. For denoising, the log-ratio of an image is bounded by the log-ratios of its

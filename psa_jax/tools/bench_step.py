@@ -189,7 +189,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     from psa_jax.interop.base_model import BaseModel
     from psa_jax.models.adapter_config import AdapterConfig
     from psa_jax.preference.objective import Objective
-    from psa_jax.preference.pairs import batch_arrays
+    from psa_jax.preference.pair_loss import batch_arrays
     from psa_jax.training.optimizer import make_optimizer
     from psa_jax.training.reference import stored_or_none
     from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings

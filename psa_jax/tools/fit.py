@@ -20,7 +20,7 @@ from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import MODELS
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pairs import batch_arrays
+from psa_jax.preference.pair_loss import batch_arrays
 from psa_jax.progress import stage
 from psa_jax.tools.bench_step import USER_DIM, random_rows
 from psa_jax.training.optimizer import make_optimizer

@@ -13,7 +13,7 @@ import ml_collections
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.progress import say
 from psa_jax.tools.mini_data import prepare
-from psa_jax.training.distributed import connect, join, leader_first, leads, lost_peers_named, require_joined
+from psa_jax.training.distributed import connect, is_main_process, join, leader_first, lost_peers_named, require_joined
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 
@@ -41,7 +41,7 @@ def run(args: Namespace) -> int:
     require_joined()
     with lost_peers_named():
         path = _train(args.config, workdir)
-    if leads():
+    if is_main_process():
         last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         print(json.dumps({"adapter": str(path), **last}))
     return 0

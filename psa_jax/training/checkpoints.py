@@ -25,7 +25,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 from psa_jax.errors import PeerLost, PSAError
 from psa_jax.paths import check_workdir
 from psa_jax.progress import say
-from psa_jax.training.distributed import any_process, first_line, is_peer_lost, leads
+from psa_jax.training.distributed import any_process, first_line, is_main_process, is_peer_lost
 from psa_jax.training.step import TrainState
 
 
@@ -165,8 +165,8 @@ class Checkpoints:
         """
         state = self._folder / str(step) / "state"
         parts = list(state.glob("ocdbt.process_*"))
-        if any_process(leads() and len(parts) == 1 and not (state / "manifest.ocdbt").exists()):
-            if leads():
+        if any_process(is_main_process() and len(parts) == 1 and not (state / "manifest.ocdbt").exists()):
+            if is_main_process():
                 shutil.copytree(parts[0] / "d", state / "d", dirs_exist_ok=True)
                 shutil.copy(parts[0] / "manifest.ocdbt", state)  # last: with it the others count
             any_process(False)  # the others wait
@@ -196,7 +196,7 @@ class Checkpoints:
                 f"{self._folder}: checkpoint {number} cannot be read ({reason}), now {aside.name}; going on from {step}"
             )
             self._held_out.pop(number, None)
-            if leads():
+            if is_main_process():
                 count = 1
                 while aside.exists():
                     count += 1

@@ -28,7 +28,7 @@ _LONG = 24 * 3600  # seconds that one process may work while the others wait
 _PARTING = 10  # seconds that a process which ends waits for others that end for the same reason
 
 
-def asked_by(environment: Mapping[str, str]) -> bool:
+def is_distributed_env(environment: Mapping[str, str]) -> bool:
     """Whether the environment describes a group: a coordinator, several SLURM or Open MPI tasks, several TPU hosts."""
     counts = [environment.get(name, "") for name in _COUNTS]
     return (
@@ -39,7 +39,7 @@ def asked_by(environment: Mapping[str, str]) -> bool:
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the group of the flags, or that of the environment (`asked_by`); without either, does nothing.
+    """Joins the group of the flags, or that of the environment (`is_distributed_env`); without either, does nothing.
 
     Must be called before JAX is used.
 
@@ -53,7 +53,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       PSAError: flags that do not make a group.
       PeerLost: a group that does not come together.
     """
-    if coordinator == "auto" or (coordinator is None and asked_by(os.environ)):
+    if coordinator == "auto" or (coordinator is None and is_distributed_env(os.environ)):
         given = {"coordinator_address": None, "num_processes": processes, "process_id": process}
     elif None not in (coordinator, processes, process):
         given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
@@ -73,7 +73,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         raise kind(
             f"the processes did not meet ({first_line(error)}); is every one started, with one address?"
         ) from error
-    if not leads():
+    if not is_main_process():
         hush()
 
 
@@ -86,7 +86,7 @@ def require_joined() -> None:
         )
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process prints and writes what is written once."""
     return jax.process_index() == 0
 
@@ -131,10 +131,10 @@ def connect(mesh: Mesh) -> None:
 @contextlib.contextmanager
 def leader_first(name: str) -> Iterator[None]:
     """What is inside runs in process 0 and, when that is done, in the others, who find the files that it has made."""
-    if not leads():
+    if not is_main_process():
         wait_for_all(name)
     yield
-    if leads():
+    if is_main_process():
         wait_for_all(name)
 
 
@@ -157,7 +157,7 @@ def lost_peers_named() -> Iterator[None]:
         ) from error
 
 
-def leave_at_once(code: int, error: BaseException | None = None, refused: bool = False) -> None:
+def hard_exit(code: int, error: BaseException | None = None, refused: bool = False) -> None:
     """Ends a process of a group that failed: an orderly exit waits for the others. Outside of a group does nothing.
 
     Args:
@@ -182,7 +182,7 @@ def _part() -> None:
         ocp.multihost.get_barrier_sync_fn()(key="part", timeout_ms=1000 * _PARTING)
     except RuntimeError:  # they go on, or are gone: there is nobody to wait for
         return
-    if leads():
+    if is_main_process():
         time.sleep(0.5)  # the others are between the barrier and their end
 
 

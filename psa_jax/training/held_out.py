@@ -13,7 +13,7 @@ from psa_jax.interop.native import with_arrays
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.draws import Batch, draw
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pairs import pair_losses, summarise
+from psa_jax.preference.pair_loss import pair_losses, summarise
 from psa_jax.training.step import Frozen, Metrics, opened
 
 _LOGGED = ("loss", "accuracy", "margin", "winner_gap", "loser_gap")

@@ -23,21 +23,21 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import save_adapter, with_arrays
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective, describe_beta
-from psa_jax.preference.pairs import batch_arrays
+from psa_jax.preference.pair_loss import batch_arrays
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import Progress, say, stage
 from psa_jax.training.checkpoints import Checkpoints
-from psa_jax.training.distributed import connect, leads, lost_peers_named, require_joined
+from psa_jax.training.distributed import connect, is_main_process, lost_peers_named, require_joined
 from psa_jax.training.held_out import HeldOut
-from psa_jax.training.metrics import MetricsWriter, Row, require_finite
+from psa_jax.training.metric_writer import MetricsWriter, Row, require_finite
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.preemption import StopSignal, Watchdog
 from psa_jax.training.reference import reference_table, stored_or_none
 from psa_jax.training.samples import Samples
 from psa_jax.training.settings import validate, validate_devices
 from psa_jax.training.sharding import by_rows, of_file, replicated, shardings
-from psa_jax.training.speed import StepClock, peak_flops, step_flops
 from psa_jax.training.step import Metrics, compiled, init_state, make_step
+from psa_jax.training.step_timer import StepClock, peak_flops, step_flops
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None = None) -> Path:
@@ -156,7 +156,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
                 wandb=json.loads(config.to_json_best_effort()) if config.wandb else None,
             )
         )
-        samples = Samples(config, model, table, workdir) if config.sample_every and leads() else None
+        samples = Samples(config, model, table, workdir) if config.sample_every and is_main_process() else None
         stop = stack.enter_context(StopSignal())
         stack.enter_context(lost_peers_named())
 
@@ -249,7 +249,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     # --- result
     path = workdir / ADAPTER_FILE
     params = _whole(state.exported, mesh)
-    if leads():
+    if is_main_process():
         save_adapter(
             with_arrays(adapter_config, params),
             path,

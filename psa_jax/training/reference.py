@@ -26,13 +26,13 @@ from psa_jax.files import write_private
 from psa_jax.interop.diffusers import StableDiffusion, weights_hash
 from psa_jax.preference.draws import Batch, Stored, of_rows
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pairs import batch_arrays, reference_errors
+from psa_jax.preference.pair_loss import batch_arrays, reference_errors
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import Progress
 from psa_jax.seeds import check_seed
-from psa_jax.training.distributed import any_process, leads
+from psa_jax.training.distributed import any_process, is_main_process
 from psa_jax.training.sharding import by_rows, replicated
-from psa_jax.training.step import SAME_ROUNDING, Frozen, opened
+from psa_jax.training.step import NO_EXCESS_PRECISION, Frozen, opened
 
 _FORMAT = "psa_jax.reference/1"
 _CHUNK_BATCHES = 32
@@ -115,7 +115,7 @@ def reference_table(
         "timesteps": [objective.timestep_low, objective.timestep_high],
         "text_dropout": objective.text_dropout,
     }
-    if leads():
+    if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
     rows = [str(row) for row in range(len(shards))]
     chunks, there = _planned(folder, settings, rows, _CHUNK_BATCHES * batch_size)
@@ -136,7 +136,7 @@ def reference_table(
                     errors.append(next(found))
                     progress.step(min(len(errors[-1]), len(chunk.items) - there))  # the last batch is filled up
                     between()
-                if leads():
+                if is_main_process():
                     write_private(chunk.path, save({"errors": np.concatenate(errors)[: len(chunk.items)]}))
         any_process(False)  # the others wait for the last file
     whole = np.stack([row["errors"] for row in Encoded(chunks)])
@@ -157,7 +157,7 @@ def _run(stored, model, objective, frozen, shards, table, mesh, empty, batch_siz
         draws = of_rows(stored, objective, base.schedule, batch, jnp.broadcast_to(number, batch["row"].shape))
         return reference_errors(base, batch, draws)
 
-    options = None if model.unet.conv_in.kernel.dtype == jnp.float32 else SAME_ROUNDING
+    options = None if model.unet.conv_in.kernel.dtype == jnp.float32 else NO_EXCESS_PRECISION
     measure = jax.jit(measure, out_shardings=replicated(mesh), compiler_options=options)
     place = to_devices(by_rows(mesh), batch_arrays(len(model.text_encoders), True)[0])
     each = jax.device_put(np.arange(stored.count, dtype=np.int32), replicated(mesh))

@@ -22,7 +22,7 @@ from psa_jax.models.fused_attention import fused_attention
 from psa_jax.preference.draws import Batch, Stored, draw, draw_stored
 from psa_jax.preference.losses import LOSSES
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pairs import Base, batch_arrays, pair_losses, summarise
+from psa_jax.preference.pair_loss import Base, batch_arrays, pair_losses, summarise
 from psa_jax.seeds import check_seed
 from psa_jax.training.optimizer import Arrays, moving_average
 from psa_jax.training.sharding import FSDP, REPLICATED, ROWS, by_rows, check_batch, replicated, shardings
@@ -31,7 +31,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 # Left to itself, XLA rounds to bfloat16 only between operations that it does not fuse, and it fuses the policy, whose
 # intermediate results the backward pass needs, otherwise than the reference. Less of the rounding then cancels.
-SAME_ROUNDING = {"xla_allow_excess_precision": False}
+NO_EXCESS_PRECISION = {"xla_allow_excess_precision": False}
 
 
 class TrainState(NamedTuple):
@@ -186,7 +186,7 @@ def make_step(
         in_shardings=(state_at, frozen_at, batch_at, whole),
         out_shardings=(state_at, whole),
         donate_argnums=0,
-        compiler_options=None if model.unet.conv_in.kernel.dtype == jnp.float32 else SAME_ROUNDING,
+        compiler_options=None if model.unet.conv_in.kernel.dtype == jnp.float32 else NO_EXCESS_PRECISION,
     )
     return jitted, held
 

@@ -24,11 +24,11 @@ from psa_jax.models.adapter_config import KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import latent_noise
-from psa_jax.preference import measures
 from psa_jax.preference.draws import draw, spread_timesteps
 from psa_jax.preference.losses import LOSSES
+from psa_jax.preference.metrics import part_means
 from psa_jax.preference.objective import Objective, describe_beta, effective_beta
-from psa_jax.preference.pairs import Base, Errors, compose, pair_losses, summarise
+from psa_jax.preference.pair_loss import Base, Errors, compose, pair_losses, summarise
 from psa_jax.tools.configs import read_config
 
 PAIRS, USER_DIM, FACTOR = 3, 6, 0.18215
@@ -144,7 +144,7 @@ class TorchPairs(NamedTuple):
 
 def torch_pairs(theirs, schedule, batch, adapter, factor: float, user=None, **conditions) -> TorchPairs:
     """`user` is the batch's, unless a tensor whose gradient is wanted; `conditions` are for the UNet."""
-    *_, sample_w, sample_l, noise_key, time_key = jax.random.split(KEY, 6)
+    *_, vae_noise_w, vae_noise_l, noise_key, time_key = jax.random.split(KEY, 6)
 
     def to_torch(x):
         return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
@@ -160,7 +160,7 @@ def torch_pairs(theirs, schedule, batch, adapter, factor: float, user=None, **co
         clean = factor * (mean + (log_variance / 2).exp() * to_torch(latent_noise(key, batch[side])))
         return unet(forward.add_noise(clean, noise, timesteps), timesteps, **conditions).sample
 
-    sides = (("chosen", sample_w), ("rejected", sample_l))
+    sides = (("chosen", vae_noise_w), ("rejected", vae_noise_l))
     both = (tuple(predict(unet, side, key) for side, key in sides) for unet in (policy, theirs.unet))
     return TorchPairs(*both, noise, timesteps)
 
@@ -180,7 +180,7 @@ def assert_as_in_torch(loss, metrics, pairs: TorchPairs) -> None:
     assert float(metrics["loser_gap"]) == pytest.approx((pl - rl).mean(), rel=1e-3, abs=1e-5)
     assert float(metrics["accuracy"]) == pytest.approx((z > 0).mean())
 
-    means = measures.part_means({name: float(value) for name, value in metrics.items()})
+    means = part_means({name: float(value) for name, value in metrics.items()})
     for i, name in enumerate(("banned", "allowed", "safe")):  # one pair of each
         assert means[f"pairs_{name}"] == 1.0
         assert means[f"accuracy_{name}"] == float(z[i] > 0)

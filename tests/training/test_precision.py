@@ -43,7 +43,7 @@ def test_remat_needs_less_memory_for_the_same_gradient(one_step, everything_stor
 def test_bfloat16_starts_at_ln_2(make_training):
     """The untrained policy and the reference round alike here; what is kept is float32.
 
-    Without SAME_ROUNDING the largest margin is 0.036.
+    Without NO_EXCESS_PRECISION the largest margin is 0.036.
     """
     training = make_training(dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(training.frozen.weights)} == {jnp.dtype(jnp.bfloat16)}

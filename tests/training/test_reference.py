@@ -22,7 +22,7 @@ from psa_jax.interop.diffusers import StableDiffusion, weights_hash
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.draws import Stored, draw_stored, of_rows
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pairs import Base, pair_losses, reference_errors
+from psa_jax.preference.pair_loss import Base, pair_losses, reference_errors
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.tools.mini_data import prepare
 from psa_jax.training import reference
@@ -55,20 +55,21 @@ def draws_of(numbers, which, swapped=False, stored=STORED, objective=OBJECTIVE):
 def test_a_draw_belongs_to_its_row():
     """It is the same in another batch and at another place, and pictures keep their noise when they change sides."""
     here, there = draws_of([3, 8, 5], [1, 0, 2]), draws_of([5, 3], [2, 1])
-    for name in ("no_text", "sample_w", "sample_l", "noise", "timesteps"):
+    for name in ("no_text", "vae_noise_w", "vae_noise_l", "noise", "timesteps"):
         both = getattr(here, name), getattr(there, name)
         np.testing.assert_array_equal(both[0][2], both[1][0])
         np.testing.assert_array_equal(both[0][0], both[1][1])
     swapped = draws_of([3, 8, 5], [1, 0, 2], swapped=True)
-    np.testing.assert_array_equal(swapped.sample_w, here.sample_l)
-    np.testing.assert_array_equal(swapped.sample_l, here.sample_w)
+    np.testing.assert_array_equal(swapped.vae_noise_w, here.vae_noise_l)
+    np.testing.assert_array_equal(swapped.vae_noise_l, here.vae_noise_w)
     np.testing.assert_array_equal(swapped.noise, here.noise)
 
 
 def test_draws_are_standard_normal_and_all_different():
     numbers, which = np.repeat(np.arange(50), 4), np.tile(np.arange(4), 50)
     found = draws_of(numbers, which)
-    noises = np.concatenate([np.asarray(x).reshape(200, -1) for x in (found.noise, found.sample_w, found.sample_l)])
+    drawn = (found.noise, found.vae_noise_w, found.vae_noise_l)
+    noises = np.concatenate([np.asarray(x).reshape(200, -1) for x in drawn])
     assert abs(noises.mean()) < 0.01 and abs(noises.std() - 1.0) < 0.01
     correlation = np.corrcoef(noises)
     np.fill_diagonal(correlation, 0.0)
@@ -218,7 +219,7 @@ def test_errors_as_in_torch(table_of, small_pipeline, tmp_path):
     for number in range(2):
         draws = of_rows(TWO, OBJECTIVE, schedule, batch, jnp.full(3, number))
         noise, times = to_torch(draws.noise), torch.from_numpy(np.array(draws.timesteps))
-        for side, sampled in (("chosen", draws.sample_w), ("rejected", draws.sample_l)):
+        for side, sampled in (("chosen", draws.vae_noise_w), ("rejected", draws.vae_noise_l)):
             mean, log_variance = to_torch(batch[side]).chunk(2, dim=1)
             clean = theirs.vae.config.scaling_factor * (mean + (log_variance / 2).exp() * to_torch(sampled))
             predicted = theirs.unet(forward.add_noise(clean, noise, times), times, states).sample

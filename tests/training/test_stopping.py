@@ -9,7 +9,7 @@ import pytest
 
 from psa_jax.errors import PeerLost, PSAError, Stopped
 from psa_jax.training import distributed
-from psa_jax.training.distributed import asked_by, join
+from psa_jax.training.distributed import is_distributed_env, join
 from psa_jax.training.preemption import StopSignal, Watchdog
 
 
@@ -71,7 +71,7 @@ def test_the_watchdog_leaves_a_process_that_moves():
     ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"}, True),
 ])  # fmt: skip
 def test_what_an_environment_says(environment: dict[str, str], expected: bool):
-    assert asked_by(environment) is expected
+    assert is_distributed_env(environment) is expected
 
 
 def test_who_joins(monkeypatch):

@@ -13,9 +13,9 @@ from tensorboardX import SummaryWriter
 from psa_jax.errors import PSAError
 from psa_jax.files import write
 from psa_jax.json_input import parse_json
-from psa_jax.preference.measures import part_means
+from psa_jax.preference.metrics import part_means
 from psa_jax.progress import say
-from psa_jax.training.distributed import in_global_order, leads
+from psa_jax.training.distributed import in_global_order, is_main_process
 from psa_jax.training.step import Metrics
 
 Row = dict[str, int | float]
@@ -38,7 +38,7 @@ class MetricsWriter:
         self._pending: tuple[int, Metrics, dict[str, float]] | None = None
         self._window, self._gaps = alarm_window, []
         self._file, self._board, self._wandb = None, None, None
-        if not leads():
+        if not is_main_process():
             return
         folder.mkdir(parents=True, exist_ok=True)
         for row in _keep_rows(self.path, step):
@@ -124,7 +124,7 @@ def require_finite(step: int, metrics: Metrics, rows: np.ndarray, folder: Path) 
     if not bad:
         return
     path, everyones = folder / f"nonfinite_{step}.json", in_global_order(rows)
-    if leads():
+    if is_main_process():
         path.write_text(json.dumps({"step": step, "rows": everyones}) + "\n", encoding="utf-8")
     words = ", ".join(f"{name} is {value}" for name, value in bad.items())
     raise PSAError(

@@ -14,7 +14,7 @@ from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import VAEConfig
 from psa_jax.models.unet import AddedConditions, Started, UNet
 from psa_jax.models.vae import sample_latents
-from psa_jax.preference import losses, measures
+from psa_jax.preference import losses, metrics
 from psa_jax.preference.draws import Batch, Draws
 from psa_jax.preference.losses import LOSSES, PerPair
 from psa_jax.preference.objective import Objective
@@ -51,8 +51,8 @@ class PairLosses(NamedTuple):
       values: `loss` (with everything that is added to it, times the weight of the pair), `dpo_loss` (the chosen loss
         alone), `accuracy` (1, 0, ½ for a tie), `margin`; with the reference's errors `winner_gap` = pw − rw,
         `loser_gap` = pl − rl, both not weighted by timestep; with its predictions `colour_drift`
-        (`measures.colour_drift`).
-      parts: which pairs belong to each of `measures.PARTS`.
+        (`metrics.colour_drift`).
+      parts: which pairs belong to each of `metrics.PARTS`.
     """
 
     values: dict[str, PerPair]
@@ -71,8 +71,8 @@ def pair_losses(
 
     Args:
       batch: `chosen`, `rejected` moments [b, h, w, 2c] of any float type; `user` [b, D]; `banned` [b], whether the user
-        bans the prompt's category; `unsafe` [b], whether the prompt is the unsafe one; for each text encoder `input_ids`, `input_ids_2`
-        [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and `crop` [b, 2] in pixels.
+        bans the prompt's category; `unsafe` [b], whether the prompt is the unsafe one; for each text encoder
+        `input_ids`, `input_ids_2` [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and `crop` [b, 2] in pixels.
       draws: of these pairs.
       stored: (rw, rl) if `reference_errors` has found them for these draws; the reference is then not run.
     """
@@ -98,13 +98,13 @@ def pair_losses(
         of_safe=objective.safe_weight,
     )
     z = margins(objective, errors.scaled(weight))
-    values = {"loss": per_pair * each, "dpo_loss": family, "accuracy": measures.wins(z), "margin": z}
+    values = {"loss": per_pair * each, "dpo_loss": family, "accuracy": metrics.wins(z), "margin": z}
     if errors.rw is not None:
         values |= {"winner_gap": errors.pw - errors.rw, "loser_gap": errors.pl - errors.rl}
     if reference is not None:
-        slope = measures.clean_slope(schedule.alphas_cumprod[draws.timesteps], schedule.prediction)
-        values["colour_drift"] = measures.colour_drift(policy[:pairs], reference[:pairs], slope)
-    return PairLosses(values, measures.memberships(draws.timesteps, schedule.steps, batch["banned"], unsafe))
+        slope = metrics.clean_slope(schedule.alphas_cumprod[draws.timesteps], schedule.prediction)
+        values["colour_drift"] = metrics.colour_drift(policy[:pairs], reference[:pairs], slope)
+    return PairLosses(values, metrics.memberships(draws.timesteps, schedule.steps, batch["banned"], unsafe))
 
 
 def reference_errors(base: Base, batch: Batch, draws: Draws) -> Float[Array, "b 2"]:
@@ -135,7 +135,7 @@ def _noised(base: Base, batch: Batch, draws: Draws) -> _Noised:
     def twice(x):
         return jnp.concatenate([x, x])
 
-    sides = ((batch["chosen"], draws.sample_w), (batch["rejected"], draws.sample_l))
+    sides = ((batch["chosen"], draws.vae_noise_w), (batch["rejected"], draws.vae_noise_l))
     clean = jnp.concatenate(
         [sample_latents(moments.astype(jnp.float32), sampled, vae.scaling_factor) for moments, sampled in sides]
     )
@@ -222,9 +222,9 @@ def summarise(found: PairLosses) -> dict[str, Float[Array, ""]]:
     An accuracy near 1 with a `winner_gap` above 0 is a winner that got worse.
     """
     whole = {name: jnp.mean(value) for name, value in found.values.items()}
-    of_parts = {name: found.values[name] for name in measures.OF_PARTS if name in found.values}
+    of_parts = {name: found.values[name] for name in metrics.OF_PARTS if name in found.values}
     largest = {"max_abs_margin": jnp.max(jnp.abs(found.values["margin"]))}
-    return whole | largest | measures.part_sums(of_parts, found.parts)
+    return whole | largest | metrics.part_sums(of_parts, found.parts)
 
 
 def _repeat(x: Array, pairs: int) -> Array:

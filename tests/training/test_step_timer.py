@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psa_jax.training.speed import PEAK_FLOPS, StepClock, peak_flops, step_flops
+from psa_jax.training.step_timer import PEAK_FLOPS, StepClock, peak_flops, step_flops
 
 
 @pytest.fixture

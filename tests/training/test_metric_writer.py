@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from psa_jax.errors import PSAError
-from psa_jax.training.metrics import MetricsWriter, require_finite
+from psa_jax.training.metric_writer import MetricsWriter, require_finite
 
 
 def metrics(gap: float = -1.0, **more: float):
