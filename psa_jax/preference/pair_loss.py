@@ -72,7 +72,8 @@ def pair_losses(
     Args:
       batch: `chosen`, `rejected` moments [b, h, w, 2c] of any float type; `user` [b, D]; `banned` [b], whether the user
         bans the prompt's category; `unsafe` [b], whether the prompt is the unsafe one; for each text encoder
-        `input_ids`, `input_ids_2` [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and `crop` [b, 2] in pixels.
+        `input_ids`, `input_ids_2` [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and
+        `crop` [b, 2] in pixels.
       draws: of these pairs.
       stored: (rw, rl) if `reference_errors` has found them for these draws; the reference is then not run.
     """
