@@ -20,7 +20,7 @@ from torch_models import FAST_COMPILE, UNETS, randomise, tensor, to_flax
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
 from psa_jax.interop.native import adapter_arrays, with_arrays
-from psa_jax.models.adapter_config import KINDS, AdapterConfig
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import latent_noise
@@ -79,7 +79,7 @@ def loss_of(world, objective, adapter, key=KEY, **change):
     return evaluate(objective, adapter, unet, (text_encoder,), schedule, VAE, batch | change, key)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_an_untrained_adapter_starts_at_ln_2(world, kind):
     loss, metrics = loss_of(world, PAPER, untrained_adapter(configure(world, kind)))
     assert abs(float(loss) - math.log(2.0)) <= 1e-5
