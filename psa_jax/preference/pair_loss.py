@@ -12,7 +12,7 @@ from psa_jax.models.adapter import Adapter
 from psa_jax.models.attention import CrossContext
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import VAEConfig
-from psa_jax.models.unet import AddedConditions, Started, UNet
+from psa_jax.models.unet import AddedConditions, PrefixState, UNet
 from psa_jax.models.vae import sample_latents
 from psa_jax.preference import losses, metrics
 from psa_jax.preference.draws import Batch, Draws
@@ -79,15 +79,15 @@ def pair_losses(
     """
     unet, schedule = base.unet, base.schedule
     pairs = batch["input_ids"].shape[0]
-    question = _noised(base, batch, draws)
+    inputs = _noised(base, batch, draws)
     user = jnp.where(draws.no_user, 0.0, batch["user"])
-    adapted = adapter(unet, question.text, user, jnp.ones(pairs), question.base)
+    adapted = adapter(unet, inputs.text, user, jnp.ones(pairs), inputs.base)
     run = objective.needs_reference and stored is None
-    reference = jax.lax.stop_gradient(_predict(unet, question, question.base)) if run else None
-    policy = _predict(unet, question, adapted)
+    reference = jax.lax.stop_gradient(_predict(unet, inputs, inputs.base)) if run else None
+    policy = _predict(unet, inputs, adapted)
 
     unsafe = batch["unsafe"]
-    errors = Errors.of(policy, reference, question.target, stored)
+    errors = Errors.of(policy, reference, inputs.target, stored)
     snr = schedule.signal_to_noise()[draws.timesteps]
     weight = losses.timestep_weight(objective.timestep_weight, snr, schedule.prediction, objective.snr_gamma)
     family, each = compose(objective, errors.scaled(weight))
@@ -110,8 +110,8 @@ def pair_losses(
 
 def reference_errors(base: Base, batch: Batch, draws: Draws) -> Float[Array, "b 2"]:
     """(rw, rl) of each pair, which no adapter changes: see `pair_losses`."""
-    question = _noised(base, batch, draws)
-    errors = losses.mean_over_latent((_predict(base.unet, question, question.base) - question.target) ** 2)
+    inputs = _noised(base, batch, draws)
+    errors = losses.mean_over_latent((_predict(base.unet, inputs, inputs.base) - inputs.target) ** 2)
     return jnp.stack(jnp.split(errors, 2), axis=-1)
 
 
@@ -120,7 +120,7 @@ class _Noised(NamedTuple):
 
     text: Float[Array, "b s c"]
     base: tuple[CrossContext, ...]
-    started: Started  # the layers that no user reaches
+    prefix: PrefixState  # the layers that no user reaches
     target: Float[Array, "two_b h w c"]
 
 
@@ -147,13 +147,13 @@ def _noised(base: Base, batch: Batch, draws: Draws) -> _Noised:
         target_size = jnp.tile(vae.downscale * jnp.asarray([clean.shape[1:3]], jnp.int32), (pairs, 1))
         sizes = jnp.concatenate([batch["original_size"], batch["crop"], target_size], axis=1).astype(jnp.float32)
         added = AddedConditions(twice(text.pooled), twice(sizes))
-    started = unet.before_text(noisy.astype(text.states.dtype), timesteps.astype(jnp.float32), added)
-    return _Noised(text.states, unet.context(text.states), started, schedule.target(clean, noise, timesteps))
+    prefix = unet.run_prefix(noisy.astype(text.states.dtype), timesteps.astype(jnp.float32), added)
+    return _Noised(text.states, unet.context(text.states), prefix, schedule.target(clean, noise, timesteps))
 
 
-def _predict(unet: UNet, question: _Noised, contexts: tuple[CrossContext, ...]) -> Float[Array, "two_b h w c"]:
-    pairs = len(question.text)
-    return unet.from_text(question.started, jax.tree.map(lambda x: _repeat(x, pairs), contexts)).astype(jnp.float32)
+def _predict(unet: UNet, inputs: _Noised, contexts: tuple[CrossContext, ...]) -> Float[Array, "two_b h w c"]:
+    pairs = len(inputs.text)
+    return unet.run_suffix(inputs.prefix, jax.tree.map(lambda x: _repeat(x, pairs), contexts)).astype(jnp.float32)
 
 
 class Errors(NamedTuple):
@@ -164,7 +164,7 @@ class Errors(NamedTuple):
     rw: PerPair | None
     rl: PerPair | None
     cross: PerPair  # mean over the latent of (ε_w − n)·(ε_l − n), of the policy
-    anchor: PerPair | None  # mean over the latent of (ε_θ − ε_ref)²
+    reference_kl: PerPair | None  # mean over the latent of (ε_θ − ε_ref)²
 
     @classmethod
     def of(
@@ -185,7 +185,7 @@ class Errors(NamedTuple):
             return cls(*squared(policy), *jnp.unstack(stored, axis=-1), cross, None)
         if reference is None:
             return cls(*squared(policy), None, None, cross, None)
-        return cls(*squared(policy), *squared(reference), cross, losses.anchor(policy, reference))
+        return cls(*squared(policy), *squared(reference), cross, losses.reference_kl(policy, reference))
 
     def scaled(self, weight: PerPair) -> "Errors":
         """Each times the weight of its timestep."""
@@ -194,7 +194,7 @@ class Errors(NamedTuple):
 
 def compose(objective: Objective, errors: Errors) -> tuple[PerPair, PerPair]:
     """For each pair: the loss of the family (with dpop and sdpo inside), and that with what is added to it."""
-    pw, pl, rw, rl, cross, anchor = errors
+    pw, pl, rw, rl, cross, reference_kl = errors
     if objective.sdpo_mu is not None:
         pl = losses.sdpo(pw, pl, cross, objective.sdpo_mu)
     if objective.dpop_weight:
@@ -205,8 +205,8 @@ def compose(objective: Objective, errors: Errors) -> tuple[PerPair, PerPair]:
     each = family
     if objective.sft_weight:
         each = each + objective.sft_weight * losses.sft(errors.pw, rw)
-    if objective.anchor_weight:
-        each = each + objective.anchor_weight * anchor
+    if objective.reference_kl_weight:
+        each = each + objective.reference_kl_weight * reference_kl
     return family, each
 
 

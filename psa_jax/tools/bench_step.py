@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
     if args.against == "torch" and importlib.util.find_spec("diffusers") is None:
         raise PSAError("bench step compares with torch and diffusers; pip install 'psa_jax[torch]'")
     spec = {
-        **dataclasses.asdict(BaseModel.said(config)),
+        **dataclasses.asdict(BaseModel.from_config(config)),
         "adapter": config.adapter.to_dict(),
         "objective": config.objective.to_dict(),
         "optimizer": config.optimizer.to_dict(),
@@ -195,7 +195,7 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
     from psa_jax.training.step import compiled, init_state, make_step
 
-    model, mesh = BaseModel.said(spec).load(dtype=spec["dtype"], abstract=("vae",)), make_mesh(1)
+    model, mesh = BaseModel.from_config(spec).load(dtype=spec["dtype"], abstract=("vae",)), make_mesh(1)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **spec["adapter"])
     optimizer = make_optimizer(ml_collections.ConfigDict(spec["optimizer"]), 10_000)
     objective = Objective(**spec["objective"])

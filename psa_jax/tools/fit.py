@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
     validate(config, "fit")
     devices = jax.devices() if args.topology is None else _slice(args.topology)
     mesh = validate_devices(config, devices)
-    model = BaseModel.said(config).load(dtype=config.dtype, abstract=MODELS)
+    model = BaseModel.from_config(config).load(dtype=config.dtype, abstract=MODELS)
     adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **config.adapter)
     optimizer, objective = make_optimizer(config.optimizer, config.steps), Objective(**config.objective)
     # How many rows of reference errors there will be is not known here; one is as good as none.

@@ -68,7 +68,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
             raise PSAError(f"{shards}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
     stage(f"reading the base model {config.model}")
     where, drawing = of_file(mesh, config.mesh.frozen), config.sample_every > 0
-    model = BaseModel.said(config).load(dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",))
+    model = BaseModel.from_config(config).load(dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",))
     base_hash = model.base_hash
     adapter_config = AdapterConfig.for_unet(
         model.unet.config,

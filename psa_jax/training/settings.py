@@ -15,7 +15,7 @@ from psa_jax.data.shards import INFO_FILE
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
-from psa_jax.models.adapter_config import KINDS, check_kind
+from psa_jax.models.adapter_config import ADAPTER_KINDS, check_kind
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
 from psa_jax.preference.objective import Objective
@@ -94,7 +94,7 @@ TRAINING: dict[str, Rule] = {
     "accumulate": COUNT,
     "remat": any_of(REMAT),
     "dtype": any_of(DTYPES),
-    "adapter.kind": any_of(KINDS),
+    "adapter.kind": any_of(ADAPTER_KINDS),
     "adapter.tokens": SIZE,
     "adapter.qk_dim": optional(SIZE),
     **{f"objective.{field.name}": _OF_OBJECTIVE[_type_name(field)] for field in dataclasses.fields(Objective)},
@@ -205,7 +205,7 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
         )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise PSAError("wandb is asked for and not installed; pip install wandb, or --config.wandb=false")
-    BaseModel.said(config).check()
+    BaseModel.from_config(config).check()
     if command in ("train", "demo"):
         _check_data(config, command)
 

@@ -17,7 +17,7 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import adapter_arrays, with_arrays
 from psa_jax.models.adapter import Adapter
 from psa_jax.models.adapter_config import AdapterConfig
-from psa_jax.models.attention import REMAT, Computing
+from psa_jax.models.attention import REMAT, ComputeOptions
 from psa_jax.models.fused_attention import fused_attention
 from psa_jax.preference.draws import Batch, Stored, draw, draw_stored
 from psa_jax.preference.losses import LOSSES
@@ -72,13 +72,13 @@ def init_state(
 
 def opened(model: StableDiffusion, mesh: Mesh, remat: str = "none") -> Opened:
     """What makes the base model out of frozen weights, inside a jitted function whose batches are split over a mesh."""
-    computing = Computing(remat, fused_attention(mesh, by_rows(mesh).spec))
+    compute = ComputeOptions(remat, fused_attention(mesh, by_rows(mesh).spec))
     graph, _ = nnx.split((model.unet, model.text_encoders))
     prediction, vae = NoiseSchedule.from_config(model.scheduler_config).prediction, model.vae.config
 
     def base(frozen: Frozen) -> Base:
         unet, text_encoders = nnx.merge(graph, frozen.weights)
-        unet.computing = computing
+        unet.compute = compute
         return Base(unet, text_encoders, NoiseSchedule(frozen.alphas_cumprod, prediction), vae)
 
     return base
