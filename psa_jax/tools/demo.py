@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,15 +66,21 @@ def constant_table(source: Path, path: Path) -> Path:
     return path
 
 
-def run(
+def run(args: Namespace) -> int:
+    """Runs the demo with the flags of the command."""
+    run_demo(args.config, args.workdir, compare=args.compare, record=args.record, all_ways=args.all_ways)
+    return 0
+
+
+def run_demo(
     config: ml_collections.ConfigDict,
     workdir: Path,
     *,
     compare: bool = False,
     record: Path | None = None,
     all_ways: bool = False,
-) -> int:
-    """Runs the demo.
+) -> None:
+    """Trains, generates, judges and reports; writes everything under `workdir`.
 
     Args:
       all_ways: judge the adapter with every unconditional side, since formats for other tools draw with another than
@@ -143,7 +150,6 @@ def run(
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
     _finish(report, config, judged, grid, workdir, start)
-    return 0
 
 
 def _finish(

@@ -57,8 +57,8 @@ def test_recorded_runs_fit_the_default_configuration(tmp_path, pytestconfig):
 
 def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
     """Four steps: every file is there, and nothing is quoted from runs of another configuration."""
-    config = read_config(f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke")
-    assert demo.run(config, tmp_path, all_ways=True) == 0
+    config = f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke"
+    assert main(["demo", f"--config={config}", f"--workdir={tmp_path}", "--all-ways"]) == 0
     out, err = capsys.readouterr()
     report = json.loads((tmp_path / "report.json").read_text())
     assert "recorded comparison runs are of another configuration" in err
@@ -91,5 +91,5 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
 def test_recording_needs_comparison_runs(tmp_path, pytestconfig):
     config = read_config(f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke")
     with pytest.raises(PSAError, match="--compare"):
-        demo.run(config, tmp_path / "run", record=tmp_path / "record.json")
+        demo.run_demo(config, tmp_path / "run", record=tmp_path / "record.json")
     assert not (tmp_path / "run").exists()
