@@ -4,20 +4,10 @@ Processes that train together wait for each other when Python exits. A command t
 function here; `psa_jax.cli` calls it with the exit code after it has printed the error.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
-
-class LeaveGroup(Protocol):
-    """Ends this process, if it belongs to a group; otherwise returns.
-
-    Args:
-      code: exit code of the process.
-      error: shown with its traceback, if given.
-      refused: whether the other processes will refuse the same setting.
-    """
-
-    def __call__(self, code: int, error: BaseException | None = None, refused: bool = False) -> None: ...
-
+LeaveGroup = Callable[[int, BaseException | None, bool], None]
+"""Takes what `leave_group` takes; ends this process if it belongs to a group, and returns otherwise."""
 
 _registered: list[LeaveGroup] = []
 
@@ -29,6 +19,12 @@ def on_failure(leave: LeaveGroup) -> None:
 
 
 def leave_group(code: int, error: BaseException | None = None, refused: bool = False) -> None:
-    """Calls every registered function; returns if this process belongs to no group."""
+    """Calls every registered function; returns if this process belongs to no group.
+
+    Args:
+      code: exit code of the process.
+      error: shown with its traceback, if given.
+      refused: whether the other processes will refuse the same setting.
+    """
     for leave in _registered:
         leave(code, error, refused)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "psa_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "tools"]
+ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "mini", "tools"]
 """A folder imports from itself and from those before it."""
 
 SIDES = {"torch": ["torch", "profiles", "interop.adapter_file", "models.adapter_config", "models.config"]}
