@@ -164,7 +164,7 @@ class Errors(NamedTuple):
     rw: PerPair | None
     rl: PerPair | None
     cross: PerPair  # mean over the latent of (ε_w − n)·(ε_l − n), of the policy
-    anchor: PerPair | None  # mean over the latent of (ε_θ − ε_ref)²
+    reference_kl: PerPair | None  # mean over the latent of (ε_θ − ε_ref)²
 
     @classmethod
     def of(
@@ -185,7 +185,7 @@ class Errors(NamedTuple):
             return cls(*squared(policy), *jnp.unstack(stored, axis=-1), cross, None)
         if reference is None:
             return cls(*squared(policy), None, None, cross, None)
-        return cls(*squared(policy), *squared(reference), cross, losses.anchor(policy, reference))
+        return cls(*squared(policy), *squared(reference), cross, losses.reference_kl(policy, reference))
 
     def scaled(self, weight: PerPair) -> "Errors":
         """Each times the weight of its timestep."""
@@ -194,7 +194,7 @@ class Errors(NamedTuple):
 
 def compose(objective: Objective, errors: Errors) -> tuple[PerPair, PerPair]:
     """For each pair: the loss of the family (with dpop and sdpo inside), and that with what is added to it."""
-    pw, pl, rw, rl, cross, anchor = errors
+    pw, pl, rw, rl, cross, reference_kl = errors
     if objective.sdpo_mu is not None:
         pl = losses.sdpo(pw, pl, cross, objective.sdpo_mu)
     if objective.dpop_weight:
@@ -205,8 +205,8 @@ def compose(objective: Objective, errors: Errors) -> tuple[PerPair, PerPair]:
     each = family
     if objective.sft_weight:
         each = each + objective.sft_weight * losses.sft(errors.pw, rw)
-    if objective.anchor_weight:
-        each = each + objective.anchor_weight * anchor
+    if objective.reference_kl_weight:
+        each = each + objective.reference_kl_weight * reference_kl
     return family, each
 
 

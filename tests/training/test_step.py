@@ -41,7 +41,7 @@ def test_the_first_loss_is_ln_2(one_device):
 def test_the_loss_falls(one_device):
     history = one_device[0]
     assert history[-1]["loss"] < history[0]["loss"] - 0.01
-    assert history[-1]["winner_gap"] < 0  # the anchor: the chosen pictures are drawn better than by the base model
+    assert history[-1]["winner_gap"] < 0  # the SFT term: the winner's error is below the base model's
 
 
 @pytest.mark.parametrize(
