@@ -32,7 +32,7 @@ def batch_arrays(text_encoders: int, stored: bool = False) -> tuple[tuple[str, .
     """
     sizes = () if text_encoders == 1 else ("original_size", "crop")
     of_rows = ("row", "swapped") if stored else ()
-    of_pairs = ("chosen", "rejected", "user", "banned", "kind", *_TOKENS[:text_encoders], *sizes, *of_rows)
+    of_pairs = ("chosen", "rejected", "user", "banned", "unsafe", *_TOKENS[:text_encoders], *sizes, *of_rows)
     return of_pairs, _EMPTY[:text_encoders]
 
 
@@ -72,8 +72,9 @@ def pair_losses(
 
     Args:
       batch: `chosen`, `rejected` moments [b, h, w, 2c] of any float type; `user` [b, D]; `banned` [b], whether the user
-        bans the prompt's category; `kind` [b], 1 for an unsafe prompt; for each text encoder `input_ids`, `input_ids_2`
-        [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and `crop` [b, 2] in pixels.
+        bans the prompt's category; `unsafe` [b], whether the prompt is the unsafe one; for each text encoder
+        `input_ids`, `input_ids_2` [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and
+        `crop` [b, 2] in pixels.
       draws: of these pairs.
       stored: (rw, rl) if `reference_errors` has found them for these draws; the reference is then not run.
     """
@@ -86,7 +87,7 @@ def pair_losses(
     reference = jax.lax.stop_gradient(_predict(unet, inputs, inputs.base)) if run else None
     policy = _predict(unet, inputs, adapted)
 
-    unsafe = batch["kind"] == 1
+    unsafe = batch["unsafe"]
     errors = Errors.of(policy, reference, inputs.target, stored)
     snr = schedule.signal_to_noise()[draws.timesteps]
     weight = losses.timestep_weight(objective.timestep_weight, snr, schedule.prediction, objective.snr_gamma)
