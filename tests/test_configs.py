@@ -150,8 +150,14 @@ def test_the_full_step_can_be_traced(name, mode):
     state = shapes(state, shardings(state, mesh))
     of_pairs, of_all = batch_arrays(len(model.text_encoders))
     sizes = {"chosen": (side, side, 8), "rejected": (side, side, 8), "user": (USER_DIM,)}
-    sizes |= {"input_ids": (77,), "input_ids_2": (77,), "original_size": (2,), "crop": (2,), "banned": (), "kind": ()}
-    kinds = {"chosen": jnp.float16, "rejected": jnp.float16, "user": jnp.float32, "banned": jnp.bool_}
+    sizes |= {"input_ids": (77,), "input_ids_2": (77,), "original_size": (2,), "crop": (2,), "banned": (), "unsafe": ()}
+    kinds = {
+        "chosen": jnp.float16,
+        "rejected": jnp.float16,
+        "user": jnp.float32,
+        "banned": jnp.bool_,
+        "unsafe": jnp.bool_,
+    }
     batch = {
         n: jax.ShapeDtypeStruct((config.batch_size, *sizes[n]), kinds.get(n, jnp.int32), sharding=by_rows(mesh))
         for n in of_pairs

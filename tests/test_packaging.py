@@ -25,13 +25,13 @@ EVERYBODYS = [
     "rules",
     "seeds",
     "paths",
+    "files",
     "json_input",
     "tensor_file",
-    "file_modes",
     "progress",
     "renamed",
     "leaving",
-]
+]  # imported by every folder
 
 DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""

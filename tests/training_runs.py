@@ -187,7 +187,7 @@ def _cheap_losses(objective, adapter, base, batch, draws, stored=None):
         "margin": aims,
         "winner_gap": gaps[0],
     }
-    return PairLosses(values, memberships(draws.timesteps, base.schedule.steps, batch["banned"], batch["kind"] == 1))
+    return PairLosses(values, memberships(draws.timesteps, base.schedule.steps, batch["banned"], batch["unsafe"]))
 
 
 def rows(workdir: Path) -> list[dict[str, float]]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.protocol import Case, Verdicts
+from psa_jax.files import write
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.json_input import read_json
 from psa_jax.preference import objective
@@ -82,7 +83,7 @@ def write_recording(path: Path, recipe: Mapping[str, Any], places: Mapping[str, 
       places: for each group of users, what `pack_place` makes.
     """
     kept = {place: {name: packed[name] for name in ("cases", *COMPARED)} for place, packed in places.items()}
-    path.write_text(json.dumps({"command": COMMAND, "recipe": recipe} | kept, indent=1) + "\n", encoding="utf-8")
+    write(path, json.dumps({"command": COMMAND, "recipe": recipe} | kept, indent=1) + "\n")
 
 
 def pack_place(cases: Sequence[Case], verdicts: Mapping[str, Verdicts]) -> dict[str, Any]:

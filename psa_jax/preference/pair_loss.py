@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from psa_jax.diffusion.conditioning import encode_text
+from psa_jax.diffusion.predictions import prediction_of
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.models.adapter import Adapter
 from psa_jax.models.attention import CrossContext
@@ -31,7 +32,7 @@ def batch_arrays(text_encoders: int, stored: bool = False) -> tuple[tuple[str, .
     """
     sizes = () if text_encoders == 1 else ("original_size", "crop")
     of_rows = ("row", "swapped") if stored else ()
-    of_pairs = ("chosen", "rejected", "user", "banned", "kind", *_TOKENS[:text_encoders], *sizes, *of_rows)
+    of_pairs = ("chosen", "rejected", "user", "banned", "unsafe", *_TOKENS[:text_encoders], *sizes, *of_rows)
     return of_pairs, _EMPTY[:text_encoders]
 
 
@@ -71,8 +72,9 @@ def pair_losses(
 
     Args:
       batch: `chosen`, `rejected` moments [b, h, w, 2c] of any float type; `user` [b, D]; `banned` [b], whether the user
-        bans the prompt's category; `kind` [b], 1 for an unsafe prompt; for each text encoder `input_ids`, `input_ids_2`
-        [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and `crop` [b, 2] in pixels.
+        bans the prompt's category; `unsafe` [b], whether the prompt is the unsafe one; for each text encoder
+        `input_ids`, `input_ids_2` [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and
+        `crop` [b, 2] in pixels.
       draws: of these pairs.
       stored: (rw, rl) if `reference_errors` has found them for these draws; the reference is then not run.
     """
@@ -85,7 +87,7 @@ def pair_losses(
     reference = jax.lax.stop_gradient(_predict(unet, inputs, inputs.base)) if run else None
     policy = _predict(unet, inputs, adapted)
 
-    unsafe = batch["kind"] == 1
+    unsafe = batch["unsafe"]
     errors = Errors.of(policy, reference, inputs.target, stored)
     snr = schedule.signal_to_noise()[draws.timesteps]
     weight = losses.timestep_weight(objective.timestep_weight, snr, schedule.prediction, objective.snr_gamma)
@@ -102,7 +104,7 @@ def pair_losses(
     if errors.rw is not None:
         values |= {"winner_gap": errors.pw - errors.rw, "loser_gap": errors.pl - errors.rl}
     if reference is not None:
-        slope = metrics.clean_slope(schedule.alphas_cumprod[draws.timesteps], schedule.prediction)
+        slope = prediction_of(schedule.prediction).clean_slope(schedule.alphas_cumprod[draws.timesteps])
         values["colour_drift"] = metrics.colour_drift(policy[:pairs], reference[:pairs], slope)
     return PairLosses(values, metrics.memberships(draws.timesteps, schedule.steps, batch["banned"], unsafe))
 

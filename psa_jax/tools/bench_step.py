@@ -234,7 +234,7 @@ def random_rows(model: Any, pairs: int, resolution: int | None = None) -> dict[s
         "rejected": rng.normal(size=moments).astype(np.float16),
         "user": rng.normal(size=(pairs, USER_DIM)).astype(np.float32),
         "banned": rng.integers(2, size=pairs).astype(bool),
-        "kind": rng.integers(2, size=pairs).astype(np.int32),
+        "unsafe": rng.integers(2, size=pairs).astype(np.bool_),
         "row": np.arange(pairs, dtype=np.int32),
         "swapped": np.zeros(pairs, bool),
         "original_size": np.full((pairs, 2), side * factor, np.int32),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from psa_jax.errors import PSAError
+from psa_jax.files import check_new
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
     PICKLES,
@@ -20,7 +21,6 @@ from psa_jax.interop.adapter_file import (
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.upstream import read_bin
 from psa_jax.models.config import model_family
-from psa_jax.profiles.files import check_new
 
 
 def run(args: Namespace) -> int:

@@ -22,11 +22,11 @@ from psa_jax.data.shards import Shards
 from psa_jax.data.validation import batches_in_order
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
+from psa_jax.files import write_private
 from psa_jax.interop.diffusers import StableDiffusion, weights_hash
 from psa_jax.preference.draws import Batch, Stored, of_rows
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pair_loss import batch_arrays, reference_errors
-from psa_jax.profiles.files import write_private
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import Progress
 from psa_jax.seeds import check_seed

@@ -37,7 +37,7 @@ PAPER = Objective()
 MILD = Objective(beta=50.0, sft_weight=5.0)  # float32 rounding of the errors stays far below the margin
 KEY = jax.random.key(3)
 # An unsafe prompt that its user bans, one that its user allows, a safe one.
-PROMPTS = {"banned": jnp.asarray([True, False, True]), "kind": jnp.asarray([1, 1, 0], jnp.int32)}
+PROMPTS = {"banned": jnp.asarray([True, False, True]), "unsafe": jnp.asarray([True, True, False])}
 
 
 def preference_loss(objective, adapter, unet, text_encoders, schedule, vae, batch, key):

@@ -94,7 +94,7 @@ def make_training(small_pipeline):
         "input_ids": model.tokenize([f"a cat number {i}" for i in range(most)]),
         "user": rng.normal(size=(most, user_dim)).astype(np.float32),
         "banned": np.arange(most) % 2 == 0,
-        "kind": (np.arange(most) % 3 > 0).astype(np.int32),
+        "unsafe": np.arange(most) % 3 > 0,
     }
     empty = {"empty_ids": model.tokenize([""])[0]}
     adapter_config = AdapterConfig.for_unet(model.unet.config, user_dim=user_dim)

@@ -114,7 +114,7 @@ def test_loss_and_gradient_are_those_of_a_reference_that_runs(small_pipeline):
         "rejected": moments[1],
         "user": jnp.asarray(rng.normal(size=(pairs, USER_DIM)), jnp.float32),
         "banned": jnp.asarray([True, False, True, False]),
-        "kind": jnp.ones(pairs, jnp.int32),
+        "unsafe": jnp.ones(pairs, jnp.bool_),
         "input_ids": jnp.asarray(model.tokenize(["a cat", "at", "cat", "a"])),
         "empty_ids": jnp.asarray(model.tokenize([""])[0]),
     }
