@@ -14,13 +14,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "psa_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "tools"]
+ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "mini", "tools"]
 """A folder imports from itself and from those before it."""
 
 SIDES = {"torch": ["torch", "profiles", "interop.adapter_file", "models.adapter_config", "models.config"]}
 """The torch runtime imports no JAX, so only what needs none; nothing imports it."""
 
-EVERYBODYS = ["errors", "rules", "seeds", "paths", "files", "json_input", "tensor_file", "progress", "renamed"]
+EVERYBODYS = [
+    "errors",
+    "rules",
+    "seeds",
+    "paths",
+    "files",
+    "json_input",
+    "tensor_file",
+    "progress",
+    "renamed",
+    "leaving",
+]  # imported by every folder
 
 DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""
