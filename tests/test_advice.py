@@ -22,7 +22,6 @@ SAID_BY = {
     "bench_torch": ["bench"],
     "turns": ["bench"],
     "draw": ["population", "mini"],
-    "mini_data": ["demo", "train"],
     "prompts": ["generate"],
     "transfer": ["export", "import"],
     "generate": ["generate", "export"],  # export asks for a user in the same way

@@ -3,8 +3,8 @@
 import json
 from argparse import Namespace
 
-from psa_jax.data.mini import draw_mini
 from psa_jax.files import check_new
+from psa_jax.mini.world import render_mini
 from psa_jax.profiles.population import sample_population, write_users_csv
 
 
@@ -18,6 +18,6 @@ def population(args: Namespace) -> int:
 
 def mini(args: Namespace) -> int:
     """Writes SAGE-mini."""
-    counts = draw_mini(args.out, args.users, args.seed)
+    counts = render_mini(args.out, args.users, args.seed)
     print(json.dumps({"out": str(args.out), "rows": counts}))
     return 0

@@ -11,8 +11,8 @@ from typing import Any
 import ml_collections
 
 from psa_jax.interop.base_model import BaseModel
+from psa_jax.mini.prepare import prepare
 from psa_jax.progress import say
-from psa_jax.tools.mini_data import prepare
 from psa_jax.training.distributed import connect, is_main_process, join, leader_first, lost_peers_named, require_joined
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices

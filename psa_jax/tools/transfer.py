@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.protocol import USER_GROUPS
 from psa_jax.files import check_new, owner_only, replacing_folder, write
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
@@ -38,8 +39,6 @@ from psa_jax.models.config import model_family
 from psa_jax.progress import say
 from psa_jax.tensor_file import save_tensors
 from psa_jax.tools.generate import user_embedding
-
-SPLITS = ("unseen", "seen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +108,10 @@ def _report(args: Namespace, source: Source) -> dict[str, Any] | None:
     if path is None or (args.report is None and not path.is_file()):
         return None
     report = read_json(path, hint="give the report.json that psa-jax demo wrote")
-    for name in ("adapter", "sampling", *SPLITS):
+    for name in ("adapter", "sampling", *USER_GROUPS):
         if not isinstance(report.get(name, {}), dict):
             raise PSAError(f"{path}: {name} is not an object; give a report that psa-jax demo wrote")
-    for split in SPLITS:
+    for split in USER_GROUPS:
         for method, rates in report.get(split, {}).items():
             if not isinstance(rates, dict) or not all(type(value) in (int, float) for value in rates.values()):
                 raise PSAError(
