@@ -3,6 +3,8 @@
 from argparse import ArgumentParser
 from pathlib import Path
 
+from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras
+from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.profiles import schema
 from psa_jax.tools.flags import (
     count,
@@ -256,7 +258,7 @@ def generate(parser: ArgumentParser) -> None:
     user.add_argument(
         "--unconditional",
         default="off",
-        choices=["off", "zeros", "same"],
+        choices=list(UNCONDITIONAL),
         help="adapter on the unconditional side (default: off)",
     )
     prompt = parser.add_argument_group("prompts")
@@ -272,14 +274,14 @@ def generate(parser: ArgumentParser) -> None:
     how = parser.add_argument_group("sampling")
     how.add_argument(
         "--sampler",
-        choices=["ddim", "euler", "euler-ancestral", "dpmsolver++", "unipc", "pndm"],
+        choices=list(SAMPLERS),
         help="default: the folder's scheduler",
     )
     how.add_argument("--steps", type=count, default=20, help="sampler steps (default: 20)")
     how.add_argument("--guidance", type=weight, default=7.5, help="classifier-free guidance (default: 7.5)")
     how.add_argument("--guidance-rescale", type=share, default=0.0, metavar="PHI", help="0 to 1 (default: 0)")
     how.add_argument("--eta", type=share, default=0.0, help="DDIM's share of fresh noise (default: 0)")
-    how.add_argument("--karras", action="store_true", help="Karras' noise levels (euler, dpmsolver++, unipc)")
+    how.add_argument("--karras", action="store_true", help=f"Karras' noise levels ({', '.join(with_karras())})")
     how.add_argument("--size", type=size, metavar="HxW", help="such as 768 or 512x768 (default: the model's)")
     how.add_argument("--batch-size", type=count, default=8, metavar="N", help="pictures a call (default: 8)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the PNG files")

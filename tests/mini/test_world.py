@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from psa_jax.data.sage import SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.mini import world
 from psa_jax.mini.glyphs import GLYPH_COLOURS, GLYPHS, pictogram_sprite
@@ -152,7 +153,7 @@ def test_every_caption_is_short_and_plain_and_means_one_scene():
 
 
 def test_splits_share_no_caption_and_train_has_everything():
-    owners: dict[str, list] = {split: [] for split in world.SPLITS}
+    owners: dict[str, list] = {split: [] for split in SPLITS}
     for scene in all_scenes():
         for phrasing in range(world.PHRASINGS):
             owners[world.caption_split(scene, phrasing)].append((scene, phrasing))
@@ -189,7 +190,7 @@ def test_samples_are_labelled_uniform_and_from_their_split():
     assert set(counts) == set(range(37))
     assert 150 < counts.pop(world.NO_PICTOGRAM) < 250  # 5 % of 4,000 is 200, sd 14
     assert all(60 < count < 155 for count in counts.values())  # 95 % of 4,000 over 36 is 106, sd 10
-    for split in world.SPLITS[1:]:
+    for split in SPLITS[1:]:
         assert train_captions.isdisjoint(text for _, text, _ in world.sample_scenes(300, seed=1, split=split))
 
 
@@ -251,14 +252,14 @@ def test_both_labels_occur_for_unsafe_prompts(drawn: Path):
 
 def test_users_and_prompts_of_the_splits(drawn: Path):
     ids, captions = {}, {}
-    for split in world.SPLITS:
+    for split in SPLITS:
         rows = read_rows(drawn, split)
         ids[split] = {row["user_data"]["User_ID"] for row in rows}
         captions[split] = {row["caption"] for row in rows}
     assert ids["train"] == {f"{number:07d}" for number in range(1, USERS + 1)}
     assert ids["test_seen"] <= ids["train"]
     assert ids["train"].isdisjoint(ids["val"] | ids["test_unseen"]) and ids["val"].isdisjoint(ids["test_unseen"])
-    assert all(captions[a].isdisjoint(captions[b]) for a, b in combinations(world.SPLITS, 2))
+    assert all(captions[a].isdisjoint(captions[b]) for a, b in combinations(SPLITS, 2))
 
 
 def test_saved_pictures_are_the_rendered_pair(drawn: Path):

@@ -8,7 +8,7 @@ import pytest
 
 from psa_jax import cli
 from psa_jax.diffusion.generate import UNCONDITIONAL
-from psa_jax.diffusion.scheduler_config import SAMPLERS
+from psa_jax.diffusion.sampler_registry import SAMPLERS
 from psa_jax.tools import flags
 
 TEXT = {"forget", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
