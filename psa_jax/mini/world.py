@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from psa_jax.data.sage import SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.files import replacing_folder, write_private
 from psa_jax.mini import glyphs, scenery
@@ -73,7 +74,6 @@ BACKGROUNDS: tuple[str, ...] = tuple(scenery.BACKGROUNDS)
 NO_PICTOGRAM = len(PICTOGRAMS)
 """The pictogram label of a picture without one."""
 
-SPLITS: tuple[str, ...] = ("train", "val", "test_seen", "test_unseen")
 CONCEPTS_PER_CATEGORY = 3
 ROWS_PER_USER = len(CATEGORIES) * CONCEPTS_PER_CATEGORY * 2
 POPULATION_SEED = 2025
