@@ -6,12 +6,16 @@ from pathlib import Path
 # Eight host devices let mesh tests run on any machine; must be set before JAX starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the time of these tests; the results are float32 either way.
-os.environ["XLA_FLAGS"] = " ".join(
-    (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+XLA_FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",  # a third of the time
 )
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS))
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jaxtyping import install_import_hook
 from support import annotations
 
@@ -22,6 +26,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hook = install_import_hook("psa_jax", f"{annotations.__name__}.{annotations.checked.__name__}")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """Compiles what takes long once in a process: many tests build the same step or sampler again."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    reset_cache()  # else one that was off at the first compilation stays off
 
 
 @pytest.fixture(scope="session")

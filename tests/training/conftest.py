@@ -14,6 +14,7 @@ from torch_adapters import random_adapter
 
 from psa_jax.interop.native import adapter_arrays
 from psa_jax.mini.prepare import prepare
+from psa_jax.mini.world import render_mini
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
@@ -27,8 +28,11 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
 
 @pytest.fixture(scope="session")
 def training_data(small_pipeline, tmp_path_factory) -> Path:
-    """Folder with shards and table of 40 train users."""
+    """Folder with shards and table of 40 train users, fewer of whom do not balance, with a fifth of their rows."""
     folder = tmp_path_factory.mktemp("mini")
+    render_mini(folder / "sage", 40, 3)
+    for path in (folder / "sage").glob("*/metadata.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[::5]))
     prepare(folder, small_pipeline[1], users=40, seed=3, resolution=32, splits=("train", "val"))
     return folder
 
