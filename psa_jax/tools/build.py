@@ -20,7 +20,7 @@ from psa_jax.diffusion.generate import truncation
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import EMBEDDED, BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
-from psa_jax.progress import say, stage
+from psa_jax.progress import print_on_main, print_stage
 
 
 def run(args: Namespace) -> int:
@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
         raise PSAError("--host=I and --hosts=N belong together; give both or neither")
     if args.host is not None and args.host >= args.hosts:
         raise PSAError(f"--host={args.host} of --hosts={args.hosts}: count from 0")
-    stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
+    print_stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
     model = BaseModel.from_config(vars(args)).load()
     folder = build(
         model,
@@ -101,7 +101,7 @@ def _telling(model: StableDiffusion) -> Tokenizer:
         if lost:
             length = model.text_encoder.config.max_position_embeddings
             first = truncation("caption", lost[0][0], length, lost[0][1])
-            say(f"{len(lost)} of {len(distinct)} captions are too long; {first}")
+            print_on_main(f"{len(lost)} of {len(distinct)} captions are too long; {first}")
         return model.tokenize(captions)
 
     return tokenize
