@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 import psa_jax
-from psa_jax.data.latents import Preprocess, fingerprint
+from psa_jax.data.fingerprints import vae_fingerprint
+from psa_jax.data.preprocess import Preprocess
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
@@ -135,7 +136,7 @@ def _contents(args: Namespace, model: StableDiffusion, adapter: Adapter | None) 
         "model": model.base_hash,
         "model_config": hashlib.sha256(described.encode()).hexdigest(),
         # The preprocessing is of pictures that are read; none is here.
-        "vae": fingerprint(model.vae_tensors or {}, Preprocess(1)),
+        "vae": vae_fingerprint(model.vae_tensors or {}, Preprocess(1)),
         "adapter": None if adapter is None else adapter_hash(to_file(adapter), adapter.config),
         "lora": None if args.lora is None else lora_hash(args.lora),
     }

@@ -12,8 +12,8 @@ import ml_collections
 
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.leaving import on_failure
+from psa_jax.mini.prepare import prepare
 from psa_jax.progress import print_on_main
-from psa_jax.tools.mini_data import prepare
 from psa_jax.training.distributed import (
     connect,
     hard_exit,
