@@ -4,9 +4,11 @@ Imports nothing but the standard library, so that everything may use it. What is
 Python's own reader keeps the last of two equal keys, takes NaN for a number and fails deep inside on deep nesting.
 """
 
+import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,30 @@ def parse_json(
       PSAError: not UTF-8, not JSON, another kind of value, too large, nested too deep, a key twice in one object,
         a number that is no finite float, half of a surrogate pair.
     """
+    try:
+        if len(text) > limit:
+            raise _Refused(f"it is larger than {limit:,} bytes")
+        text = _decoded(text, bom)
+        value = json.loads(text, **_hooks(constants, quote))
+        _check_depth(text, value)
+        if _SURROGATE.search(text):
+            _check_surrogates(value)
+    except RecursionError:
+        raise PSAError(f"{where}: not valid JSON (nested deeper than {MAX_DEPTH} levels)") from None
+    except ValueError as error:  # what is no JSON
+        raise PSAError(f"{where}: not valid JSON ({error})") from error
+    if kind is not None and not isinstance(value, kind):
+        raise PSAError(f"{where}: expected a JSON {_NAMES[kind]}, found {_describe(value, quote)}")
+    return value
+
+
+@functools.cache
+def _hooks(constants: bool, quote: bool) -> dict[str, Callable[[Any], Any]]:
+    """Arguments of `json.loads`: refuse a key that is given twice and numbers that are not in JSON or in a float.
+
+    Args:
+      constants, quote: as for `parse_json`.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
@@ -103,22 +129,8 @@ def parse_json(
             raise _Refused(f"a number of {len(digits):,} digits")
         return int(digits)
 
-    try:
-        if len(text) > limit:
-            raise _Refused(f"it is larger than {limit:,} bytes")
-        text = _decoded(text, bom)
-        floats = None if constants else number
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=whole, parse_float=floats)
-        _check_depth(text, value)
-        if _SURROGATE.search(text):
-            _check_surrogates(value)
-    except RecursionError:
-        raise PSAError(f"{where}: not valid JSON (nested deeper than {MAX_DEPTH} levels)") from None
-    except ValueError as error:  # what is no JSON
-        raise PSAError(f"{where}: not valid JSON ({error})") from error
-    if kind is not None and not isinstance(value, kind):
-        raise PSAError(f"{where}: expected a JSON {_NAMES[kind]}, found {_describe(value, quote)}")
-    return value
+    hooks = {"object_pairs_hook": unique, "parse_constant": constant, "parse_int": whole}
+    return hooks if constants else hooks | {"parse_float": number}
 
 
 def _decoded(text: str | bytes, bom: bool) -> str:

@@ -33,10 +33,10 @@ from tensorflow_datasets.core import writer as tfds_writer
 from tensorflow_datasets.core.utils import tqdm_utils
 from tensorflow_datasets.proto import tf_example_pb2
 
-from psa_jax.data.card import dataset_card
 from psa_jax.data.chunks import Encoded, fill_chunks, plan_chunks
+from psa_jax.data.dataset_card import dataset_card
 from psa_jax.data.encoding import PictureEncoder, Pictures, TextCache, distinct_prompts, file_hash
-from psa_jax.data.latents import Preprocess
+from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, SageRecord, read_split
 from psa_jax.data.shards import FORMAT, INFO_FILE, VERSION, columns_file, read_info
 from psa_jax.errors import PSAError

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from psa_jax.data.builder import build_shards
-from psa_jax.data.mini import draw_mini
 from psa_jax.data.pipeline import make_pipeline
 from psa_jax.data.sage import read_split
 from psa_jax.data.shards import Shards, open_shards
 from psa_jax.files import check_new
+from psa_jax.mini.world import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import stage
@@ -110,7 +110,7 @@ def _some(pairs: Iterator[tuple[Path, Path]], count: int) -> list[tuple[Path, Pa
 
 def _input_data(folder: Path, args: Namespace) -> tuple[Shards, EmbeddingTable, Iterator[tuple[Path, Path]]]:
     """A small SAGE-mini as shards of the real size, and JPEG pairs of the real size, in random order for ever."""
-    draw_mini(folder / "sage", 8, 0)
+    render_mini(folder / "sage", 8, 0)
     side = args.resolution // 8
     rng = np.random.default_rng(0)
     build_shards(

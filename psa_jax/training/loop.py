@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 import psa_jax
-from psa_jax.data.latents import Preprocess, fingerprint
+from psa_jax.data.fingerprints import vae_fingerprint
 from psa_jax.data.pipeline import make_pipeline, to_devices
-from psa_jax.data.shards import Shards, open_shards, read_info
+from psa_jax.data.shards import Shards, open_shards, preprocess_of, read_info
 from psa_jax.data.validation import validation_batches
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
@@ -78,7 +78,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         qk_dim=config.adapter.qk_dim,
     )
     objective = Objective(**config.objective)
-    vae = fingerprint(model.vae_tensors, Preprocess(info["resolution"]))
+    vae = vae_fingerprint(model.vae_tensors, preprocess_of(info))
     stored = stored_or_none(config.reference.draws, config.reference.seed, objective, flips=info["flips"])
     of_pairs, of_all = batch_arrays(len(model.text_encoders), stored is not None)
     place = to_devices(by_rows(mesh), of_pairs)

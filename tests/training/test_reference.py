@@ -19,12 +19,12 @@ from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.interop.diffusers import StableDiffusion, weights_hash
+from psa_jax.mini.prepare import prepare
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.draws import Stored, draw_stored, of_rows
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pair_loss import Base, pair_losses, reference_errors
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.tools.mini_data import prepare
 from psa_jax.training import reference
 from psa_jax.training.loop import train
 from psa_jax.training.reference import reference_table, stored_or_none
