@@ -76,7 +76,9 @@ def test_layers_in_a_gradient_with_rematerialization():
     backward = "\n".join(line for line in found.splitlines() if "transpose" in line)
     for path in ("down_blocks_1/attentions_0/.*cross_attention/", "mid_block/resnets_0/", "up_blocks_3/resnets_1/"):
         assert re.search(path, backward), path
-    assert "cross_attention/user_attention" not in found  # the text kind changes values, and adds no attention to the UNet
+    assert (
+        "cross_attention/user_attention" not in found
+    )  # the text kind changes values, and adds no attention to the UNet
 
 
 def test_layers_of_the_autoencoder():
