@@ -100,10 +100,10 @@ def _demo(args: Namespace) -> int:
     return demo.run(args.config, args.workdir, compare=args.compare, record=args.record, all_ways=args.all_ways)
 
 
-def _fit(args: Namespace) -> int:
-    from psa_jax.tools import fit
+def _memory(args: Namespace) -> int:
+    from psa_jax.tools import memory
 
-    return fit.run(args)
+    return memory.run(args)
 
 
 def _bench(args: Namespace) -> int:
@@ -122,7 +122,9 @@ COMMANDS: dict[str, Command] = {
     "build": Command("encode a SAGE folder as shards for a base model", arguments.build, _build),
     "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, _pretrain),
     "train": Command("train an adapter on preference pairs", arguments.train, _train),
-    "fit": Command("tell the memory that a training step takes, also on TPUs that are not here", arguments.fit, _fit),
+    "memory": Command(
+        "compute the memory of a training step, also on TPUs that are not here", arguments.memory, _memory
+    ),
     "generate": Command("draw pictures for a user", arguments.generate, _generate),
     "export": Command("write a trained adapter as a file", arguments.export, _export),
     "import": Command("read an adapter file for a base model", arguments.import_, _import),

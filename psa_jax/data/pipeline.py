@@ -139,7 +139,7 @@ def make_pipeline(
       user: [b, D] float32 embedding.
       banned: [b] bool, whether that user bans the category.
       swapped: [b] bool, whether the row's own rejected picture is the chosen one of that user.
-      kind: [b] int32, 1 for an unsafe prompt.
+      unsafe: [b] bool, whether the prompt is the unsafe one.
       category: [b] int32, position in CATEGORIES.
       row: [b] int32, row of the split, for error reports.
 
@@ -396,7 +396,7 @@ class _Load:
             "user": self.embeddings[self.user_of_row[example.row] if example.asker is None else example.asker],
             "banned": np.asarray(banned, np.bool_),
             "swapped": np.asarray(banned != own, np.bool_),
-            "kind": np.asarray(row["kind"], np.int32),
+            "unsafe": np.asarray(row["kind"] == 1, np.bool_),
             "category": np.asarray(row["category"], np.int32),
             "row": np.asarray(example.row, np.int32),
         }

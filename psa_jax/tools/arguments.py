@@ -1,6 +1,6 @@
 """The flags of every command, in one file that imports nothing heavy: `psa-jax COMMAND --help` must answer at once."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, _ArgumentGroup
 from pathlib import Path
 
 from psa_jax.profiles import schema
@@ -146,8 +146,8 @@ def build(parser: ArgumentParser) -> None:
     hosts.add_argument("--hosts", type=workers, metavar="N", help="how many there are")
 
 
-def fit(parser: ArgumentParser) -> None:
-    """Flags of `psa-jax fit`."""
+def memory(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax memory`."""
     parser.set_defaults(takes_config=True)
     parser.add_argument("--config", type=place, required=True, metavar=_CONFIG, help="as it would be trained")
     base_model_of_config(parser)
@@ -155,6 +155,14 @@ def fit(parser: ArgumentParser) -> None:
         "--topology", metavar="SLICE", help="a TPU slice such as v5e:2x4 or v5p:2x2x1 (default: the devices at hand)"
     )
     parser.add_argument("--resolution", type=side, metavar="PX", help="of the shards (default: the model's own)")
+    cached_text(parser)
+
+
+def cached_text(parser: ArgumentParser | _ArgumentGroup) -> None:
+    """A flag of the commands that compile a step without data."""
+    parser.add_argument(
+        "--cached-text", action="store_true", help="as with shards built with --text-embeddings: no text encoder"
+    )
 
 
 def bench(parser: ArgumentParser) -> None:
@@ -177,6 +185,7 @@ def bench(parser: ArgumentParser) -> None:
     )
     training.add_argument("--against", choices=["torch"], help="measure that way, too, and print the ratios")
     training.add_argument("--pairs", type=count, metavar="N", help="in a step (default: batch_size of the config)")
+    cached_text(training)
     base_model(parser, "step: in place of the configuration's keys of these names", required=False)
     drawing = parser.add_argument_group("generate")
     drawing.add_argument("--size", type=side_64, default=128, metavar="PX", help="side of the picture (default: 128)")
