@@ -1,7 +1,7 @@
 """What the configurations of the released Stable Diffusion models share. They are locked, and have three modes:
 
-(none)    the adapter and the loss that proved personal: kind `text`, 4 user tokens, DPO with an anchor on the winner
-:paper    the published adapter and recipe (PSA, arXiv 2508.01151): one token, β 5000, no anchor, 5,000 steps
+(none)    the adapter and the loss that proved personal: kind `text`, 4 user tokens, DPO with an SFT term on the winner
+:paper    the published adapter and recipe (PSA, arXiv 2508.01151): one token, β 5000, no SFT term, 5,000 steps
 :smoke    a few steps, to see that everything is in place
 
 A step is worked on in `accumulate` parts, and `batch_size` must be a multiple of `accumulate` times the devices. Where

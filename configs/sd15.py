@@ -8,7 +8,7 @@ psa-jax train --config=configs/sd15.py --config.model=MODEL_DIR --config.data.sh
 MODEL_DIR is a folder of SD1.x in diffusers' layout, USERS.csv lists the users of SAGE_DIR.
 
 --config=configs/sd15.py:paper repeats the published adapter and recipe: 192 pairs a step, AdamW with weight decay 1e-2,
-learning rate 5e-6 constant after 500 warm-up steps, 5,000 steps, β 5000, no anchor, text dropout 0.2, clipping at 1.0.
+learning rate 5e-6 constant after 500 warm-up steps, 5,000 steps, β 5000, no SFT term, text dropout 0.2, clipping at 1.
 Only timesteps are drawn otherwise: spread evenly over each batch. Users were embedded by Qwen2.5-7B there:
 psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=qwen.safetensors
 --config=configs/sd15.py:smoke is three steps of one pair.

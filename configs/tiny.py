@@ -34,8 +34,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.accumulate, config.remat, config.dtype = 1, "none", "float32"
     config.adapter = dict(kind="text", tokens=8, qk_dim=ml_collections.config_dict.placeholder(int))
     # β: the pictures of a pair differ by 0.1 in error at most, and at β = 60 the loss still asks for more when a third
-    # of that is learnt; at 200 it no longer does. The anchor is strong so that the winner is learnt, too, and not only
-    # the loser unlearnt. Where a prompt says most about the picture a pair teaches most: the middle of the schedule.
+    # of that is learnt; at 200 it no longer does. The SFT term is strong so that the winner is learnt, and not only the
+    # loser unlearnt. Where a prompt says most about the picture a pair teaches most: the middle of the schedule.
     # No dropout: with `unconditional="off"` the adapter never sees the empty prompt or the zero user.
     config.objective = dataclasses.asdict(
         Objective(beta=60.0, sft_weight=36.0, timestep_low=0.2, timestep_high=0.8)  # loss="sigmoid"

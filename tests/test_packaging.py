@@ -17,10 +17,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "tools"]
 """A folder imports from itself and from those before it."""
 
-SIDES = {"torch": ["torch", "profiles", "interop.adapter_file", "models.adapter_config"]}
+SIDES = {"torch": ["torch", "profiles", "interop.adapter_file", "models.adapter_config", "models.config"]}
 """The torch runtime imports no JAX, so only what needs none; nothing imports it."""
 
-EVERYBODYS = ["errors", "rules", "seeds", "paths", "json_input", "tensor_file", "file_modes", "progress"]
+EVERYBODYS = ["errors", "rules", "seeds", "paths", "json_input", "tensor_file", "file_modes", "progress", "renamed"]
 
 DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""

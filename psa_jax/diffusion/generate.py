@@ -18,7 +18,7 @@ from psa_jax.diffusion.scheduler_config import sampler_from_config
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter import Adapter
-from psa_jax.models.attention import Attend, Computing
+from psa_jax.models.attention import Attend, ComputeOptions
 from psa_jax.models.fused_attention import devices_of, fused_attention
 from psa_jax.models.unet import AddedConditions
 from psa_jax.seeds import PICTURE_BITS, check_seed, seed_words
@@ -262,7 +262,7 @@ def _draw(
     unconditional: str,
 ) -> Float[Array, "b height width 3"]:
     unet, vae, encoders, adapter = nnx.merge(graph, params)
-    unet.computing = Computing(attend=attend)
+    unet.compute = ComputeOptions(attend=attend)
     if guided:  # the unconditional half comes first, as in diffusers
         ids = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), negative_ids, ids)
     text = encode_text(encoders, ids)

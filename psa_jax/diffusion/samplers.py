@@ -1,7 +1,7 @@
 """Samplers as tables: one row a model call, one pure `step` for all of them, the loop in one `lax.scan`.
 
-Every sampler here is linear in the latents, the model's outputs and the noise. What tells them apart are the weights,
-worked out by `psa_jax.diffusion.methods` before anything is traced, so that one compiled program serves them all.
+Every sampler here is linear in the latents, the model's outputs and the noise. They differ only in their
+weights, which `psa_jax.diffusion.sampler_tables` computes before tracing: one compiled program serves all samplers.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from psa_jax.diffusion import methods
+from psa_jax.diffusion import sampler_tables
 from psa_jax.diffusion.samplers import Sampler
 from psa_jax.diffusion.schedule import NoiseSchedule, read_keys
 from psa_jax.diffusion.timesteps import FINAL_SIGMAS, SPACINGS
@@ -15,12 +15,12 @@ from psa_jax.errors import PSAError
 
 # Name -> (class in diffusers, table).
 SAMPLERS: dict[str, tuple[str, Callable[..., Sampler]]] = {
-    "ddim": ("DDIMScheduler", methods.ddim),
-    "euler": ("EulerDiscreteScheduler", methods.euler),
-    "euler-ancestral": ("EulerAncestralDiscreteScheduler", methods.euler_ancestral),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", methods.dpmsolver),
-    "unipc": ("UniPCMultistepScheduler", methods.unipc),
-    "pndm": ("PNDMScheduler", methods.pndm),
+    "ddim": ("DDIMScheduler", sampler_tables.ddim),
+    "euler": ("EulerDiscreteScheduler", sampler_tables.euler),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", sampler_tables.euler_ancestral),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", sampler_tables.dpmsolver),
+    "unipc": ("UniPCMultistepScheduler", sampler_tables.unipc),
+    "pndm": ("PNDMScheduler", sampler_tables.pndm),
 }
 
 # Keys that a class of diffusers reads and that have one supported value, with diffusers' defaults.
@@ -94,7 +94,7 @@ def _way_out(config: Mapping[str, Any], where: str) -> str:
 
 
 def _ends(config: Mapping[str, Any], name: str, where: str) -> bool:
-    """Whether a sampler has weights with these settings, whatever the steps: see `methods.ddim` and `methods.unipc`."""
+    """Whether a sampler has weights with these settings, whatever the steps: see `sampler_tables`."""
     values = read_keys(config, _keys(name), where)
     if name == "ddim":
         no_signal = config.get("rescale_betas_zero_snr") and values["timestep_spacing"] != "leading"

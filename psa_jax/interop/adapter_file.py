@@ -86,7 +86,7 @@ def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
         "user_proj.norm.weight": (width,),
         "user_proj.norm.bias": (width,),
     }
-    for index, (width, _) in enumerate(config.placed):
+    for index, (width, _) in enumerate(config.adapter_sites):
         for projection, (inner, outer) in config.projections(width).items():
             shapes[tensor_name(projection, index, before_unet=config.before_unet)] = (outer, inner)
     return shapes

@@ -33,7 +33,7 @@ class BaseModel:
     model_config: str | None = None
 
     @classmethod
-    def said(cls, by: Mapping[str, Any] | ml_collections.ConfigDict) -> "BaseModel":
+    def from_config(cls, by: Mapping[str, Any] | ml_collections.ConfigDict) -> "BaseModel":
         """The record that flags (`vars(args)`) or a configuration give; what is empty or absent counts as None.
 
         Raises:
@@ -50,7 +50,7 @@ class BaseModel:
         return TINY if self.model == EMBEDDED else local_path(self.model)
 
     @property
-    def said_otherwise(self) -> dict[str, str]:
+    def extra_parts(self) -> dict[str, str]:
         """What is given besides the model."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "model" and value}
 

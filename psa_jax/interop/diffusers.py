@@ -51,7 +51,7 @@ from psa_jax.interop.weights import (
     save_weights,
 )
 from psa_jax.models.clip import CLIPText
-from psa_jax.models.config import CLIPTextConfig, VAEConfig
+from psa_jax.models.config import CLIPTextConfig, VAEConfig, model_family
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE
 from psa_jax.rules import quoted
@@ -130,10 +130,8 @@ class StableDiffusion:
 
     @property
     def family(self) -> str:
-        """ "sd1", "sd2" or "sdxl"; the turbo models are of the last two."""
-        if self.text_encoder_2 is not None:
-            return "sdxl"
-        return "sd2" if self.unet.config.use_linear_projection else "sd1"
+        """Model family: "sd1", "sd2" or "sdxl" (`model_family`)."""
+        return model_family(self.unet.config)
 
     @property
     def text_encoders(self) -> tuple[CLIPText, ...]:

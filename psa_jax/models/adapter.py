@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from psa_jax.models.adapter_config import AdapterConfig
-from psa_jax.models.attention import CrossContext, UserQuery, attend
+from psa_jax.models.attention import CrossContext, UserTokens, attend
 from psa_jax.models.unet import UNet
 
 LAYER_NORM_EPS = 1e-5
@@ -73,33 +73,39 @@ def _init(rngs: nnx.Rngs, fan_in: int, fan_out: int, gain: float = 1.0) -> Float
 Scale = Float[Array, " b"]
 
 
-def _answer(
-    layer: UserAttention, asked: Float[Array, "b n c"], z: Float[Array, "b t c"], heads: int
+def _user_attention(
+    layer: UserAttention, query_input: Float[Array, "b n c"], z: Float[Array, "b t c"], heads: int
 ) -> Float[Array, "b #n d"]:  # noqa: F821
-    """attn(W_q asked, W_k z, W_v z); the constant W_v z where there is one token."""
+    """attn(W_q query_input, W_k z, W_v z); the constant W_v z where there is one token."""
     value = z @ layer.to_v[...]
     if layer.to_k is None:
         return value
-    return attend(asked @ layer.to_q[...], z @ layer.to_k[...], value, heads)
+    return attend(query_input @ layer.to_q[...], z @ layer.to_k[...], value, heads)
 
 
-def _published(layer, context, text, z, heads, scale):
+def _apply_published(layer, context, text, z, heads, scale):
     key = None if layer.to_k is None else z @ layer.to_k[...]
-    return context._replace(user=UserQuery(key, scale[:, None, None] * (z @ layer.to_v[...])))
+    return context._replace(user=UserTokens(key, scale[:, None, None] * (z @ layer.to_v[...])))
 
 
-def _text(layer, context, text, z, heads, scale):
-    return context._replace(value=context.value + scale[:, None, None] * _answer(layer, text, z, heads))
+def _apply_text(layer, context, text, z, heads, scale):
+    return context._replace(value=context.value + scale[:, None, None] * _user_attention(layer, text, z, heads))
 
 
-def _concept(layer, context, text, z, heads, scale):
+def _apply_concept(layer, context, text, z, heads, scale):
     value = scale[:, None, None] * (z @ layer.to_v[...])
     if layer.to_k is None:
-        return context._replace(user=UserQuery(None, value))
-    return context._replace(user=UserQuery(z @ layer.to_k[...], value, layer.to_q[...].T))  # UserQuery holds [out, in]
+        return context._replace(user=UserTokens(None, value))
+    return context._replace(
+        user=UserTokens(z @ layer.to_k[...], value, layer.to_q[...].T)
+    )  # UserTokens holds [out, in]
 
 
-_APPLY: dict[str, Callable[..., CrossContext]] = {"published": _published, "text": _text, "concept": _concept}
+_APPLY: dict[str, Callable[..., CrossContext]] = {
+    "published": _apply_published,
+    "text": _apply_text,
+    "concept": _apply_concept,
+}
 """Kind → (layer, context, text, z, heads, scale) -> context, for those that act in the cross-attentions."""
 
 
@@ -111,7 +117,7 @@ class Adapter(nnx.Module):
         self.user_proj = UserProjection(config, rngs=rngs)
         zero = "to_out" if config.before_unet else "to_v"
         self.layers = nnx.List(
-            [UserAttention(config.projections(width), zero, rngs=rngs) for width, _ in config.placed]
+            [UserAttention(config.projections(width), zero, rngs=rngs) for width, _ in config.adapter_sites]
         )
 
     def __call__(
@@ -136,9 +142,9 @@ class Adapter(nnx.Module):
         layers = jax.tree.map(lambda leaf: leaf.astype(text.dtype), self.layers)
         scale = scale.astype(text.dtype)
         if self.config.before_unet:
-            (layer,), ((_, heads),) = layers, self.config.placed
-            answer = _answer(layer, text, z, heads) @ layer.to_out[...]
-            return unet.context(text + scale[:, None, None] * answer)
+            (layer,), ((_, heads),) = layers, self.config.adapter_sites
+            added = _user_attention(layer, text, z, heads) @ layer.to_out[...]
+            return unet.context(text + scale[:, None, None] * added)
         base = unet.context(text) if base is None else base
         apply = _APPLY[self.config.kind]
         return tuple(

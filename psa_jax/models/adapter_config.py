@@ -11,31 +11,32 @@ Layers = tuple[tuple[int, int], ...]
 """(width, heads) of every cross-attention, in diffusers' `attn_processors` order."""
 
 
-class Kind(NamedTuple):
+class AdapterKind(NamedTuple):
     """How an adapter kind acts.
 
     Attributes:
-      asks: who asks the user tokens: the UNet's "image" queries, the "text" states, or the "answer" of the layer.
+      query_source: what W_q projects: nothing (the UNet's "image" queries are used), the "text" states, or the
+        "attention" output of the layer.
       before_unet: it acts once, on the text states; the others act in every cross-attention.
     """
 
-    asks: str
+    query_source: str
     before_unet: bool = False
 
 
-KINDS = {
-    "published": Kind("image"),
-    "text": Kind("text"),
-    "concept": Kind("answer"),
-    "prompt": Kind("text", before_unet=True),
+ADAPTER_KINDS = {
+    "published": AdapterKind("image"),
+    "text": AdapterKind("text"),
+    "concept": AdapterKind("attention"),
+    "prompt": AdapterKind("text", before_unet=True),
 }
 
 
 def check_kind(kind: str, qk_dim: int | None) -> None:
     """Raises PSAError for a kind that there is not, or one that has no such width."""
-    if kind not in KINDS:
-        raise PSAError(f"adapter kind {kind!r} is unknown (one of {', '.join(KINDS)})")
-    if qk_dim is not None and KINDS[kind].asks == "image":
+    if kind not in ADAPTER_KINDS:
+        raise PSAError(f"adapter kind {kind!r} is unknown (one of {', '.join(ADAPTER_KINDS)})")
+    if qk_dim is not None and ADAPTER_KINDS[kind].query_source == "image":
         raise PSAError(
             f"adapter.qk_dim is {qk_dim}, which does not apply to the {kind} kind: it asks with the UNet's own "
             "queries; leave it out"
@@ -47,7 +48,7 @@ class AdapterConfig:
     """Sizes of an adapter.
 
     Attributes:
-      kind: a key of `KINDS`.
+      kind: a key of `ADAPTER_KINDS`.
       tokens: user tokens T.
       user_dim: length D of a user embedding.
       cross_dim: cross-attention width C of the base model.
@@ -68,7 +69,7 @@ class AdapterConfig:
             raise PSAError(f"adapter tokens must be at least 1, got {self.tokens}")
         if self.qk_dim is None:
             return
-        heads = {heads for _, heads in self.placed}
+        heads = {heads for _, heads in self.adapter_sites}
         if self.qk_dim < 1 or any(self.qk_dim % h for h in heads):
             raise PSAError(
                 f"qk_dim {self.qk_dim} is no positive multiple of the heads of every layer ({sorted(heads)})"
@@ -83,10 +84,10 @@ class AdapterConfig:
 
     @property
     def before_unet(self) -> bool:
-        return KINDS[self.kind].before_unet
+        return ADAPTER_KINDS[self.kind].before_unet
 
     @property
-    def placed(self) -> Layers:
+    def adapter_sites(self) -> Layers:
         """(width, heads) of every place where the adapter has projections."""
         return ((self.cross_dim, prompt_heads(self.cross_dim)),) if self.before_unet else self.layers
 
@@ -96,9 +97,9 @@ class AdapterConfig:
         found = {"to_v": (self.cross_dim, width)}
         if self.tokens > 1:
             found["to_k"] = (self.cross_dim, qk)
-            asks = KINDS[self.kind].asks
-            if asks != "image":
-                found["to_q"] = (width if asks == "answer" else self.cross_dim, qk)
+            query_source = ADAPTER_KINDS[self.kind].query_source
+            if query_source != "image":
+                found["to_q"] = (width if query_source == "attention" else self.cross_dim, qk)
         if self.before_unet:
             found["to_out"] = (width, self.cross_dim)
         return found

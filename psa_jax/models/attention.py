@@ -53,7 +53,7 @@ def remat(block: Callable[..., Array], name: str, **settings: Any) -> Callable[.
     return lambda *inputs: checkpointed(block, *inputs)
 
 
-class UserQuery(NamedTuple):
+class UserTokens(NamedTuple):
     """What a cross-attention adds to its answer: s·attn(W_q o or Q, key, value) over T user tokens.
 
     `query` is None for the `published` kind, which asks with the image query Q itself.
@@ -70,7 +70,7 @@ class CrossContext(NamedTuple):
 
     key: Float[Array, "b s d"]
     value: Float[Array, "b s d"]
-    user: UserQuery | None = None
+    user: UserTokens | None = None
 
 
 Attend = Callable[[Float[Array, "b n d"], Float[Array, "b m d"], Float[Array, "b m v"], int], Float[Array, "b n v"]]
@@ -91,7 +91,7 @@ def attend(
     return out.reshape(*out.shape[:2], -1)
 
 
-class Computing(NamedTuple):
+class ComputeOptions(NamedTuple):
     """How a UNet computes: it changes speed and memory, and the result only as far as rounding goes."""
 
     remat: str = "none"  # what training stores of each block for the backward pass, a key of `REMAT`
@@ -120,18 +120,18 @@ class Attention(nnx.Module):
         query = self.to_q(x)
         out = attend(query, context.key, context.value, self.heads)
         if context.user is not None:
-            out = out + user_answer(query, out, context.user, self.heads)
+            out = out + user_attention(query, out, context.user, self.heads)
         return self.to_out_0(out)
 
 
-def user_answer(
-    query: Float[Array, "b n d"], text_answer: Float[Array, "b n d"], user: UserQuery, heads: int
+def user_attention(
+    query: Float[Array, "b n d"], text_output: Float[Array, "b n d"], user: UserTokens, heads: int
 ) -> Float[Array, "b #n d"]:  # noqa: F821
     """The user tokens' answer to the image (`published`) or to the text attention's answer (`concept`)."""
     if user.key is None:
         return user.value
-    asked = query if user.query is None else text_answer @ user.query.T
-    return attend(asked, user.key, user.value, heads)
+    query_input = query if user.query is None else text_output @ user.query.T
+    return attend(query_input, user.key, user.value, heads)
 
 
 def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -231,12 +231,12 @@ class Transformer2D(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b h w d"], contexts: tuple[CrossContext, ...], computing: Computing
+        self, x: Float[Array, "b h w d"], contexts: tuple[CrossContext, ...], compute: ComputeOptions
     ) -> Float[Array, "b h w d"]:
         b, h, w, d = x.shape
 
         def run(block: BasicTransformerBlock, hidden: Array, context: CrossContext) -> Array:
-            return remat(block, computing.remat, attend=computing.attend)(hidden, context)
+            return remat(block, compute.remat, attend=compute.attend)(hidden, context)
 
         hidden = self.proj_in(self.norm(x)).reshape(b, h * w, d)
         if self.depth == 1:  # a loop of one step would hide the block from the compiler

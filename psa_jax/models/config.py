@@ -214,6 +214,17 @@ class UNetConfig(FromJson):
         return tuple(layers + [(width, heads)] * depth)
 
 
+def model_family(unet: Any) -> str:
+    """Model family of a UNet: "sd1", "sd2" or "sdxl". The turbo models belong to the last two.
+
+    Args:
+      unet: `UNetConfig`, or the configuration of diffusers' UNet2DConditionModel.
+    """
+    if unet.addition_embed_type is not None:
+        return "sdxl"
+    return "sd2" if unet.use_linear_projection else "sd1"
+
+
 def _depths_that_are_read(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """SDXL's depths are also written 0, 2, 10: a resolution without attention has none, and the original reads none."""
     depths, down, up = (

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from psa_jax.errors import PSAError
-from psa_jax.models.attention import Computing, CrossContext, Transformer2D, group_norm, remat
+from psa_jax.models.attention import ComputeOptions, CrossContext, Transformer2D, group_norm, remat
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv3x3
 
@@ -103,12 +103,12 @@ class UNet(nnx.Module):
     """Predicts noise (or v) from noisy latents, timesteps and the contexts of its cross-attentions.
 
     Attributes:
-      computing: what is stored for a backward pass and how self-attention is worked out; set it before a call.
+      compute: what is stored for a backward pass and how self-attention is worked out; set it before a call.
     """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.computing = Computing()
+        self.compute = ComputeOptions()
         widths = config.block_out_channels
         last = len(widths) - 1
         self.conv_in = conv3x3(config.in_channels, widths[0], rngs)
@@ -191,33 +191,33 @@ class UNet(nnx.Module):
         Raises:
           PSAError: `added` is missing, too much or of the wrong width.
         """
-        return self.from_text(self.before_text(latents, timesteps, added), contexts)
+        return self.run_suffix(self.run_prefix(latents, timesteps, added), contexts)
 
-    def before_text(
+    def run_prefix(
         self, latents: Float[Array, "b h w c"], timesteps: Float[Array, " b"], added: AddedConditions | None = None
-    ) -> "Started":
+    ) -> "PrefixState":
         """The layers before the first cross-attention, which neither prompt nor user reaches: see `__call__`."""
         time = self._time(timesteps, added, latents.dtype)
         hidden = self.conv_in(latents)
         path = self._down_path()[: self._first_attention()]
-        return _down(path, Started(time, hidden, (hidden,)), iter(()), self.computing)
+        return _down(path, PrefixState(time, hidden, (hidden,)), iter(()), self.compute)
 
-    def from_text(self, started: "Started", contexts: tuple[CrossContext, ...]) -> Float[Array, "b h w o"]:
+    def run_suffix(self, prefix: "PrefixState", contexts: tuple[CrossContext, ...]) -> Float[Array, "b h w o"]:
         """The rest of the prediction."""
         stack_contexts = self._in_call_order(contexts)
         path = self._down_path()[self._first_attention() :]
-        time, hidden, skips = _down(path, started, stack_contexts, self.computing)
+        time, hidden, skips = _down(path, prefix, stack_contexts, self.compute)
 
-        before, after = (remat(resnet, self.computing.remat) for resnet in self.mid_block.resnets)
+        before, after = (remat(resnet, self.compute.remat) for resnet in self.mid_block.resnets)
         hidden = before(hidden, time)
-        hidden = after(self.mid_block.attentions[0](hidden, next(stack_contexts), self.computing), time)
+        hidden = after(self.mid_block.attentions[0](hidden, next(stack_contexts), self.compute), time)
 
         skips = list(skips)
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                hidden = remat(resnet, self.computing.remat)(jnp.concatenate([hidden, skips.pop()], axis=-1), time)
+                hidden = remat(resnet, self.compute.remat)(jnp.concatenate([hidden, skips.pop()], axis=-1), time)
                 if block.attentions:
-                    hidden = block.attentions[i](hidden, next(stack_contexts), self.computing)
+                    hidden = block.attentions[i](hidden, next(stack_contexts), self.compute)
             for upsample in block.upsamplers:
                 hidden = upsample(hidden, skips[-1].shape[1:3])
 
@@ -238,7 +238,7 @@ class UNet(nnx.Module):
         return next((i for i, (layer, _) in enumerate(path) if isinstance(layer, Transformer2D)), len(path))
 
 
-class Started(NamedTuple):
+class PrefixState(NamedTuple):
     """A prediction on its way down: what the resnets are told, the hidden state, the skip connections so far."""
 
     time: Float[Array, "b t"]
@@ -248,19 +248,19 @@ class Started(NamedTuple):
 
 def _down(
     path: list[tuple[ResnetBlock | Transformer2D | Downsample, bool]],
-    started: Started,
+    prefix: PrefixState,
     contexts: Iterator[tuple[CrossContext, ...]],
-    computing: Computing,
-) -> Started:
+    compute: ComputeOptions,
+) -> PrefixState:
     """Runs layers."""
-    time, hidden, skips = started
+    time, hidden, skips = prefix
     for layer, skip in path:
         if isinstance(layer, ResnetBlock):
-            hidden = remat(layer, computing.remat)(hidden, time)
+            hidden = remat(layer, compute.remat)(hidden, time)
         elif isinstance(layer, Transformer2D):
-            hidden = layer(hidden, next(contexts), computing)
+            hidden = layer(hidden, next(contexts), compute)
         else:
             hidden = layer(hidden)
         if skip:
             skips = (*skips, hidden)
-    return Started(time, hidden, skips)
+    return PrefixState(time, hidden, skips)

@@ -80,10 +80,10 @@ def fixed_draws_or_none(count: int, seed: int, objective: Objective, *, flips: b
         raise PSAError(f"reference.draws is {count}; give a number of draws for each pair, or 0 to store nothing")
     if not objective.needs_reference:
         raise PSAError(f"reference.draws is {count}, but {objective.loss} runs no reference; set it to 0")
-    if objective.anchor_weight > 0.0:
+    if objective.reference_kl_weight > 0.0:
         raise PSAError(
-            f"reference.draws is {count}, but objective.anchor_weight compares predictions, and errors are what is "
-            "stored; set one of the two to 0"
+            f"reference.draws is {count}, but objective.reference_kl_weight compares predictions, and only errors "
+            "are stored; set one of the two to 0"
         )
     if flips:
         raise PSAError(

@@ -192,7 +192,7 @@ def mean_over_latent(x: Float[Array, "b h w c"]) -> PerPair:
     return jnp.mean(x, axis=(1, 2, 3))
 
 
-def anchor(policy: Float[Array, "two_b h w c"], reference: Float[Array, "two_b h w c"]) -> PerPair:
+def reference_kl(policy: Float[Array, "two_b h w c"], reference: Float[Array, "two_b h w c"]) -> PerPair:
     """mean over the latent of (ε_θ − ε_ref)², averaged over a pair's two images: the policy stays near the reference.
 
     Up to a factor of the timestep it is KL(p_θ(x_{t−1}|x_t) ‖ p_ref(x_{t−1}|x_t)) of one denoising step.

@@ -5,12 +5,14 @@ import math
 
 from psa_jax.errors import PSAError
 from psa_jax.preference.losses import LOSSES, TIMESTEP_WEIGHTS
+from psa_jax.renamed import accepts_old_fields
 from psa_jax.rules import quoted
 
 
+@accepts_old_fields("objective")
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised: mean over pairs of weight · (loss + sft_weight·(pw − rw) + anchor_weight·‖ε_θ − ε_ref‖²).
+    """The loss: mean over pairs of weight · (loss + sft_weight·(pw − rw) + reference_kl_weight·‖ε_θ − ε_ref‖²).
 
     β and the mean. The errors pw, pl, rw, rl, and ‖·‖², are means over the h·w·c numbers of a latent, and β belongs to
     that: on sums it would be β/(h·w·c). The paper's 5000 is 0.31 on sums of 64 × 64 × 4, and at twice the resolution it
@@ -29,7 +31,7 @@ class Objective:
       odds_scale: δ of mapo.
       dpop_weight: λ of dpop: a winner worse than the reference's costs 1 + λ times as much inside the loss.
       sdpo_mu: μ of sdpo, in [0, 1]: the loser's gradient is cut where it would raise the winner's error; None: off.
-      anchor_weight: weight of the mean squared distance between the policy's and the reference's predictions.
+      reference_kl_weight: weight of the mean squared distance between the policy's and the reference's predictions.
       timestep_weight: one of `losses.TIMESTEP_WEIGHTS`: what all of these errors are multiplied by at a timestep.
       snr_gamma: γ of min_snr.
       banned_weight, allowed_weight, safe_weight: weights of the pairs of unsafe prompts that the user bans and allows,
@@ -47,7 +49,7 @@ class Objective:
     odds_scale: float = 0.5
     dpop_weight: float = 0.0
     sdpo_mu: float | None = None
-    anchor_weight: float = 0.0
+    reference_kl_weight: float = 0.0
     timestep_weight: str = "none"
     snr_gamma: float = 5.0
     banned_weight: float = 1.0
@@ -65,7 +67,7 @@ class Objective:
                 raise PSAError(f"objective.{name} is {quoted(getattr(self, name))}; choose {', '.join(choices)}")
         for name in ("beta", "odds_scale", "snr_gamma"):
             self._require(name, "a positive number", 0.0 < getattr(self, name) < math.inf)
-        for name in ("sft_weight", "dpop_weight", "anchor_weight"):
+        for name in ("sft_weight", "dpop_weight", "reference_kl_weight"):
             self._require(name, "0 or a positive number", 0.0 <= getattr(self, name) < math.inf)
         for name in ("text_dropout", "user_dropout"):
             self._require(name, "a share from 0 to 1", 0.0 <= getattr(self, name) <= 1.0)
@@ -88,7 +90,7 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         """Whether the reference is run: for the loss itself, or for a modifier that asks for it."""
-        return LOSSES[self.loss].reference or self.dpop_weight > 0.0 or self.anchor_weight > 0.0
+        return LOSSES[self.loss].reference or self.dpop_weight > 0.0 or self.reference_kl_weight > 0.0
 
 
 def effective_beta(beta: float, latent: tuple[int, int, int]) -> float:

@@ -12,7 +12,7 @@ from psa_jax.models.adapter import Adapter
 from psa_jax.models.attention import CrossContext
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import VAEConfig
-from psa_jax.models.unet import AddedConditions, Started, UNet
+from psa_jax.models.unet import AddedConditions, PrefixState, UNet
 from psa_jax.models.vae import sample_latents
 from psa_jax.preference import losses, metrics
 from psa_jax.preference.batch import EMPTY_TOKENS, TOKENS, Batch
@@ -117,7 +117,7 @@ class _NoisedInputs(NamedTuple):
 
     text: Float[Array, "b s c"]
     contexts: tuple[CrossContext, ...]  # of the base model
-    started: Started  # after the layers in front of the first cross-attention
+    prefix: PrefixState  # after the layers in front of the first cross-attention
     target: Float[Array, "two_b h w c"]
 
 
@@ -140,8 +140,8 @@ def _noised_inputs(model: FrozenModel, batch: Batch, draws: Draws) -> _NoisedInp
         target_size = jnp.tile(vae.downscale * jnp.asarray([clean.shape[1:3]], jnp.int32), (pairs, 1))
         sizes = jnp.concatenate([batch["original_size"], batch["crop"], target_size], axis=1).astype(jnp.float32)
         added = AddedConditions(twice(text.pooled), twice(sizes))
-    started = unet.before_text(noisy.astype(text.states.dtype), timesteps.astype(jnp.float32), added)
-    return _NoisedInputs(text.states, unet.context(text.states), started, schedule.target(clean, noise, timesteps))
+    prefix = unet.run_prefix(noisy.astype(text.states.dtype), timesteps.astype(jnp.float32), added)
+    return _NoisedInputs(text.states, unet.context(text.states), prefix, schedule.target(clean, noise, timesteps))
 
 
 def _text_of(model: FrozenModel, batch: Batch, no_text: Bool[Array, "b 1"]) -> TextConditions:
@@ -163,7 +163,7 @@ def _text_of(model: FrozenModel, batch: Batch, no_text: Bool[Array, "b 1"]) -> T
 
 def _predict(unet: UNet, inputs: _NoisedInputs, contexts: tuple[CrossContext, ...]) -> Float[Array, "two_b h w c"]:
     pairs = len(inputs.text)
-    return unet.from_text(inputs.started, jax.tree.map(lambda x: _repeat(x, pairs), contexts)).astype(jnp.float32)
+    return unet.run_suffix(inputs.prefix, jax.tree.map(lambda x: _repeat(x, pairs), contexts)).astype(jnp.float32)
 
 
 class Errors(NamedTuple):
@@ -174,7 +174,7 @@ class Errors(NamedTuple):
     rw: PerPair | None
     rl: PerPair | None
     cross: PerPair  # mean over the latent of (ε_w − n)·(ε_l − n), of the policy
-    anchor: PerPair | None  # mean over the latent of (ε_θ − ε_ref)²
+    reference_kl: PerPair | None  # mean over the latent of (ε_θ − ε_ref)²
 
     @classmethod
     def from_predictions(
@@ -201,7 +201,7 @@ class Errors(NamedTuple):
             return cls(*squared(policy), *jnp.unstack(reference_errors, axis=-1), cross, None)
         if reference is None:
             return cls(*squared(policy), None, None, cross, None)
-        return cls(*squared(policy), *squared(reference), cross, losses.anchor(policy, reference))
+        return cls(*squared(policy), *squared(reference), cross, losses.reference_kl(policy, reference))
 
     def scaled(self, weight: PerPair) -> "Errors":
         """Each times the weight of its timestep."""
@@ -210,7 +210,7 @@ class Errors(NamedTuple):
 
 def compose(objective: Objective, errors: Errors) -> tuple[PerPair, PerPair]:
     """For each pair the preference loss (with dpop and sdpo inside), and its sum with the added terms."""
-    pw, pl, rw, rl, cross, anchor = errors
+    pw, pl, rw, rl, cross, reference_kl = errors
     if objective.sdpo_mu is not None:
         pl = losses.sdpo(pw, pl, cross, objective.sdpo_mu)
     if objective.dpop_weight:
@@ -222,8 +222,8 @@ def compose(objective: Objective, errors: Errors) -> tuple[PerPair, PerPair]:
     each = preference
     if objective.sft_weight:
         each = each + objective.sft_weight * losses.sft(errors.pw, rw)
-    if objective.anchor_weight:
-        each = each + objective.anchor_weight * anchor
+    if objective.reference_kl_weight:
+        each = each + objective.reference_kl_weight * reference_kl
     return preference, each
 
 

@@ -21,7 +21,7 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import abstract_model, config_json
 from psa_jax.interop.native import to_file
 from psa_jax.models.adapter import Adapter
-from psa_jax.models.adapter_config import KINDS, AdapterConfig
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 from psa_jax.progress import stage, track
@@ -58,7 +58,7 @@ def ratios(config: UNetConfig, side: int, steps: int) -> dict[str, Any]:
       every layer and step, as the torch original does it; `jax`, `torch`: every way, and the base model's seconds.
       All are medians over the turns; `quartiles` has those of every ratio in `jax` and `torch`.
     """
-    adapters = {kind: _adapter(config, kind) for kind in KINDS}
+    adapters = {kind: _adapter(config, kind) for kind in ADAPTER_KINDS}
     stage("JAX: weights, compiling and a first step of each way")
     in_jax, jax_quartiles = _measured(_jax_ways(config, side, adapters), steps)
     stage("torch: weights and a first step of each way")

@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
     if args.against == "torch" and importlib.util.find_spec("diffusers") is None:
         raise PSAError("bench step compares with torch and diffusers; pip install 'psa_jax[torch]'")
     spec = {
-        **dataclasses.asdict(BaseModel.said(config)),
+        **dataclasses.asdict(BaseModel.from_config(config)),
         "config": json.loads(config.to_json()),
         "user_dim": user_dim(config),
         "cached_text": args.cached_text,

@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
     if args.host is not None and args.host >= args.hosts:
         raise PSAError(f"--host={args.host} of --hosts={args.hosts}: count from 0")
     stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
-    model = BaseModel.said(vars(args)).load()
+    model = BaseModel.from_config(vars(args)).load()
     folder = build(
         model,
         args.sage_dir,

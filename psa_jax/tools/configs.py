@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from psa_jax.errors import PSAError
+from psa_jax.renamed import KEYS, print_notice
 from psa_jax.rules import quoted
 from psa_jax.tools.arguments import CONFIGS
 
@@ -77,10 +78,25 @@ def read_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Confi
     config = _call(path, "get_config", get_config, *arguments)
     if not isinstance(config, ConfigDict):
         raise PSAError(f"{path}: get_config() gave {type(config).__name__}; it must return a ConfigDict")
+    _rename_old_keys(config)
     _call(path, "lock", config.lock)
     for key, text in overrides:
-        _override(config, key, text, path)
+        if key in KEYS:
+            print_notice(f"--config.{key}", f"--config.{KEYS[key]}")
+        _override(config, KEYS.get(key, key), text, path)
     return config
+
+
+def _rename_old_keys(config: ConfigDict) -> None:
+    """Moves values that a file has set under old names to the new ones, where they win."""
+    for old, new in KEYS.items():
+        group, _, old_name = old.rpartition(".")
+        holder = config.get(group)
+        if isinstance(holder, ConfigDict) and old_name in holder:
+            print_notice(old, new)
+            with holder.unlocked():
+                holder[new.rpartition(".")[2]] = holder[old_name]
+                del holder[old_name]
 
 
 def shipped() -> dict[str, Path]:

@@ -100,7 +100,7 @@ def run(
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --- data, training
-    model, oracle = BaseModel.said(config).load(), shipped_oracle()
+    model, oracle = BaseModel.from_config(config).load(), shipped_oracle()
     config = with_mini(config, workdir / "data")
     runs = {"psa": config}
     if compare:
@@ -179,7 +179,7 @@ def recipe_of(config: ml_collections.ConfigDict) -> dict:
     """What two runs must share to be compared, as JSON: configuration, embedded base model and oracle."""
     whole = json.loads(config.to_json_best_effort())
     names = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
-    recipe = {name: whole[name] for name in names} | BaseModel.said(config).said_otherwise
+    recipe = {name: whole[name] for name in names} | BaseModel.from_config(config).extra_parts
     del recipe["evaluate"]["batch_size"]  # a picture does not depend on the batch it was in
     recipe["reference"] = {name: whole["reference"][name] for name in ("draws", "seed")}
     return recipe | {"assets": json.loads(RECORD.read_text(encoding="utf-8"))["sha256"]}

@@ -49,7 +49,9 @@ def run(args: Namespace) -> int:
     trained = None if args.adapter is None else find_adapter(args.adapter)
     # What can be wrong with the user is said before the weights are read.
     user = None if trained is None else user_embedding(args, trained, read_metadata(trained))
-    model = BaseModel.said(vars(args)).load(dtype=jnp.dtype(args.dtype), lora=args.lora, lora_scale=args.lora_scale)
+    model = BaseModel.from_config(vars(args)).load(
+        dtype=jnp.dtype(args.dtype), lora=args.lora, lora_scale=args.lora_scale
+    )
     adapter = None if trained is None else _adapter(trained, model)
     batch = min(args.batch_size, len(wanted))
     generator = Generator(

@@ -25,7 +25,7 @@ def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections
     mini = config.data.mini
     splits = ("train", "val") if config.validate.every or config.sample_every else ("train",)
     with leader_first("data"):
-        prepare(folder, BaseModel.said(config).load(), users=mini.users, seed=mini.seed, splits=splits)
+        prepare(folder, BaseModel.from_config(config).load(), users=mini.users, seed=mini.seed, splits=splits)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.shards, config.data.table = str(folder / "shards"), str(folder / "table.safetensors")

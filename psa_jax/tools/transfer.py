@@ -28,14 +28,14 @@ from psa_jax.interop.adapter_file import (
 )
 from psa_jax.interop.baked import bake
 from psa_jax.interop.base_model import BaseModel
-from psa_jax.interop.card import model_card, upstream_limit
 from psa_jax.interop.diffusers import save_stable_diffusion
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
+from psa_jax.interop.model_card import model_card, upstream_limit
 from psa_jax.interop.native import load_adapter
 from psa_jax.interop.upstream import as_published, read_bin, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
-from psa_jax.models.config import UNetConfig
+from psa_jax.models.config import model_family
 from psa_jax.profiles.files import check_new
 from psa_jax.progress import say
 from psa_jax.tools.generate import user_embedding
@@ -191,7 +191,7 @@ def _model(args: Namespace, source: Source):
     """The base model, which must be the adapter's, and the adapter."""
     if args.model is None:
         raise PSAError(f"--format={args.format} needs --model=PATH, the adapter's base model")
-    model = BaseModel.said(vars(args)).load()
+    model = BaseModel.from_config(vars(args)).load()
     unet = model.unet.config
     adapter = load_adapter(source.path, unet.cross_attentions, unet.cross_attention_dim)
     if not model.is_base_of(source.about):
@@ -219,23 +219,16 @@ def import_(args: Namespace) -> int:
     check_new(args.out, "give another --out")
     if args.file.is_dir():
         raise PSAError(f"{args.file}: a folder; give the file in it, such as {args.file / ADAPTER_FILE}")
-    unet = BaseModel.said(vars(args)).unet_config()
+    unet = BaseModel.from_config(vars(args)).unet_config()
     about, tensors = ({}, read_bin(args.file)) if args.file.suffix in PICKLES else _read_safetensors(args.file)
     config = fitting_config(args.file, tensors, about, unet.cross_attentions, unet.cross_attention_dim)
-    write_native(tensors, config, args.out, about or {"family": family(unet)})
+    write_native(tensors, config, args.out, about or {"family": model_family(unet)})
     return _done(config, args.out, "native")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Tensors]:
     about, tensors = read_metadata(path), read_tensors(path)
     return about, {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
-
-
-def family(unet: UNetConfig) -> str:
-    """ "sd1", "sd2" or "sdxl"."""
-    if unet.addition_embed_type is not None:
-        return "sdxl"
-    return "sd2" if unet.use_linear_projection else "sd1"
 
 
 def _done(config: AdapterConfig, out: Path, format_: str) -> int:

@@ -70,7 +70,7 @@ class UserAdapter(nn.Module):
         self.config = config
         self.is_prompt = config.before_unet
         self.user_proj = UserProjection(config)
-        places = [_projections(config, width) for width, _ in config.placed]
+        places = [_projections(config, width) for width, _ in config.adapter_sites]
         if self.is_prompt:
             (self.prompt_adapter,) = places
         else:
@@ -80,8 +80,8 @@ class UserAdapter(nn.Module):
     def forward(self, text: Tensor, user: Tensor, scale: Tensor) -> list[Context] | Tensor:
         z, s = self.user_proj(user), scale[:, None, None]
         if self.is_prompt:
-            ((_, heads),) = self.config.placed
-            return text + s * self.prompt_adapter["to_out"](_answer(self.prompt_adapter, text, z, heads))
+            ((_, heads),) = self.config.adapter_sites
+            return text + s * self.prompt_adapter["to_out"](_user_attention(self.prompt_adapter, text, z, heads))
         return [
             self._context(layer, text, z, s, heads)
             for layer, (_, heads) in zip(self.psa_adapter, self.config.layers, strict=True)
@@ -89,7 +89,7 @@ class UserAdapter(nn.Module):
 
     def _context(self, layer: nn.ModuleDict, text: Tensor, z: Tensor, s: Tensor, heads: int) -> Context:
         if self.config.kind == "text":
-            return Context(text_value=s * _answer(layer, text, z, heads))
+            return Context(text_value=s * _user_attention(layer, text, z, heads))
         key = layer["to_k_user"](z) if "to_k_user" in layer else None
         query = layer["to_q_user"][0].weight if "to_q_user" in layer else None
         return Context(value=s * layer["to_v_user"](z), key=key, query=query)
@@ -103,7 +103,7 @@ def _projections(config: AdapterConfig, width: int) -> nn.ModuleDict:
     return nn.ModuleDict({f"{name}_user": nn.Sequential(m) for name, m in linear.items()})
 
 
-def _answer(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:
+def _user_attention(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:
     """attn(W_q e, W_k z, W_v z); the constant W_v z where there is one token."""
     value = layer["to_v_user"](z)
     if "to_k_user" not in layer:

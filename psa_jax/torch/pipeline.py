@@ -26,6 +26,7 @@ from torch import Tensor
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE
+from psa_jax.models.config import model_family
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch.adapter import Context
 from psa_jax.torch.files import adapter_file, load_adapter
@@ -111,8 +112,9 @@ def load_psa(
         raise PSAError(f"{type(pipe).__name__}: its UNet reads the text in other places than Stable Diffusion's")
     layers = tuple((attention.inner_dim, attention.heads) for attention in attentions)
     loaded, about = load_adapter(path, layers, unet.config.cross_attention_dim)
-    if about.get("family", family(unet)) != family(unet):
-        raise PSAError(f"{path}: the adapter is for {about['family']}, this pipeline is {family(unet)}")
+    family = model_family(unet.config)
+    if about.get("family", family) != family:
+        raise PSAError(f"{path}: the adapter is for {about['family']}, this pipeline is {family}")
     table = EmbeddingTable.load(table) if isinstance(table, (str, Path)) else table
     if table is not None:
         _check_table(path, about, loaded.config.user_dim, table)
@@ -125,13 +127,6 @@ def _unet(pipe: DiffusionPipeline) -> torch.nn.Module | None:
     while hasattr(unet, "_orig_mod"):  # it may be compiled twice
         unet = unet._orig_mod
     return unet
-
-
-def family(unet: UNet2DConditionModel) -> str:
-    """ "sd1", "sd2" or "sdxl"."""
-    if unet.config.addition_embed_type is not None:
-        return "sdxl"
-    return "sd2" if unet.config.use_linear_projection else "sd1"
 
 
 def _check_table(path: Path, about: dict[str, Any], user_dim: int, table: EmbeddingTable) -> None:

@@ -76,8 +76,8 @@ class UserProcessor:
             value = value + context.text_value
         out = attend(query, key, value, attn.heads, attention_mask)
         if context.key is not None:
-            asked = query if context.query is None else F.linear(out, context.query)
-            out = out + attend(asked, context.key, context.value, attn.heads)
+            user_query = query if context.query is None else F.linear(out, context.query)
+            out = out + attend(user_query, context.key, context.value, attn.heads)
         elif context.value is not None:
             out = out + context.value
         return attn.to_out[1](attn.to_out[0](out))

@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 from psa_jax.errors import PeerLost, PSAError
 from psa_jax.paths import check_workdir
 from psa_jax.progress import say
+from psa_jax.renamed import renamed_keys
 from psa_jax.training.distributed import any_process, first_line, is_main_process, is_peer_lost
 from psa_jax.training.state import TrainState
 
@@ -181,7 +182,7 @@ class Checkpoints:
             self._held_out[step] = held_out
 
     def _require_same_run(self, step: int, saved: dict[str, Any]) -> None:
-        found = list(differences(self._renewed(saved), self._identity))
+        found = list(differences(self._renewed(renamed_keys(saved)), self._identity))
         if found:
             raise PSAError(
                 f"{self._folder}: checkpoint {step} was made with {'; '.join(found)}; "

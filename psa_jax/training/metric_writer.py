@@ -66,7 +66,7 @@ class MetricsWriter:
             row["alarm_winner_worse"] = float(alarm > 0)
             if alarm > 0:
                 say(
-                    f"alarm winner_worse at step {step}: the chosen pictures are drawn worse than by the base model, "
+                    f"alarm winner_worse at step {step}: the winners' error exceeds the base model's, "
                     f"pw - rw = {alarm:.3g} on average over {self._window} steps; raise objective.sft_weight or "
                     "lower objective.beta"
                 )

@@ -15,7 +15,7 @@ from psa_jax.data.shards import INFO_FILE
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
-from psa_jax.models.adapter_config import KINDS, check_kind
+from psa_jax.models.adapter_config import ADAPTER_KINDS, check_kind
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
 from psa_jax.preference.draws import fixed_draws_or_none
@@ -96,7 +96,7 @@ TRAINING: dict[str, Rule] = {
     "accumulate": COUNT,
     "remat": any_of(REMAT),
     "dtype": any_of(DTYPES),
-    "adapter.kind": any_of(KINDS),
+    "adapter.kind": any_of(ADAPTER_KINDS),
     "adapter.tokens": SIZE,
     "adapter.qk_dim": optional(SIZE),
     "reference.draws": COUNT_OR_NONE,
@@ -210,7 +210,7 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
         )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise PSAError("wandb is asked for and not installed; pip install wandb, or --config.wandb=false")
-    BaseModel.said(config).check()
+    BaseModel.from_config(config).check()
     if command in ("train", "demo"):
         _check_data(config, command)
 

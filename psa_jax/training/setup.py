@@ -17,7 +17,7 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter_config import AdapterConfig
-from psa_jax.models.attention import REMAT, Computing
+from psa_jax.models.attention import REMAT, ComputeOptions
 from psa_jax.models.fused_attention import fused_attention
 from psa_jax.preference.batch import Batch, BatchSpec
 from psa_jax.preference.draws import FixedDraws, fixed_draws_or_none
@@ -101,7 +101,7 @@ class Setup:
         mesh = validate_devices(config, devices)
         objective = Objective(**config.objective)
         fixed_draws = fixed_draws_or_none(config.reference.draws, config.reference.seed, objective, flips=flips)
-        model = BaseModel.said(config).load(
+        model = BaseModel.from_config(config).load(
             dtype=config.dtype, sharding=weight_sharding(mesh, config.mesh.frozen), abstract=abstract
         )
         return cls(
@@ -206,10 +206,10 @@ class Setup:
           frozen: as `frozen()` gives it.
           remat: in place of the set-up's own, such as "none" where there is no backward pass.
         """
-        compute = Computing(self.remat if remat is None else remat, fused_attention(self.mesh, by_rows(self.mesh).spec))
+        attention = fused_attention(self.mesh, by_rows(self.mesh).spec)
         graph, _ = nnx.split(self._modules())
         unet, text_encoders = nnx.merge(graph, frozen.weights)
-        unet.computing = compute
+        unet.compute = ComputeOptions(self.remat if remat is None else remat, attention)
         schedule = dataclasses.replace(self.schedule, alphas_cumprod=frozen.alphas_cumprod)
         return FrozenModel(unet, text_encoders, schedule, self.model.vae.config)
 

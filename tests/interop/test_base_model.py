@@ -119,12 +119,12 @@ def test_flags_and_keys_say_the_same(sd1, single, capsys):
     """The configuration's own keys; flags in their place; a configuration from before there were keys."""
     said = {"model": str(single), "tokenizer": str(sd1[0] / "tokenizer"), "model_config": str(sd1[0])}
     config = read_config(str(arguments.TINY), list(said.items()))
-    assert BaseModel.said(config) == BaseModel.said(said) == BaseModel(**said)
+    assert BaseModel.from_config(config) == BaseModel.from_config(said) == BaseModel(**said)
     older = read_config(str(arguments.TINY))
     with older.unlocked():
         for name in arguments.BASE_MODEL[1:]:
             del older[name]
-    assert BaseModel.said(older) == BaseModel("tiny")
+    assert BaseModel.from_config(older) == BaseModel("tiny")
     lines = []
     for start in ("--", "--config."):
         words = [f"{start}{name.replace('_', '-') if start == '--' else name}={value}" for name, value in said.items()]

@@ -15,8 +15,8 @@ from torch_models import UNETS, tensor
 from psa_jax import cli
 from psa_jax.errors import PSAError
 from psa_jax.interop.baked import bake
-from psa_jax.interop.card import model_card
 from psa_jax.interop.ip_adapter import to_ip_adapter
+from psa_jax.interop.model_card import model_card
 from psa_jax.interop.native import to_file
 from psa_jax.interop.upstream import as_published, read_bin, write_bin
 from psa_jax.models.adapter_config import AdapterConfig

@@ -13,7 +13,7 @@ from torch_adapters import random_adapter
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import FORMAT, read_metadata, read_tensors
 from psa_jax.interop.native import adapter_arrays, load_adapter, save_adapter, with_arrays
-from psa_jax.models.adapter_config import KINDS, AdapterConfig
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
 
 LAYERS = ((16, 2), (24, 3), (16, 2))
 CROSS = 20
@@ -51,7 +51,7 @@ def refused(path, layers=LAYERS, cross_dim=CROSS) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "tokens", "qk_dim"),
-    [(kind, tokens, None) for kind in KINDS for tokens in (1, 2, 4)]
+    [(kind, tokens, None) for kind in ADAPTER_KINDS for tokens in (1, 2, 4)]
     + [("text", 4, 6), ("concept", 2, 6), ("prompt", 4, 10)],
 )
 def test_save_and_load_is_bit_equal(tmp_path, kind, tokens, qk_dim):
@@ -101,7 +101,7 @@ def test_names_and_shapes_in_torch(tmp_path):
     assert shapes(path) == projection | once | {"prompt_adapter.to_out.weight": (CROSS, CROSS)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_a_torch_linear_with_a_tensor_of_the_file_does_the_same(tmp_path, kind):
     adapter, path = make(kind), tmp_path / "a.safetensors"
     save_adapter(adapter, path, {})

@@ -25,7 +25,7 @@ from torch_models import FAST_COMPILE, TOLERANCE, difference, nhwc, randomise, t
 
 from psa_jax.interop.native import adapter_arrays, adapter_shapes, with_arrays
 from psa_jax.models.adapter import Adapter, AdapterParam, UserProjection
-from psa_jax.models.adapter_config import KINDS, AdapterConfig
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 
@@ -42,7 +42,7 @@ UNET = {  # one cross-attention down, two up, two in one transformer in the midd
     "attention_head_dim": (2, 3),
     "norm_num_groups": 4,
 }
-ALL = [(kind, tokens) for kind in KINDS for tokens in (1, 2, 4)]
+ALL = [(kind, tokens) for kind in ADAPTER_KINDS for tokens in (1, 2, 4)]
 
 # One function each, so that what has the same shapes is compiled once.
 draw = jax.jit(lambda unet, *inputs: unet(*inputs), compiler_options=FAST_COMPILE)
@@ -226,7 +226,7 @@ def test_scale_is_per_sample(unets):
     np.testing.assert_array_equal(both[1], ours(unet, adapter, [1.0, 1.0])[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_contexts_serve_every_timestep(unets, kind):
     theirs, unet = unets
     adapter = random_adapter(configure(unet, kind, 4))

@@ -30,7 +30,7 @@ from torch_models import (
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.weights import abstract_model
-from psa_jax.models.attention import Attention, BasicTransformerBlock, Computing, FeedForward, Transformer2D
+from psa_jax.models.attention import Attention, BasicTransformerBlock, ComputeOptions, FeedForward, Transformer2D
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample
 from psa_jax.models.unet import AddedConditions, TimestepMLP, UNet, timestep_embedding
@@ -92,7 +92,7 @@ def test_transformer_2d(linear, depth, tmp_path):
     )
     ours = to_flax(lambda r: Transformer2D(12, 2, 10, depth, groups=4, linear=linear, rngs=r), theirs, tmp_path)
     x, text = tensor(2, 12, 3, 5), tensor(2, 7, 10, seed=1)
-    got = run(lambda m, x, t: m(x, m.context(t), Computing()), ours, nhwc(x), jnp.asarray(text.numpy()))
+    got = run(lambda m, x, t: m(x, m.context(t), ComputeOptions()), ours, nhwc(x), jnp.asarray(text.numpy()))
     assert difference(got, theirs(x, encoder_hidden_states=text, return_dict=False)[0]) <= TOLERANCE
 
 
@@ -101,7 +101,7 @@ def test_deeper_stacks_are_no_more_to_compile():
         model = abstract_model(lambda _, rngs: Transformer2D(12, 2, 10, depth, groups=4, linear=True, rngs=rngs), None)
         x, text = jax.ShapeDtypeStruct((2, 3, 5, 12), jnp.float32), jax.ShapeDtypeStruct((2, 7, 10), jnp.float32)
         return (
-            jax.jit(lambda m, x, t: m(x, m.context(t), Computing()))
+            jax.jit(lambda m, x, t: m(x, m.context(t), ComputeOptions()))
             .lower(model, x, text)
             .as_text()
             .count("dot_general")

@@ -13,7 +13,7 @@ from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
 from psa_jax.interop.native import save_adapter, to_file
-from psa_jax.models.adapter_config import KINDS, AdapterConfig, prompt_heads
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig, prompt_heads
 from psa_jax.torch import AdaptedUNet, load_adapter, load_psa
 
 # diffusers gives torch tensors to numpy in a way that numpy 2 warns about.
@@ -39,7 +39,7 @@ def predict():
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_unet_output(small_pipeline, tmp_path, predict, kind, tokens):
     """JAX, psa_jax.torch and the formulas in plain torch; three pictures, one at each scale."""
     theirs, model = small_pipeline

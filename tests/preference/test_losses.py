@@ -244,12 +244,12 @@ def test_sdpo_never_raises_the_winners_error():
     assert safe[0] == pytest.approx(plain[0])  # no need: the loser pushes less than the winner pulls
 
 
-def test_anchor():
+def test_reference_kl():
     # One pair of 1 × 2 latents of one channel: differences (1, 3) for the winner, (0, 2) for the loser.
     reference = jnp.zeros((2, 1, 2, 1))
     policy = jnp.asarray([1.0, 3.0, 0.0, 2.0]).reshape(2, 1, 2, 1)
-    np.testing.assert_allclose(losses.anchor(policy, reference), [3.5])  # ½·((1 + 9)/2 + (0 + 4)/2)
-    slope = jax.grad(lambda policy: losses.anchor(policy, reference).sum())(policy)
+    np.testing.assert_allclose(losses.reference_kl(policy, reference), [3.5])  # ½·((1 + 9)/2 + (0 + 4)/2)
+    slope = jax.grad(lambda policy: losses.reference_kl(policy, reference).sum())(policy)
     np.testing.assert_allclose(slope, policy / 2)  # 2·difference/2 numbers·½
 
 

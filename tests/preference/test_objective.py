@@ -20,7 +20,7 @@ from torch_models import FAST_COMPILE, UNETS, randomise, tensor, to_flax
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
 from psa_jax.interop.native import adapter_arrays, with_arrays
-from psa_jax.models.adapter_config import KINDS, AdapterConfig
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import latent_noise
@@ -79,7 +79,7 @@ def loss_of(world, objective, adapter, key=KEY, **change):
     return evaluate(objective, adapter, unet, (text_encoder,), schedule, VAE, batch | change, key)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_an_untrained_adapter_starts_at_ln_2(world, kind):
     loss, metrics = loss_of(world, PAPER, untrained_adapter(configure(world, kind)))
     assert abs(float(loss) - math.log(2.0)) <= 1e-5
@@ -222,14 +222,14 @@ COMPOSED = {
     "kto": Objective(beta=50.0, sft_weight=0.0, loss="kto"),
     "mapo": Objective(beta=50.0, sft_weight=3.0, loss="mapo"),
     "sdpo": Objective(beta=50.0, sft_weight=0.0, sdpo_mu=0.9),
-    "anchor": Objective(beta=50.0, sft_weight=0.0, anchor_weight=4.0),
+    "reference_kl": Objective(beta=50.0, sft_weight=0.0, reference_kl_weight=4.0),
     "everything": Objective(
         beta=50.0,
         sft_weight=5.0,
         loss="dmpo",
         dpop_weight=2.0,
         sdpo_mu=0.5,
-        anchor_weight=4.0,
+        reference_kl_weight=4.0,
         timestep_weight="min_snr",
         snr_gamma=0.5,
         banned_weight=2.0,
@@ -244,7 +244,7 @@ def torch_composed(name: str, pairs: TorchPairs, schedule) -> torch.Tensor:
     pw, pl, rw, rl = pairs.errors()
     winner, loser = (x - pairs.noise for x in pairs.policy)
     cross = (winner * loser).mean(dim=(1, 2, 3)).double().detach()
-    anchor = sum(
+    reference_kl = sum(
         ((p - r) ** 2).mean(dim=(1, 2, 3)).double() / 2 for p, r in zip(pairs.policy, pairs.reference, strict=True)
     )
 
@@ -264,15 +264,15 @@ def torch_composed(name: str, pairs: TorchPairs, schedule) -> torch.Tensor:
         return (3.0 * pw - F.logsigmoid(100.0 * (odds_w - odds_l))).mean()
     if name == "sdpo":
         return -F.logsigmoid(25.0 * ((guarded(0.9) - rl) - (pw - rw))).mean()
-    if name == "anchor":
-        return (4.0 * anchor - F.logsigmoid(25.0 * ((pl - rl) - (pw - rw)))).mean()
+    if name == "reference_kl":
+        return (4.0 * reference_kl - F.logsigmoid(25.0 * ((pl - rl) - (pw - rw)))).mean()
     alpha = torch.from_numpy(np.array(schedule.alphas_cumprod))[pairs.timesteps.long()].double()
     omega = (0.5 * (1 - alpha) / alpha).clamp(max=1.0)
     assert (omega < 1).any()
     z = 25.0 * omega * ((guarded(0.5) - rl) - (pw + 2.0 * (pw - rw).clamp(min=0) - rw))
     p = torch.sigmoid(z)
     dmpo = p * torch.log(p / 0.9) + (1 - p) * torch.log((1 - p) / 0.1)
-    each = dmpo + omega * (5.0 * (pw - rw) + 4.0 * anchor)
+    each = dmpo + omega * (5.0 * (pw - rw) + 4.0 * reference_kl)
     return (torch.tensor([2.0, 1.5, 0.5]) * each).mean()
 
 
@@ -305,7 +305,7 @@ def test_every_loss_has_a_finite_value_and_gradient(name):
     """From predictions on; one pair is a tie, and the mean of errors without noise is far from any that occur."""
     policy = as_jax(tensor(2 * PAIRS, 4, 4, 4, seed=2)).at[0].set(0.0).at[PAIRS].set(0.0)
     reference, target = as_jax(tensor(2 * PAIRS, 4, 4, 4, seed=3)), jnp.zeros((2 * PAIRS, 4, 4, 4))
-    objective = Objective(loss=name, dpop_weight=1.0, sdpo_mu=0.5, anchor_weight=1.0)
+    objective = Objective(loss=name, dpop_weight=1.0, sdpo_mu=0.5, reference_kl_weight=1.0)
 
     def loss(policy):
         return jnp.mean(compose(objective, Errors.from_predictions(policy, reference, target))[1])
@@ -337,9 +337,10 @@ def test_a_loss_without_reference_does_not_run_it(world):
     assert alone == one > 0
     assert {"loss", "accuracy", "margin", "sum_margin_t0"} <= metrics.keys()
     assert not any("gap" in name or "drift" in name for name in metrics)
-    for needs in (Objective(), Objective(loss="mapo", anchor_weight=1.0), Objective(loss="mapo", dpop_weight=1.0)):
+    added = ({"reference_kl_weight": 1.0}, {"dpop_weight": 1.0})
+    for needs in (Objective(), *(Objective(loss="mapo", **weight) for weight in added)):
         assert needs.needs_reference
-    count, metrics = trace(Objective(loss="mapo", anchor_weight=1.0))
+    count, metrics = trace(Objective(loss="mapo", reference_kl_weight=1.0))
     assert count > alone
     assert {"winner_gap", "loser_gap", "colour_drift"} <= metrics.keys()
 
@@ -355,7 +356,7 @@ def test_a_loss_without_reference_does_not_run_it(world):
         ({"beta": 0.0}, "objective.beta is 0.0; give a positive number"),
         ({"beta": math.nan}, "objective.beta is nan"),
         ({"sft_weight": -1.0}, "objective.sft_weight is -1.0; give 0 or a positive number"),
-        ({"anchor_weight": math.inf}, "objective.anchor_weight is inf"),
+        ({"reference_kl_weight": math.inf}, "objective.reference_kl_weight is inf"),
         ({"sdpo_mu": 1.5}, "objective.sdpo_mu is 1.5; give 0 to 1, or None to do without"),
         ({"user_dropout": 1.1}, "objective.user_dropout is 1.1; give a share from 0 to 1"),
         ({"safe_weight": -0.5}, "objective.safe_weight is -0.5"),

@@ -7,7 +7,7 @@ from torch_adapters import random_adapter
 from torch_runtime import ENCODER, open_pipeline
 
 from psa_jax.interop.native import save_adapter
-from psa_jax.models.adapter_config import KINDS, AdapterConfig
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch.processors import cross_attentions
@@ -33,10 +33,10 @@ def files(small_pipeline, tmp_path_factory):
         "encoder_fingerprint": ENCODER.fingerprint,
         "standardised": False,
     }
-    for kind in KINDS:
+    for kind in ADAPTER_KINDS:
         config = AdapterConfig.for_unet(unet, user_dim=ENCODER.dim, kind=kind)
         save_adapter(random_adapter(config), folder / f"{kind}.safetensors", about)
-    return {kind: folder / f"{kind}.safetensors" for kind in KINDS}
+    return {kind: folder / f"{kind}.safetensors" for kind in ADAPTER_KINDS}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch_runtime import CALL, ENCODER, IDS, PROMPTS, difference, draw, latents
 from psa_jax.errors import PSAError
 from psa_jax.interop.ip_adapter import to_ip_adapter
 from psa_jax.interop.native import save_adapter, to_file
-from psa_jax.models.adapter_config import KINDS, AdapterConfig
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
 from psa_jax.torch import load_adapter, load_psa
 from psa_jax.torch.pipeline import PSA, _scales
 from psa_jax.torch.processors import cross_attentions
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 @pytest.mark.parametrize("unconditional", ["off", "zeros", "same"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_users_of_a_batch_are_not_mixed(pipe, files, table, kind, unconditional):
     psa = load_psa(pipe, files[kind], table=table)
     both = draw(psa, user=IDS, scale=[0.5, 1.0], unconditional=unconditional)
@@ -113,7 +113,7 @@ def test_image_to_image_with_the_context(sd1, files, table):
     assert difference(edit(IDS[0]), edit(IDS[1])) > 0.001
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(sd1, pipe, files, table, kind, dtype):
     whole = draw(load_psa(pipe, files[kind], table=table), user=IDS)

@@ -153,6 +153,14 @@ def test_another_run_is_refused_with_all_differences(saved: Path):
     assert "seed" not in text and "shape" not in text
 
 
+def test_a_checkpoint_from_before_a_key_was_renamed(tmp_path: Path):
+    old = IDENTITY | {"objective": IDENTITY["objective"] | {"anchor_weight": 0.0}}
+    save(tmp_path, [10], identity=old)
+    new = IDENTITY | {"objective": IDENTITY["objective"] | {"reference_kl_weight": 0.0}}
+    with open_checkpoints(tmp_path, identity=new) as checkpoints:
+        assert int(checkpoints.restore(state_at(0), Position()).step) == 10
+
+
 def test_differences_of_lists():
     assert list(differences({"a": [1, 2]}, {"a": [1, 3]})) == ["a = [1, 2], this run has [1, 3]"]
     assert list(differences({"a": {"b": 1}}, {"a": {"b": 1}})) == []

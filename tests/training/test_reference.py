@@ -293,7 +293,7 @@ def test_training_with_stored_errors(training_config, small_pipeline, tmp_path, 
     [
         (-1, OBJECTIVE, False, "reference.draws is -1; give a number of draws"),
         (2, Objective(loss="mapo"), False, "mapo runs no reference; set it to 0"),
-        (2, Objective(anchor_weight=1.0), False, "objective.anchor_weight compares predictions"),
+        (2, Objective(reference_kl_weight=1.0), False, "objective.reference_kl_weight compares predictions"),
         (2, OBJECTIVE, True, "build shards without --flips"),
     ],
 )

@@ -16,7 +16,7 @@ from psa_jax.interop import diffusers
 from psa_jax.preference.objective import Objective
 from psa_jax.tools import demo, memory, mini_data, pretrain, train
 from psa_jax.tools.configs import read_config
-from psa_jax.training import loop
+from psa_jax.training import loop, lowered, prepare, setup
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.settings import EVERY_RULE, PATHS, validate, validate_devices
 
