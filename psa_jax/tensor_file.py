@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from psa_jax.errors import PSAError
+from psa_jax.files import replacing
 from psa_jax.json_input import parse_json
 
 MAX_NAME = 300
@@ -137,3 +139,19 @@ def all_finite(values: np.ndarray) -> bool:
     bits = flat.view(unsigned)
     sign = unsigned(1 << (8 * values.itemsize - 1))
     return all((bits[start : start + _PIECE] & ~sign).max() < infinity for start in range(0, bits.size, _PIECE))
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, completely or not at all, readable for whomever the umask allows.
+
+    Args:
+      tensors: arrays by name.
+      path: the file; its folder is made where it is missing.
+      metadata: texts for the header.
+
+    Raises:
+      PSAError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata)

@@ -20,7 +20,7 @@ ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "tr
 SIDES = {"torch": ["torch", "profiles", "interop.adapter_file", "models.adapter_config", "models.config"]}
 """The torch runtime imports no JAX, so only what needs none; nothing imports it."""
 
-EVERYBODYS = ["errors", "rules", "seeds", "paths", "json_input", "tensor_file", "file_modes", "progress", "renamed"]
+EVERYBODYS = ["errors", "rules", "seeds", "paths", "files", "json_input", "tensor_file", "progress", "renamed"]
 
 DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""

@@ -37,14 +37,11 @@ from psa_jax.data.card import dataset_card
 from psa_jax.data.chunks import Encoded, fill_chunks, plan_chunks
 from psa_jax.data.encoding import PictureEncoder, Pictures, TextCache, distinct_prompts, file_hash
 from psa_jax.data.latents import Preprocess
-from psa_jax.data.sage import METADATA, SPLITS, SageRecord, read_split
+from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, SageRecord, read_split
 from psa_jax.data.shards import FORMAT, INFO_FILE, VERSION, columns_file, read_info
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.progress import stage, track
-
-KINDS = ("safe", "unsafe")
-"""Prompt kinds; their position is the number in the shards (1 = unsafe prompt)."""
 
 _CHUNK_BATCHES = 16  # calls of the VAE that a kill can cost
 
@@ -128,7 +125,7 @@ class Sage(tfds.core.GeneratorBasedBuilder):
             "file_name": tfds.features.Text(),
             "caption": tfds.features.Text(),
             "category": tfds.features.ClassLabel(names=CATEGORIES),
-            "kind": tfds.features.ClassLabel(names=KINDS),
+            "kind": tfds.features.ClassLabel(names=PROMPT_KINDS),
             "banned": tfds.features.Scalar(np.bool_),
             "user_id": tfds.features.Text(),
             **{name: half(self._layout["latent_shape"]) for name in _moment_names(self._layout["flips"])},
@@ -375,7 +372,7 @@ def _example(
         "file_name": record.file_name,
         "caption": record.caption,
         "category": record.category,
-        "kind": KINDS[record.kind == "u"],
+        "kind": PROMPT_KINDS[record.unsafe],
         "banned": record.banned,
         "user_id": record.user_id,
         **dict(zip(_moment_names(len(moments) > 2), moments, strict=True)),
@@ -413,7 +410,7 @@ def _hash(value: Any) -> str:
 
 
 def _counts(records: Sequence[SageRecord], pictures: int) -> dict[str, int]:
-    unsafe = sum(record.kind == "u" for record in records)
+    unsafe = sum(record.unsafe for record in records)
     users = len({record.user_id for record in records})
     return {"rows": len(records), "unsafe prompts": unsafe, "users": users, "pictures": pictures}
 
@@ -422,6 +419,6 @@ def _columns_json(records: Sequence[SageRecord]) -> dict[str, list]:
     return {
         "user_id": [record.user_id for record in records],
         "category": [CATEGORIES.index(record.category) for record in records],
-        "unsafe": [int(record.kind == "u") for record in records],
+        "unsafe": [int(record.unsafe) for record in records],
         "banned": [int(record.banned) for record in records],
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from psa_jax.data.images import Surveyed, survey
-from psa_jax.data.sage import METADATA, SPLITS, Row, RowError, SageRecord, scan_lines, split_lines
+from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, Row, RowError, SageRecord, scan_lines, split_lines
 from psa_jax.errors import PSAError
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import COLUMNS, UserProfile
@@ -21,7 +21,6 @@ from psa_jax.progress import stage, track
 FORMAT = "psa_jax.check/1"
 CHECKS = ("json", "schema", "values", "names", "label", "pictures", "duplicates", "population", "users", "prompts")
 """What may be wrong with a row: the first seven are of `scan_lines`, pictures are also decoded, the rest is here."""
-KINDS = {"s": "safe", "u": "unsafe"}
 RELEASED_USERS = 1000
 """Size of the population that SAGE's users come from."""
 
@@ -283,4 +282,4 @@ def _bad_rows(rows: Rows, findings: Iterable[Finding]) -> Iterator[BadRow]:
 
 
 def _cell(split: str, record: SageRecord | None) -> tuple[str, str, str]:
-    return (split, record.category, KINDS[record.kind]) if record else (split, "unreadable", "unreadable")
+    return (split, record.category, PROMPT_KINDS[record.unsafe]) if record else (split, "unreadable", "unreadable")

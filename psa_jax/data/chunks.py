@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.files import write_private
+from psa_jax.files import write_private
 from psa_jax.progress import Progress
 
 Item, Result = TypeVar("Item"), TypeVar("Result")

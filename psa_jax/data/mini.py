@@ -8,8 +8,6 @@ nothing but the pictogram, and pictograms take their colour from one palette, so
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from PIL import Image
 from psa_jax.data import mini_glyphs as glyphs
 from psa_jax.data import mini_scenery as scenery
 from psa_jax.errors import PSAError
-from psa_jax.profiles.files import write_private
+from psa_jax.files import replacing_folder, write_private
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
@@ -307,12 +305,10 @@ def draw_mini(out: Path, users: int, seed: int) -> dict[str, int]:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise PSAError(f"{out} exists and is not an empty folder: give a new folder or remove it first")
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            whole = Path(scratch) / "sage"
+        with replacing_folder(out) as whole:
             whole.mkdir(mode=0o700)
             with Progress(sum(map(len, members.values())), "user", "drawing SAGE-mini") as progress:
                 counts = {split: _write_split(whole / split, split, members[split], seed, progress) for split in SPLITS}
-            os.rename(whole, out)  # atomic: same file system; replaces an empty folder
     except OSError as error:
         reason = error.strerror or str(error)
         raise PSAError(f"cannot write {out}: {reason}; check the path, its permissions and space") from error

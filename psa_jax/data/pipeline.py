@@ -45,7 +45,7 @@ class RowSource(Protocol):
 
 def balanced_order(
     categories: Int[np.ndarray, " n"],
-    kinds: Bool[np.ndarray, " n"],
+    unsafe: Bool[np.ndarray, " n"],
     banned: Bool[np.ndarray, " n"],
     safe_share: float = 0.3,
     seed: int = 0,
@@ -59,7 +59,7 @@ def balanced_order(
 
     Args:
       categories: category number of each row.
-      kinds: True for an unsafe prompt.
+      unsafe: True for an unsafe prompt.
       banned: whether the row's user bans the category.
       safe_share: in [0, 1).
       seed: decides which rows get the extra repetition, and the order.
@@ -69,26 +69,26 @@ def balanced_order(
     """
     rng = np.random.default_rng(seed)
     groups: list[tuple[np.ndarray, int]] = []
-    for category in np.unique(categories[kinds]).tolist():
-        here = kinds & (categories == category)
+    for category in np.unique(categories[unsafe]).tolist():
+        here = unsafe & (categories == category)
         bans, allows = np.flatnonzero(here & banned), np.flatnonzero(here & ~banned)
         _require_both(category, bans, allows)
         larger = max(bans.size, allows.size)
         groups += [(bans, larger), (allows, larger)]
-    return _with_safe(groups, np.flatnonzero(~kinds), safe_share, rng)
+    return _with_safe(groups, np.flatnonzero(~unsafe), safe_share, rng)
 
 
-def mixed_order(kinds: Bool[np.ndarray, " n"], safe_share: float = 0.3, seed: int = 0) -> Int[np.ndarray, " m"]:
+def mixed_order(unsafe: Bool[np.ndarray, " n"], safe_share: float = 0.3, seed: int = 0) -> Int[np.ndarray, " m"]:
     """Row numbers, some repeated, of which `safe_share` have safe prompts (`"users"`); no row is lost.
 
     Args:
-      kinds, safe_share, seed: as in `balanced_order`.
+      unsafe, safe_share, seed: as in `balanced_order`.
 
     Raises:
       PSAError: no unsafe or no safe rows, or a bad share.
     """
-    unsafe = np.flatnonzero(kinds)
-    return _with_safe([(unsafe, unsafe.size)], np.flatnonzero(~kinds), safe_share, np.random.default_rng(seed))
+    rows = np.flatnonzero(unsafe)
+    return _with_safe([(rows, rows.size)], np.flatnonzero(~unsafe), safe_share, np.random.default_rng(seed))
 
 
 def _with_safe(
@@ -396,7 +396,7 @@ class _Load:
             "user": self.embeddings[self.user_of_row[example.row] if example.asker is None else example.asker],
             "banned": np.asarray(banned, np.bool_),
             "swapped": np.asarray(banned != own, np.bool_),
-            "unsafe": np.asarray(row["kind"] == 1, np.bool_),
+            "unsafe": np.asarray(row["kind"], np.bool_),
             "category": np.asarray(row["category"], np.int32),
             "row": np.asarray(example.row, np.int32),
         }

@@ -32,6 +32,8 @@ from psa_jax.profiles.schema import (
 
 SPLITS = ("train", "val", "test_seen", "test_unseen")
 METADATA = "metadata.jsonl"
+PROMPT_KINDS = ("safe", "unsafe")
+"""Names of the two kinds of prompts in files and reports: `PROMPT_KINDS[record.unsafe]`."""
 
 _FIELDS = ("file_name", "chosen", "rejected", "caption", "user_data")
 _CATEGORY_OF: Mapping[str, str] = MappingProxyType({category.lower(): category for category in CATEGORIES})
@@ -48,7 +50,7 @@ class FileName(NamedTuple):
     category: str
     concept: str
     index: int
-    kind: str
+    unsafe: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class SageRecord:
       category: one of the seven, in proper case.
       concept: what the unsafe picture shows, as in the file name.
       index: number in the file name.
-      kind: "u" for the unsafe prompt, "s" for the safe one.
+      unsafe: whether this is the unsafe prompt of the pair.
     """
 
     file_name: str
@@ -78,7 +80,7 @@ class SageRecord:
     category: str
     concept: str
     index: int
-    kind: str
+    unsafe: bool
 
     @property
     def stem(self) -> str:
@@ -97,7 +99,7 @@ class SageRecord:
 
     @property
     def banned(self) -> bool:
-        """Whether the policy bans the category for this user, whatever the kind of the prompt."""
+        """Whether the policy bans the category for this user, for a safe prompt too."""
         return is_banned(self.profile, self.category)
 
     @property
@@ -149,10 +151,10 @@ def parse_file_name(name: str) -> FileName:
         rule = "user_<7 digits>_<category>_<concept>_<5 digits>.jpg_<u or s>.jpg"
         raise RowError("names", f"file_name must read {rule}")
     _check_plain(name, "file_name")
-    stem, user_id, category, concept, index, kind = match.groups()
+    stem, user_id, category, concept, index, prompt = match.groups()
     if category not in _CATEGORY_OF:
         raise RowError("names", f"file_name: the category must be one of {', '.join(_CATEGORY_OF)}")
-    return FileName(stem, user_id, _CATEGORY_OF[category], concept, int(index), kind)
+    return FileName(stem, user_id, _CATEGORY_OF[category], concept, int(index), prompt == "u")
 
 
 def parse_row(text: str) -> SageRecord:
@@ -195,7 +197,7 @@ def _read_row(text: str) -> SageRecord:
         category=name.category,
         concept=name.concept,
         index=name.index,
-        kind=name.kind,
+        unsafe=name.unsafe,
     )
 
 
@@ -271,7 +273,7 @@ def _check_plain(name: str, what: str) -> None:
 
 def _check_label(record: SageRecord) -> None:
     """The label rule: a safe prompt wants the safe picture, an unsafe one wants it if the user bans the category."""
-    wants_safe = record.kind == "s" or record.banned
+    wants_safe = not record.unsafe or record.banned
     if record.prefers_safe != wants_safe:
         raise RowError("label", "chosen and rejected are against the label rule for this prompt and user; swap them")
 

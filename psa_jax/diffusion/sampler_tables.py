@@ -9,6 +9,7 @@ import math
 import numpy as np
 from jaxtyping import Float
 
+from psa_jax.diffusion.predictions import prediction_of
 from psa_jax.diffusion.samplers import Row, Sampler
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.diffusion.timesteps import euler_levels, noise_levels, solver_levels, spaced_timesteps
@@ -19,24 +20,6 @@ Weights = Float[np.ndarray, " n"]
 
 def _alphas(schedule: NoiseSchedule) -> Float[np.ndarray, " t"]:
     return np.asarray(schedule.alphas_cumprod)
-
-
-def _clean(prediction: str, signal: Weights, sigma: Weights) -> tuple[Weights, Weights]:
-    """Weights of the latents and of the output in x̂."""
-    if prediction == "epsilon":
-        return 1 / signal, -sigma / signal
-    if prediction == "v_prediction":
-        return signal, -sigma
-    return np.zeros_like(signal), np.ones_like(signal)
-
-
-def _noise(prediction: str, signal: Weights, sigma: Weights) -> tuple[Weights, Weights]:
-    """Weights of the latents and of the output in ε̂."""
-    if prediction == "epsilon":
-        return np.zeros_like(signal), np.ones_like(signal)
-    if prediction == "v_prediction":
-        return sigma, signal
-    return 1 / sigma, -signal / sigma
 
 
 def _sampler(
@@ -100,18 +83,19 @@ def ddim(
     alphas = _alphas(schedule)
     times = spaced_timesteps(timestep_spacing, len(alphas), steps, steps_offset).round()
     now, after = _step_back(alphas, times, len(alphas) // steps, set_alpha_to_one)
-    if schedule.prediction == "epsilon" and now[0] == 0:
+    prediction = prediction_of(schedule.prediction)
+    if prediction.needs_signal and now[0] == 0:
         raise PSAError(
             "rescale_betas_zero_snr leaves no signal at the first timestep, where ddim cannot use prediction_type "
-            "epsilon: use timestep_spacing leading or another sampler"
+            f"{schedule.prediction}: use timestep_spacing leading or another sampler"
         )
     spread = eta * np.sqrt((1 - after) / (1 - now) * (1 - now / after))
     towards = np.sqrt(np.maximum(1 - after - spread**2, 0))
-    factors = schedule.prediction, np.sqrt(now), np.sqrt(1 - now)
-    noise_latents, noise_output = _noise(*factors)
+    factors = np.sqrt(now), np.sqrt(1 - now)
+    noise_latents, noise_output = prediction.noise(*factors)
     return _sampler(
         times,
-        keep=_clean(*factors),
+        keep=prediction.clean(*factors),
         history=np.sqrt(after),
         latents=towards * noise_latents,
         output=towards * noise_output,
@@ -131,7 +115,7 @@ def _euler(
     """x' = (s'/s)·x + (1 − s'/s)·x̂ + noise, in latents whose signal is scaled to 1; s' is `towards`."""
     now = sigmas[:-1].astype(float)
     signal = 1 / np.sqrt(now**2 + 1)
-    clean_latents, clean_output = _clean(schedule.prediction, signal, now * signal)
+    clean_latents, clean_output = prediction_of(schedule.prediction).clean(signal, now * signal)
     largest = float(sigmas.max())
     return _sampler(
         times,
@@ -225,7 +209,7 @@ def dpmsolver(
         history[k] += weights[: history.shape[1]]
     return _sampler(
         times,
-        keep=_clean(schedule.prediction, signal[:-1], sigma[:-1]),
+        keep=prediction_of(schedule.prediction).clean(signal[:-1], sigma[:-1]),
         history=history * signal[1:, None],
         latents=sigma[1:] / sigma[:-1],
     )
@@ -284,10 +268,11 @@ def unipc(
             f"lower_order_final {lower_order_final} and final_sigmas_type {final_sigmas_type}; "
             "choose another sampler or set them to bh2, true, true and zero"
         )
-    turn = _clean if predict_x0 else _noise
+    prediction = prediction_of(schedule.prediction)
+    convert = prediction.clean if predict_x0 else prediction.noise
     return _sampler(
         times,
-        keep=turn(schedule.prediction, signal[:-1], sigma[:-1]),
+        keep=convert(signal[:-1], sigma[:-1]),
         history=history,
         latents=other[1:] / other[:-1],
     )
@@ -375,7 +360,7 @@ def pndm(
         again = (np.arange(len(times)) < 12) & (np.arange(len(times)) % 4 > 0)
     now, after = _step_back(alphas, starts, strides, set_alpha_to_one)
     slope = -(after - now) / (now * np.sqrt(1 - after) + np.sqrt(now * (1 - now) * after))
-    noise_latents, noise_output = _noise(schedule.prediction, np.sqrt(now), np.sqrt(1 - now))
+    noise_latents, noise_output = prediction_of(schedule.prediction).noise(np.sqrt(now), np.sqrt(1 - now))
     whole = np.sqrt(after / now) + slope * noise_latents
     latents, history = whole.copy(), (slope * noise_output)[:, None] * weights
     step = history.copy()

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from psa_jax.diffusion.predictions import prediction_of
 from psa_jax.errors import PSAError
 
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Keys of a scheduler's config that say what the noise is, with diffusers' defaults.
 DEFAULTS = {
     "num_train_timesteps": 1000,
@@ -80,8 +80,7 @@ class NoiseSchedule:
         steps, prediction = values["num_train_timesteps"], values["prediction_type"]
         if kind not in BETA_SCHEDULES:
             raise PSAError(f"{where}: beta_schedule {kind!r} is not supported (only {', '.join(BETA_SCHEDULES)})")
-        if prediction not in PREDICTIONS:
-            raise PSAError(f"{where}: prediction_type {prediction!r} is not supported (only {', '.join(PREDICTIONS)})")
+        prediction_of(prediction, where)
         if config.get("trained_betas"):
             raise PSAError(f"{where}: trained_betas is not supported")
         if steps < 2:
@@ -118,10 +117,5 @@ class NoiseSchedule:
     def target(
         self, latents: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], timesteps: Int[Array, " b"]
     ) -> Float[Array, "b h w c"]:
-        """What the UNet should output: ε, or v = √ᾱ·ε − √(1 − ᾱ)·x_0, or x_0."""
-        if self.prediction == "epsilon":
-            return noise
-        if self.prediction == "sample":
-            return latents
-        signal, sigma = self._factors(timesteps, latents.ndim)
-        return signal * noise - sigma * latents
+        """The output that the UNet is trained towards: ε, v = √ᾱ·ε − √(1 − ᾱ)·x_0, or x_0."""
+        return prediction_of(self.prediction).target(latents, noise, *self._factors(timesteps, latents.ndim))

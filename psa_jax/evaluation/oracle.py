@@ -20,10 +20,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from psa_jax.data.mini import BACKGROUNDS, BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS, SUBJECTS, Scene, render
 from psa_jax.errors import PSAError
-from psa_jax.file_modes import save_tensors
 from psa_jax.json_input import parse_json
 from psa_jax.seeds import check_seed
-from psa_jax.tensor_file import read_float32, read_header
+from psa_jax.tensor_file import read_float32, read_header, save_tensors
 from psa_jax.training.pretrain import fit
 
 DEBRIS = NO_PICTOGRAM + 1
@@ -120,7 +119,6 @@ def save_oracle(net: OracleNet, path: Path) -> None:
     """Writes the weights in float16 with the names of the pictograms."""
     flat = nnx.to_flat_state(nnx.state(net, nnx.Param))
     tensors = {_name(p): np.asarray(v[...], np.float16) for p, v in flat}
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, path, {"pictograms": json.dumps(PICTOGRAMS)})
 
 

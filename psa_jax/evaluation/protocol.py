@@ -48,7 +48,7 @@ class Case:
 def case_of(record: SageRecord) -> Case:
     """The case of one row of a split."""
     benign = _BENIGN_OF[record.concept.replace("_", " ")]
-    return Case(record.user_id, record.caption, record.category, benign, record.kind == "u", record.banned)
+    return Case(record.user_id, record.caption, record.category, benign, record.unsafe, record.banned)
 
 
 def select_cases(records: Sequence[SageRecord], per_rate: int, seed: int = 0) -> list[Case]:

@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.stats import selectivity_interval, wilson
+from psa_jax.files import write
 
 TEMPLATES = Path(__file__).parents[1] / "assets"
 
@@ -154,10 +154,7 @@ def write_report(path: Path, report: dict[str, Any], grid: Grid, curves: dict[st
         versions=report.get("versions", {}),
         duration=_duration(report["seconds"]) if "seconds" in report else None,
     )
-    # Whole or not at all: a page cut short would still open in a browser.
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write(path, page)
 
 
 # --- numbers

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from psa_jax.errors import PSAError
+from psa_jax.files import write
 from psa_jax.json_input import parse_json
 from psa_jax.models.adapter_config import AdapterConfig, Layers
 from psa_jax.tensor_file import MAX_HEADER, all_finite, read_float32, read_header, require_finite
@@ -130,12 +131,7 @@ def write_native(tensors: Tensors, config: AdapterConfig, path: Path, metadata: 
     # One key: safetensors writes several in an order that changes from call to call.
     content = save(tensors, {"psa": json.dumps(described, sort_keys=True)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write(path, content)
 
 
 def find_adapter(path: Path) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from psa_jax.errors import PSAError
+from psa_jax.files import replacing_folder
 from psa_jax.interop.folder import read_folder
 from psa_jax.interop.lora import merge_lora_into
 from psa_jax.interop.parts import (
@@ -371,12 +372,8 @@ def save_stable_diffusion(model: StableDiffusion, out: Path, dtype: Any | None =
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise PSAError(f"{out}: not an empty folder; give a new one")
-    unfinished = out.with_name(out.name + ".unfinished")
-    try:
+    with replacing_folder(out) as unfinished:
         _write_parts(model, unfinished, dtype)
-        unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_parts(model: StableDiffusion, out: Path, dtype: Any | None) -> None:

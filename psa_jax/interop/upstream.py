@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from psa_jax.errors import PSAError
+from psa_jax.files import replacing
 from psa_jax.interop.adapter_file import Tensors
 from psa_jax.interop.unpickle import read_state
 from psa_jax.models.adapter_config import AdapterConfig
@@ -36,12 +37,8 @@ def write_bin(tensors: Tensors, path: Path) -> None:
         for group in GROUPS
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        torch.save(groups, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        torch.save(groups, temporary)
 
 
 def as_published(tensors: Tensors, config: AdapterConfig, where: Path, format_: str) -> Tensors:

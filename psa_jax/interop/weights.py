@@ -18,9 +18,8 @@ import numpy as np
 from flax import nnx
 
 from psa_jax.errors import PSAError
-from psa_jax.file_modes import save_tensors
 from psa_jax.json_input import read_json
-from psa_jax.tensor_file import Entry, all_finite, read_header, require_floats
+from psa_jax.tensor_file import Entry, all_finite, read_header, require_floats, save_tensors
 
 # Attributes here that are list entries in the torch modules.
 _RENAMED = {"to_out_0": "to_out.0", "net_0": "net.0", "net_2": "net.2"}

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from psa_jax.diffusion.predictions import prediction_of
+
 PerPair = Float[Array, " b"]
 
 
@@ -226,15 +228,15 @@ def timestep_weight(kind: str, snr: PerPair, prediction: str, gamma: float) -> P
 
     Args:
       snr: ᾱ/(1 − ᾱ) at each pair's timestep.
-      prediction: of `NoiseSchedule`: "epsilon", "v_prediction" or "sample".
+      prediction: of `NoiseSchedule`, a key of `PREDICTIONS`.
 
     Source: Min-SNR, arXiv 2303.09556.
     """
     if kind == "none":
         return jnp.ones_like(snr)
-    of_noise = {"epsilon": jnp.ones_like(snr), "v_prediction": snr / (snr + 1.0), "sample": snr}[prediction]
+    noise_error = prediction_of(prediction).noise_error(snr)
     # With zero terminal SNR the division by it must not give NaN.
-    return of_noise if kind == "snr" else of_noise * jnp.minimum(1.0, gamma / jnp.maximum(snr, 1e-12))
+    return noise_error if kind == "snr" else noise_error * jnp.minimum(1.0, gamma / jnp.maximum(snr, 1e-12))
 
 
 def pair_weight(

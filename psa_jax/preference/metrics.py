@@ -74,20 +74,7 @@ def colour_drift(policy: Float[Array, "b h w c"], reference: Float[Array, "b h w
 
     Args:
       policy, reference: predictions for the winners.
-      to_clean: that slope at each pair's timestep; see `clean_slope`.
+      to_clean: that slope at each pair's timestep; see `Prediction.clean_slope`.
     """
     difference = jnp.mean(policy - reference, axis=(1, 2))  # [b, c]
     return jnp.mean(jnp.abs(to_clean[:, None] * difference), axis=-1)
-
-
-def clean_slope(alphas_cumprod: PerPair, prediction: str) -> PerPair:
-    """∂x̂_0/∂prediction: −√((1 − ᾱ)/ᾱ) for "epsilon", −√(1 − ᾱ) for "v_prediction", 1 for "sample".
-
-    Args:
-      alphas_cumprod: ᾱ at each pair's timestep.
-    """
-    sigma = jnp.sqrt(1.0 - alphas_cumprod)
-    if prediction == "epsilon":
-        # No signal, no picture: ᾱ = 0 must not make the mean infinite.
-        return -sigma / jnp.sqrt(jnp.maximum(alphas_cumprod, 1e-6))
-    return -sigma if prediction == "v_prediction" else jnp.ones_like(sigma)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from psa_jax.diffusion.conditioning import TextConditions, encode_text
+from psa_jax.diffusion.predictions import prediction_of
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.models.adapter import Adapter
 from psa_jax.models.attention import CrossContext
@@ -96,7 +97,7 @@ def pair_losses(
     if errors.rw is not None:
         values |= {"winner_gap": errors.pw - errors.rw, "loser_gap": errors.pl - errors.rl}
     if reference is not None:
-        slope = metrics.clean_slope(schedule.alphas_cumprod[draws.timesteps], schedule.prediction)
+        slope = prediction_of(schedule.prediction).clean_slope(schedule.alphas_cumprod[draws.timesteps])
         values["colour_drift"] = metrics.colour_drift(policy[:pairs], reference[:pairs], slope)
     return PairLosses(values, metrics.memberships(draws.timesteps, schedule.steps, batch["banned"], unsafe))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.files import read_bytes, write_private
+from psa_jax.files import read_bytes, write_private
 from psa_jax.profiles.policy import allowed_categories, banned_categories
 from psa_jax.profiles.schema import AGE_GROUPS, CATEGORIES, COLUMNS, GENDERS, UserProfile
 from psa_jax.seeds import check_seed

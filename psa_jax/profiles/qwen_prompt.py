@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from psa_jax.errors import PSAError
+from psa_jax.files import read_bytes
 from psa_jax.json_input import parse_json
-from psa_jax.profiles.files import read_bytes
 from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
 

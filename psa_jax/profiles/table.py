@@ -11,9 +11,9 @@ from jaxtyping import Float32
 from safetensors.numpy import save as to_safetensors
 
 from psa_jax.errors import PSAError
+from psa_jax.files import write_private
 from psa_jax.json_input import parse_json
 from psa_jax.profiles.encoders import Encoder, fingerprints
-from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile, check_user_id
 from psa_jax.rules import quoted
 from psa_jax.tensor_file import MAX_HEADER, read_float32, read_header

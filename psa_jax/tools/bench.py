@@ -17,8 +17,8 @@ from psa_jax.data.mini import draw_mini
 from psa_jax.data.pipeline import make_pipeline
 from psa_jax.data.sage import read_split
 from psa_jax.data.shards import Shards, open_shards
+from psa_jax.files import check_new
 from psa_jax.profiles.encoders import get_encoder
-from psa_jax.profiles.files import check_new
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import stage
 from psa_jax.tools import bench_generate, bench_step

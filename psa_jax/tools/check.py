@@ -6,9 +6,10 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from psa_jax.data.check import KINDS, SPLITS, Report, check_sage, quarantine
+from psa_jax.data.check import SPLITS, Report, check_sage, quarantine
+from psa_jax.data.sage import PROMPT_KINDS
 from psa_jax.errors import PSAError
-from psa_jax.profiles.files import check_new, write_private
+from psa_jax.files import check_new, write_private
 from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.schema import CATEGORIES
 
@@ -69,7 +70,7 @@ def _table(report: Report) -> str:
             lines.append(f"{split:12} absent")
             continue
         for category in CATEGORIES:
-            cells = [(split, category, kind) for kind in KINDS.values()]
+            cells = [(split, category, kind) for kind in PROMPT_KINDS]
             numbers = " ".join(f"{report.rows.get(cell, 0):7} {bad[cell]:6}" for cell in cells)
             lines.append(f"{split:12} {category:11} {numbers}")
         if unreadable := bad[split, "unreadable", "unreadable"]:

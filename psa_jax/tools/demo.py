@@ -19,6 +19,7 @@ from psa_jax.evaluation.oracle import Oracle, shipped_oracle
 from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw_cases, judge, rates, select_cases, wins
 from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
+from psa_jax.files import check_new
 from psa_jax.interop.adapter_file import adapter_hash
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
@@ -26,7 +27,6 @@ from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import get_encoder
-from psa_jax.profiles.files import check_new
 from psa_jax.profiles.policy import banned_categories, is_banned
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
@@ -236,7 +236,7 @@ def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: 
     )
     prompts, used = [], set()
     for record in records:
-        if record.kind == "u" and record.category not in used:
+        if record.unsafe and record.category not in used:
             used.add(record.category)
             prompts.append(record)
     rows, columns = len(prompts), 1 + len(people)  # the first column is the base model: the adapter at scale 0

@@ -4,7 +4,7 @@ import json
 from argparse import Namespace
 
 from psa_jax.data.mini import draw_mini
-from psa_jax.profiles.files import check_new
+from psa_jax.files import check_new
 from psa_jax.profiles.population import sample_population, write_users_csv
 
 

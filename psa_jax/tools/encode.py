@@ -7,8 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from psa_jax.errors import PSAError
+from psa_jax.files import check_new
 from psa_jax.profiles.encoders import Encoder, get_encoder
-from psa_jax.profiles.files import check_new
 from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.table import EmbeddingTable
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from psa_jax.data.latents import Preprocess, fingerprint
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
+from psa_jax.files import replacing, write_private
 from psa_jax.interop.adapter_file import adapter_hash, find_adapter, read_metadata
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion, check_text
@@ -25,7 +25,6 @@ from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import ENCODERS, get_encoder
-from psa_jax.profiles.files import write_private
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import Progress, say, stage
@@ -222,6 +221,5 @@ def _write_png(path: Path, picture: np.ndarray, about: dict) -> None:
     """A PNG that says how it was made (never for whom), whole or not at all."""
     text = PngImagePlugin.PngInfo()
     text.add_text("psa_jax", json.dumps(about))
-    unfinished = path.with_name(f".{path.name}.partial")
-    Image.fromarray(picture).save(unfinished, format="PNG", pnginfo=text)
-    os.replace(unfinished, path)
+    with replacing(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=text)

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections import Counter
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.files import check_new, write_private
+from psa_jax.files import check_new, write_private
 from psa_jax.profiles.levels import CLUSTERS, Levels, find_levels, principal_axes
 from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.table import EmbeddingTable

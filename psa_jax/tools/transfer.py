@@ -4,9 +4,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psa_jax.errors import PSAError
-from psa_jax.file_modes import owner_only, save_tensors
+from psa_jax.files import check_new, owner_only, replacing_folder, write
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
     PICKLES,
@@ -36,8 +35,8 @@ from psa_jax.interop.upstream import as_published, read_bin, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import model_family
-from psa_jax.profiles.files import check_new
 from psa_jax.progress import say
+from psa_jax.tensor_file import save_tensors
 from psa_jax.tools.generate import user_embedding
 
 SPLITS = ("unseen", "seen")
@@ -71,7 +70,7 @@ def export(args: Namespace) -> int:
     tensors = read_tensors(path)
     source = Source(path, about, fitting_config(path, tensors, about), tensors)
     report = _report(args, source)
-    name, write = FORMATS[args.format]
+    name, write_adapter = FORMATS[args.format]
     # At another scale than the rates' only the baked format draws by itself.
     scale = args.scale if args.format == "baked" else 1.0
 
@@ -83,11 +82,12 @@ def export(args: Namespace) -> int:
             raise PSAError(f"{args.out}: --format={args.format} writes a folder; give --out without {args.out.suffix}")
         # Both before anything is written, so that what is refused leaves nothing.
         card, text = _card_path(args.out), card_text(args.out.name)
-        write(source, args.out, args)
-        card.write_text(text, encoding="utf-8")
+        write_adapter(source, args.out, args)
+        write(card, text)
     else:
-        with _folder(args.out) as folder, owner_only() if args.format in PERSONAL else contextlib.nullcontext():
-            write(source, folder / (name or ""), args)
+        readers = owner_only() if args.format in PERSONAL else contextlib.nullcontext()
+        with readers, replacing_folder(args.out) as folder:
+            write_adapter(source, folder / (name or ""), args)
             (folder / "README.md").write_text(card_text(name or ""), encoding="utf-8")
     if args.format == "upstream" and (limit := upstream_limit(source.config)):
         say(f"{args.out}: {limit}")
@@ -101,18 +101,6 @@ def _card_path(out: Path) -> Path:
         card = out.with_name(f"{out.stem}.README.md")
         check_new(card, f"the card of {out.name} would replace it; give another --out, or move it away")
     return card
-
-
-@contextlib.contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A folder that is there when it is whole."""
-    unfinished = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        yield unfinished
-        unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _report(args: Namespace, source: Source) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.files import check_new
+from psa_jax.files import check_new
 from psa_jax.torch.adapter import UserAdapter
 from psa_jax.torch.processors import attach
 

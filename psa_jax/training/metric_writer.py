@@ -11,6 +11,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from psa_jax.errors import PSAError
+from psa_jax.files import write
 from psa_jax.json_input import parse_json
 from psa_jax.preference.metrics import part_means
 from psa_jax.progress import say
@@ -140,9 +141,7 @@ def _keep_rows(path: Path, step: int) -> list[Row]:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     rows = [row for row in (_row(path, line, text) for line, text in enumerate(lines, 1)) if row["step"] <= step]
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text("".join(lines[: len(rows)]), encoding="utf-8")
-    unfinished.replace(path)
+    write(path, "".join(lines[: len(rows)]))
     return rows
 
 

@@ -20,11 +20,11 @@ from psa_jax.data.pipeline import to_devices
 from psa_jax.data.shards import Shards
 from psa_jax.data.validation import batches_in_order
 from psa_jax.errors import PSAError
+from psa_jax.files import write_private
 from psa_jax.interop.diffusers import weights_hash
 from psa_jax.preference.batch import Batch
 from psa_jax.preference.draws import draws_of_rows
 from psa_jax.preference.pair_loss import compute_reference_errors
-from psa_jax.profiles.files import write_private
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import Progress
 from psa_jax.training.distributed import any_process, is_main_process

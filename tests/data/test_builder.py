@@ -112,7 +112,7 @@ def test_shards_hold_the_rows(sage_dir: Path, tmp_path: Path, encode, build_opti
         assert row["file_name"].decode() == record.file_name
         assert row["caption"].decode() == record.caption
         assert row["user_id"].decode() == record.user_id
-        assert (row["kind"], row["banned"]) == (int(record.kind == "u"), record.banned)
+        assert (row["kind"], row["banned"]) == (int(record.unsafe), record.banned)
         assert sage.CATEGORIES[row["category"]] == record.category
         assert (row["original_size"].tolist(), row["crop"].tolist()) == ([8, 12], [0, 2])
         assert row["input_ids"].tolist() == [ord(character) for character in record.caption[:8]]
@@ -123,7 +123,7 @@ def test_shards_hold_the_rows(sage_dir: Path, tmp_path: Path, encode, build_opti
             mean = crop.reshape(4, 2, 4, 2, 3).mean(axis=(1, 3))
             assert (moments.shape, moments.dtype) == ((4, 4, 6), np.float16)
             np.testing.assert_allclose(moments, np.concatenate([mean, -mean], axis=-1), atol=1e-3)
-    np.testing.assert_array_equal(shards.columns.unsafe, [record.kind == "u" for record in records])
+    np.testing.assert_array_equal(shards.columns.unsafe, [record.unsafe for record in records])
     np.testing.assert_array_equal(shards.columns.banned, [record.banned for record in records])
     assert list(shards.columns.user_ids) == [record.user_id for record in records]
 

@@ -21,6 +21,7 @@ from standin import write_standin
 
 from psa_jax.data import sage
 from psa_jax.data.check import CHECKS, Report, check_sage, quarantine
+from psa_jax.data.sage import PROMPT_KINDS
 from psa_jax.errors import PSAError
 from psa_jax.profiles.population import sample_population, write_users_csv
 from psa_jax.profiles.schema import UserProfile
@@ -367,14 +368,13 @@ def test_the_command_refuses_before_it_works(root: Path, tmp_path: Path, monkeyp
 
 
 def val_labels(root: Path) -> list[tuple[str, ...]]:
-    kinds = {"s": "safe", "u": "unsafe"}
     return [
         (
             record.user_id,
             record.cluster_id,
             record.category,
             str(record.index),
-            kinds[record.kind],
+            PROMPT_KINDS[record.unsafe],
             "safe" if record.prefers_safe else "unsafe",
             str(int(record.banned)),
         )

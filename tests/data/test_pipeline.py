@@ -25,17 +25,17 @@ def shards(shard_dir: Path) -> Shards:
 def test_balance_by_hand():
     """Category 0: 1 row bans, 3 allow. Category 1: 2 ban, 2 allow. 4 safe rows, a third of all."""
     categories = np.array([0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1])
-    kinds = np.array([True] * 8 + [False] * 4)
+    unsafe = np.array([True] * 8 + [False] * 4)
     banned = np.array([True, False, False, False, True, True, False, False, True, False, True, False])
-    order = pipeline.balanced_order(categories, kinds, banned, safe_share=1 / 3, seed=0)
+    order = pipeline.balanced_order(categories, unsafe, banned, safe_share=1 / 3, seed=0)
     count = Counter(order.tolist())
     # 3 + 3 in category 0, 2 + 2 in category 1: 10 unsafe rows, so 5 safe ones
     assert [count[row] for row in range(8)] == [3, 1, 1, 1, 1, 1, 1, 1]
     assert sorted(count[row] for row in range(8, 12)) == [1, 1, 1, 2]
     assert len(order) == 15
-    again = pipeline.balanced_order(categories, kinds, banned, safe_share=1 / 3, seed=0)
+    again = pipeline.balanced_order(categories, unsafe, banned, safe_share=1 / 3, seed=0)
     np.testing.assert_array_equal(order, again)
-    other = pipeline.balanced_order(categories, kinds, banned, safe_share=1 / 3, seed=1)
+    other = pipeline.balanced_order(categories, unsafe, banned, safe_share=1 / 3, seed=1)
     assert order.tolist() != other.tolist()
 
 
@@ -58,17 +58,17 @@ def test_balance_on_rows_of_real_users(shards: Shards, share: float):
 
 
 def test_what_cannot_be_balanced():
-    kinds, categories = np.array([True, True, False]), np.zeros(3, np.int32)
+    unsafe, categories = np.array([True, True, False]), np.zeros(3, np.int32)
     with pytest.raises(PSAError, match="allows Harassment"):
-        pipeline.balanced_order(categories, kinds, np.array([True, True, True]))
+        pipeline.balanced_order(categories, unsafe, np.array([True, True, True]))
     with pytest.raises(PSAError, match="bans Harassment"):
-        pipeline.balanced_order(categories, kinds, np.array([False, False, True]))
+        pipeline.balanced_order(categories, unsafe, np.array([False, False, True]))
     with pytest.raises(PSAError, match="safe prompts"):
         pipeline.balanced_order(categories, np.array([True] * 3), np.array([True, False, True]))
     with pytest.raises(PSAError, match="unsafe prompts"):
         pipeline.balanced_order(categories, np.array([False] * 3), np.array([True, False, True]))
     with pytest.raises(PSAError, match="share"):
-        pipeline.balanced_order(categories, kinds, np.array([True, False, True]), safe_share=1.0)
+        pipeline.balanced_order(categories, unsafe, np.array([True, False, True]), safe_share=1.0)
 
 
 def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
@@ -83,7 +83,7 @@ def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
         "user": ((6, table.dim), "float32"),
         "banned": ((6,), "bool"),
         "swapped": ((6,), "bool"),
-        "kind": ((6,), "int32"),
+        "unsafe": ((6,), "bool"),
         "category": ((6,), "int32"),
         "row": ((6,), "int32"),
     }
@@ -97,18 +97,18 @@ def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
         assert (batch["original_size"][index].tolist(), batch["crop"][index].tolist()) == ([8, 12], [0, 2])
         np.testing.assert_array_equal(batch["user"][index], table.embeddings[table.ids.index(user_id)])
         assert batch["banned"][index] == (category in bans[user_id]) and not batch["swapped"][index]
-        assert batch["kind"][index] == expected["file_name"].decode().endswith("_u.jpg")
+        assert batch["unsafe"][index] == expected["file_name"].decode().endswith("_u.jpg")
 
 
 def test_drawn_users_follow_the_label_rule(shards: Shards, table: EmbeddingTable, bans):
     """Every unsafe prompt meets users who ban it half the time, and the preferred picture is the one they want."""
     options = {"batch_size": 8, "seed": 3, "balance": "users", "safe_share": 0.25, "num_epochs": 12}
-    met, kinds, users = {}, [], {}
+    met, drawn_unsafe, users = {}, [], {}
     for batch in pipeline.make_pipeline(shards, table, **options):
         for index, row in enumerate(batch["row"].tolist()):
             stored, banned = shards[row], bool(batch["banned"][index])
             unsafe, category = int(stored["kind"]) == 1, int(stored["category"])
-            kinds.append(unsafe)
+            drawn_unsafe.append(unsafe)
             assert banned == (batch["user"][index][-7:][category] == 1)  # the embedding is that user's
             # The safe picture is the chosen one of a safe prompt, and of an unsafe one that its own user bans.
             safe_first = not unsafe or bool(stored["banned"])
@@ -124,7 +124,7 @@ def test_drawn_users_follow_the_label_rule(shards: Shards, table: EmbeddingTable
             else:
                 own = table.embeddings[table.ids.index(stored["user_id"].decode())]
                 np.testing.assert_array_equal(batch["user"][index], own)
-    assert abs(np.mean(kinds) - 0.75) < 0.02
+    assert abs(np.mean(drawn_unsafe) - 0.75) < 0.02
     for category, drawn in met.items():
         assert abs(np.mean(drawn) - 0.5) < 4 * 0.5 / np.sqrt(len(drawn)), category
     assert np.mean([len(seen) for seen in users.values()]) > 2  # four users in all

@@ -81,7 +81,7 @@ def test_bad_file_names_are_refused(name: str):
 
 def test_row_properties():
     record = sage.parse_row(json.dumps(ROW))
-    assert (record.category, record.kind, record.banned, record.prefers_safe) == ("Self-Harm", "u", False, False)
+    assert (record.category, record.unsafe, record.banned, record.prefers_safe) == ("Self-Harm", True, False, False)
     assert (record.safe_image, record.unsafe_image) == (ROW["rejected"], ROW["chosen"])
     assert record.profile == sample_population(1)[0]
     assert "Islam" not in repr(record) and "male" not in repr(record)  # attributes stay out of logs

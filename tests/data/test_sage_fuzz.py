@@ -81,7 +81,7 @@ def assert_holds(line: str, record: sage.SageRecord) -> None:
 
     assert (record.file_name, record.chosen, record.rejected) == (name, row["chosen"], row["rejected"])
     assert (record.caption, record.user_id, record.index) == (row["caption"], user_id, int(number))
-    assert (record.kind, record.category.lower(), record.concept) == (kind, category, "_".join(concept))
+    assert (record.unsafe, record.category.lower(), record.concept) == (kind == "u", category, "_".join(concept))
     assert {"Cluster_ID": record.cluster_id, **record.profile.to_mapping()} == user
 
 
