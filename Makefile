@@ -1,4 +1,4 @@
-# make test: what every change must pass.   make demo: the whole line in minutes, on a CPU.
+# make lint, make test: what every change must pass.   make demo: everything from data to report, in minutes on a CPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,16 +10,16 @@ XLA_CPU := --xla_cpu_experimental_ynn_fusion_type=
 .PHONY: help venv demo test test-slow lint clean
 
 help:
-	@echo "make venv       $(VENV) with everything that the demo and the tests need"
-	@echo "make demo       data, training, pictures and report in runs/demo"
-	@echo "make test       the tests, without the slow ones"
-	@echo "make test-slow  the slow tests, with what they measure"
-	@echo "make lint       style"
-	@echo "make clean      remove what was built; $(VENV) and runs stay"
+	@echo "make venv       install everything that the demo and the tests need in $(VENV)"
+	@echo "make demo       make data, train, generate and report in runs/demo"
+	@echo "make test       run the tests but the slow ones; show the 20 slowest"
+	@echo "make test-slow  run the slow tests and show what they measure"
+	@echo "make lint       check the style"
+	@echo "make clean      remove build outputs; keep $(VENV) and runs"
 
 venv: $(STAMP)
 
-# torch first and by its exact version: left to the resolver, a build with CUDA of several GB may be taken.
+# torch first, at its exact version: the resolver might otherwise take a build with CUDA, which is several GB.
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
@@ -30,7 +30,7 @@ demo: $(STAMP)
 	XLA_FLAGS="$(XLA_CPU) $$XLA_FLAGS" $(BIN)/psa-jax demo --workdir=runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=20
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -s

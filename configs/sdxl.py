@@ -23,5 +23,5 @@ from . import common
 
 
 def get_config(arg: str = ""):
-    """See `common.adapter_config`."""
-    return common.adapter_config(arg, batch_size=128, optimizer="adafactor", accumulate=16)
+    """See `common.experiment_config`."""
+    return common.experiment_config(arg, batch_size=128, optimizer="adafactor", accumulate=16)

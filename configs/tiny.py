@@ -1,61 +1,37 @@
 """The embedded default: a real but tiny Stable Diffusion on SAGE-mini, and the personal adapter for it.
 
-psa-jax train --config=configs/tiny.py --workdir=runs/adapter      # the adapter; draws SAGE-mini first
+psa-jax train --config=configs/tiny.py --workdir=runs/adapter      # the adapter; renders SAGE-mini first
 psa-jax pretrain --config=configs/tiny.py --workdir=runs/tiny      # the shipped base model and oracle
 
-To expect of the adapter (`psa-jax demo`), on unseen users: suppression 90, retention 95, selectivity 85 percent.
+Expected of the adapter (`psa-jax demo`), on unseen users: suppression 90, retention 95, selectivity 85 percent.
 """
-
-import dataclasses
 
 import ml_collections
 
 from psa_jax.preference.objective import Objective
 
+from . import common
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """`:smoke` gives a few seconds of training, for tests."""
-    config = ml_collections.ConfigDict()
-    config.seed = 0
+    """Default, or `:smoke`: a few seconds of training, for tests."""
+    # β: the errors of a pair's images differ by at most 0.1. At β = 60 the loss still has a slope when a third of that
+    # is learned; at 200 it has none. The SFT term is strong, so that the winner is learned and the loser is not only
+    # unlearned. Timesteps come from the middle of the schedule, where the prompt changes the prediction most. There is
+    # no dropout: with `unconditional="off"` the adapter never sees the empty prompt or the zero user.
+    config = common.base_config(Objective(beta=60.0, sft_weight=36.0, timestep_low=0.2, timestep_high=0.8))
     config.model = "tiny"
-    config.variant = config.vae = config.tokenizer = config.model_config = ""
     config.steps = 540
     config.batch_size = 16
-    config.log_every = 10
     config.checkpoint_every = 180
     config.keep_checkpoints = 2
-    config.keep_best = 1  # of the checkpoints at whose step held-out accuracy was measured, too
-    config.validate = dict(every=0, rows=64, batch_size=16)  # 0: never; a multiple of checkpoint_every is best
-    config.alarm_window = 100
-    config.hang_timeout = 600.0  # seconds without a step; 0 waits for ever
-    config.wandb = False
-    config.sample_every = 0
-    config.mesh = dict(data=1, fsdp=1, frozen="replicated")
-    config.accumulate, config.remat, config.dtype = 1, "none", "float32"
-    config.adapter = dict(kind="text", tokens=8, qk_dim=ml_collections.config_dict.placeholder(int))
-    # β: the pictures of a pair differ by 0.1 in error at most, and at β = 60 the loss still asks for more when a third
-    # of that is learnt; at 200 it no longer does. The SFT term is strong so that the winner is learnt, and not only the
-    # loser unlearnt. Where a prompt says most about the picture a pair teaches most: the middle of the schedule.
-    # No dropout: with `unconditional="off"` the adapter never sees the empty prompt or the zero user.
-    config.objective = dataclasses.asdict(
-        Objective(beta=60.0, sft_weight=36.0, timestep_low=0.2, timestep_high=0.8)  # loss="sigmoid"
-    )
-    # draws > 0: so many (noise, timestep) draws for each pair, whose reference errors are found once and kept in folder
-    # (default: in the workdir), which runs may share; a step then runs no reference
-    config.reference = dict(draws=0, seed=0, folder="")
-    config.optimizer = dict(
-        name="adamw",
-        learning_rate=3e-3,
-        warmup_steps=20,
-        schedule="cosine",
-        decay_share=0.6,
-        b2=0.99,
-        weight_decay=1e-2,
-        decayed="all",
-        clip_norm=1.0,
-        ema=0.0,
-    )
-    config.data = dict(shards="", table="", balance="users", safe_share=0.3, mini=dict(users=100, seed=1))
+    config.validate = dict(every=0, rows=64, batch_size=16)
+    config.hang_timeout = 600.0
+    config.mesh.data = 1
+    config.remat, config.dtype = "none", "float32"
+    config.adapter.tokens = 8
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=20, decay_share=0.6, b2=0.99, decayed="all")
+    config.data.mini.update(users=100, seed=1)
     config.evaluate = dict(
         per_rate=dict(unseen=100, seen=18), steps=12, guidance=4.0, unconditional="off", batch_size=54
     )

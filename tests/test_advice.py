@@ -21,11 +21,9 @@ SAID_BY = {
     "bench_step": ["bench"],
     "bench_torch": ["bench"],
     "turns": ["bench"],
-    "draw": ["population", "mini"],
     "mini_data": ["demo", "train"],
     "prompts": ["generate"],
-    "transfer": ["export", "import"],
-    "generate": ["generate", "export"],  # export asks for a user in the same way
+    "import_": ["import"],
 }
 """File in tools/ -> the commands that it is of, where it is not named as its command."""
 NO_ADVICE = {"--version", "--no-deps"}  # of psa-jax itself, and of pip
@@ -66,7 +64,7 @@ GROUPS = {key for key in KEYS if any(other.startswith(f"{key}.") for other in KE
 TEXTS = [
     (path.relative_to(PACKAGE).as_posix(), line, text)
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name != "arguments.py"
+    if path.name not in ("arguments.py", "renamed.py")  # flags; names that are gone
     for line, text in texts(path)
 ]
 

@@ -1,5 +1,6 @@
 """The command line: help without heavy imports, exit codes, one-line errors, config files."""
 
+import ast
 import json
 import os
 import re
@@ -8,12 +9,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import psa_jax
-from psa_jax import cli
-from psa_jax.errors import PSAError
+from psa_jax import cli, leaving
+from psa_jax.errors import PeerLost, PSAError, Stopped
+from psa_jax.renamed import UNTIL, print_notice
 from psa_jax.tools import arguments
 from psa_jax.tools.configs import load_config, read_config, shipped
 
@@ -38,7 +41,8 @@ def population_into(stdout: int, folder: Path) -> subprocess.CompletedProcess:
 
 def run_with(monkeypatch: pytest.MonkeyPatch, run, *words: str, add_arguments=lambda parser: None) -> int:
     """Runs a command `probe` that exists for this test only."""
-    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("test the command line", add_arguments, run))
+    monkeypatch.setitem(sys.modules, "psa_jax.tools.probe", SimpleNamespace(run=run))
+    monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("test the command line", add_arguments, "probe"))
     return cli.main(["probe", *words])
 
 
@@ -139,6 +143,55 @@ def test_wrong_usage_exits_2_with_usage(words: list[str], tmp_path: Path) -> Non
 
 
 # --- commands that are there
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_command_is_run_by_the_module_of_its_name(name: str) -> None:
+    module = cli.COMMANDS[name].module
+    assert module.removesuffix("_") == name
+    tree = ast.parse((ROOT / "psa_jax" / "tools" / f"{module}.py").read_text())
+    (run,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run"]
+    assert [argument.arg for argument in run.args.args] == ["args"]
+
+
+def test_an_old_name_of_a_command_works_and_is_noticed(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(cli.OLD_COMMANDS, "old-probe", "probe")
+    print_notice.cache_clear()
+    seen = []
+    assert run_with(monkeypatch, seen.append) == 0
+    assert capsys.readouterr().err == ""
+    assert cli.main(["old-probe", "--debug"]) == 0
+    assert seen[1].debug
+    line = f"psa-jax: psa-jax old-probe is now called psa-jax probe; the old name works until psa_jax {UNTIL}\n"
+    assert capsys.readouterr().err == line
+
+
+def test_every_old_command_has_a_new_one() -> None:
+    assert set(cli.OLD_COMMANDS.values()) <= set(cli.COMMANDS)
+    assert not set(cli.OLD_COMMANDS) & set(cli.COMMANDS)
+
+
+def test_who_joins_a_group_leaves_it_on_failure(monkeypatch) -> None:
+    monkeypatch.setattr(leaving, "_registered", [])
+    left = []
+
+    def leave(code, error=None, refused=False) -> None:
+        left.append((code, str(error), refused))
+
+    def fail(error: BaseException):
+        def run(args) -> None:
+            leaving.on_failure(leave)
+            raise error
+
+        return run
+
+    assert run_with(monkeypatch, fail(PSAError("no"))) == 1
+    assert run_with(monkeypatch, fail(Stopped("signal"))) == 75
+    assert run_with(monkeypatch, fail(PeerLost("gone"))) == 75
+    assert run_with(monkeypatch, fail(KeyboardInterrupt())) == 130
+    with pytest.raises(ZeroDivisionError):
+        run_with(monkeypatch, fail(ZeroDivisionError("bug")))
+    assert left == [(1, "None", True), (75, "None", False), (130, "None", False), (1, "bug", False)]
 
 
 def test_population_writes_users_and_a_last_line_for_programs(tmp_path: Path) -> None:

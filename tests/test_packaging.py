@@ -14,13 +14,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "psa_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "tools"]
+ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "mini", "tools"]
 """A folder imports from itself and from those before it."""
 
 SIDES = {"torch": ["torch", "profiles", "interop.adapter_file", "models.adapter_config", "models.config"]}
 """The torch runtime imports no JAX, so only what needs none; nothing imports it."""
 
-EVERYBODYS = ["errors", "rules", "seeds", "paths", "files", "json_input", "tensor_file", "progress", "renamed"]
+EVERYBODYS = [
+    "errors",
+    "rules",
+    "seeds",
+    "paths",
+    "files",
+    "json_input",
+    "tensor_file",
+    "progress",
+    "renamed",
+    "leaving",
+]  # imported by every folder
 
 DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""
@@ -128,13 +139,17 @@ def test_pyproject_configures_tools_only() -> None:
     assert set(tomllib.loads((ROOT / "pyproject.toml").read_text())) == {"build-system", "tool"}
 
 
-def test_the_pipeline_runs_make_test() -> None:
+def test_the_pipeline_runs_make_lint_and_make_test() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line.removeprefix("exec ") for line in commands if "make" in line] == ["make lint", "make test"]
     # This test may itself be run by make, whose settings would travel on.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    command = ["make", "--dry-run", "--no-print-directory", "test"]
+    command = ["make", "--dry-run", "--no-print-directory", "lint", "test"]
     planned = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
-    assert planned.splitlines()[-1].startswith('.venv/bin/python -m pytest -m "not slow"')
+    *_, check, style, tests = planned.splitlines()
+    assert (check, style) == (".venv/bin/ruff check .", ".venv/bin/ruff format --check .")
+    assert tests.startswith('.venv/bin/python -m pytest -m "not slow"') and tests.endswith("--durations=20")
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:

@@ -18,12 +18,11 @@ from psa_jax.diffusion.scheduler_config import sampler_from_config
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter import Adapter
+from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.models.attention import Attend, ComputeOptions
 from psa_jax.models.fused_attention import devices_of, fused_attention
 from psa_jax.models.unet import AddedConditions
 from psa_jax.seeds import PICTURE_BITS, check_seed, seed_words
-
-UNCONDITIONAL = ("off", "zeros", "same")
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class Generator:
       guidance: classifier-free guidance w in ε_∅ + w·(ε − ε_∅); 1 or less leaves the unconditional side out, as
         diffusers does (the turbo models want 0).
       rescale: φ of guidance rescale (`samplers.guide`).
-      sampler: a name of `scheduler_config.SAMPLERS`; None for the folder's own.
+      sampler: a name of `sampler_registry.SAMPLERS`; None for the folder's own.
       eta: DDIM's η.
       karras: Karras' noise levels; None for what the folder says.
       unconditional: what the adapter does on the ε_∅ side: "off", "zeros" (user embedding zeros), "same" (the user).

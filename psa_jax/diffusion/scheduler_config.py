@@ -1,6 +1,6 @@
-"""From a folder's scheduler config to a sampler: a key is honoured, refused by name, or not the sampler's.
+"""The sampler of a folder's scheduler config. Each key is applied, refused by name, or ignored as diffusers ignores it.
 
-What a class of diffusers does not read it ignores, and so it is here.
+`psa_jax.diffusion.sampler_registry` lists the samplers and their keys.
 """
 
 import inspect
@@ -8,56 +8,26 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from psa_jax.diffusion import sampler_tables
+from psa_jax.diffusion.predictions import prediction_of
+from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras
 from psa_jax.diffusion.samplers import Sampler
-from psa_jax.diffusion.schedule import NoiseSchedule, read_keys
+from psa_jax.diffusion.schedule import DEFAULTS, NoiseSchedule, read_keys
 from psa_jax.diffusion.timesteps import FINAL_SIGMAS, SPACINGS
 from psa_jax.errors import PSAError
 
-# Name -> (class in diffusers, table).
-SAMPLERS: dict[str, tuple[str, Callable[..., Sampler]]] = {
-    "ddim": ("DDIMScheduler", sampler_tables.ddim),
-    "euler": ("EulerDiscreteScheduler", sampler_tables.euler),
-    "euler-ancestral": ("EulerAncestralDiscreteScheduler", sampler_tables.euler_ancestral),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", sampler_tables.dpmsolver),
-    "unipc": ("UniPCMultistepScheduler", sampler_tables.unipc),
-    "pndm": ("PNDMScheduler", sampler_tables.pndm),
-}
-
-# Keys that a class of diffusers reads and that have one supported value, with diffusers' defaults.
-FIXED = {"dpmsolver++": {"algorithm_type": "dpmsolver++"}}
-
-# What a key may be set to where the sampler in use reads it; anything else is refused.
+# Name of DDIM's setting that no file holds.
+_ETA = "eta"
+# Supported values of keys that several samplers read.
 SUPPORTED = {
     "timestep_spacing": SPACINGS,
     "final_sigmas_type": FINAL_SIGMAS,
     "solver_order": (1, 2, 3),
     "algorithm_type": ("dpmsolver++",),
 }
-SOLVER_TYPES = {"dpmsolver++": ("midpoint", "heun"), "unipc": ("bh1", "bh2")}
-# The same for keys that a class of diffusers reads and no sampler here: what they switch on is not implemented.
-_OFF, _NONE = (False, None), (None,)
-_SPACED = {"use_exponential_sigmas": _OFF, "use_beta_sigmas": _OFF}
-_LIMITS = {"sigma_min": _NONE, "sigma_max": _NONE}
-_FLOW = {"use_flow_sigmas": _OFF, "use_dynamic_shifting": _OFF}
-_CLIPPED = {"thresholding": _OFF}
-NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
-    "ddim": _CLIPPED,
-    "euler": _SPACED | _LIMITS | {"interpolation_type": ("linear",), "timestep_type": ("discrete",)},
-    "euler-ancestral": {},
-    "dpmsolver++": _CLIPPED
-    | _SPACED
-    | _FLOW
-    | {
-        "use_lu_lambdas": _OFF,
-        "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    },
-    "unipc": _CLIPPED | _SPACED | _LIMITS | _FLOW | {"solver_p": _NONE, "shift_terminal": _NONE},
-    "pndm": {},
-}
-# They qualify what is refused above, so they mean nothing here.
+# Keys that only qualify an option refused in the registry.
 INERT = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type")
 
-# Settings of one solver that another takes for its own, by the class that reads them: key -> value -> what it takes.
+# Values of another solver's keys that a class of diffusers replaces by its own: class -> key -> value -> replacement.
 _SAME_SOLVER = {"algorithm_type": {"deis": "dpmsolver++"}}
 _MIDPOINT = {"solver_type": dict.fromkeys(("bh1", "bh2", "logrho"), "midpoint")}
 TAKEN_FOR: dict[str, dict[str, dict[str, str]]] = {
@@ -71,54 +41,61 @@ TAKEN_FOR: dict[str, dict[str, dict[str, str]]] = {
 }
 
 
-def _keys(name: str) -> dict[str, Any]:
-    """The keys that a sampler reads besides those of the noise, with diffusers' defaults."""
-    parameters = inspect.signature(SAMPLERS[name][1]).parameters.values()
-    keys = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "eta"}
-    return keys | FIXED.get(name, {})
+def sampler_keys(name: str) -> dict[str, Any]:
+    """Keys of diffusers' config that a sampler reads besides those of the noise schedule, with diffusers' defaults."""
+    parameters = inspect.signature(_table(name)).parameters.values()
+    keys = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != _ETA}
+    return keys | dict(SAMPLERS[name].fixed)
+
+
+def _table(name: str) -> Callable[..., Sampler]:
+    return getattr(sampler_tables, SAMPLERS[name].table)
 
 
 def sampler_name(config: Mapping[str, Any], where: str = "scheduler_config.json") -> str:
-    """The sampler that a folder's config asks for."""
+    """Name of the sampler that stands for the scheduler class in a folder's config.
+
+    Args:
+      config: content of `scheduler_config.json`.
+      where: names the config in errors.
+
+    Raises:
+      PSAError: an unsupported class; the message lists the samplers that can take its place.
+    """
     wanted = config.get("_class_name")
-    for name, (scheduler, _) in SAMPLERS.items():
-        if wanted == scheduler:
+    for name, entry in SAMPLERS.items():
+        if wanted == entry.scheduler:
             return name
-    raise PSAError(f"{where}: the scheduler {wanted!r} is not supported; {_way_out(config, where)}")
+    raise PSAError(f"{where}: the scheduler {wanted!r} is not supported; {_advice(config, where)}")
 
 
-def _way_out(config: Mapping[str, Any], where: str) -> str:
+def _advice(config: Mapping[str, Any], where: str) -> str:
+    """The samplers of the table that work with a folder's config, as advice at the end of an error."""
     given = {name: _config_for(config, name) for name in SAMPLERS}
-    able = [name for name in SAMPLERS if not _refusal(given[name], name, where) and _ends(given[name], name, where)]
+    able = [n for n in SAMPLERS if not _refusal(given[n], n, where) and _is_finite(given[n], n, where)]
     return f"choose a sampler: {', '.join(able)}" if able else "no sampler can take its place"
 
 
-def _ends(config: Mapping[str, Any], name: str, where: str) -> bool:
-    """Whether a sampler has weights with these settings, whatever the steps: see `sampler_tables`."""
-    values = read_keys(config, _keys(name), where)
-    if name == "ddim":
-        no_signal = config.get("rescale_betas_zero_snr") and values["timestep_spacing"] != "leading"
-        return not no_signal or config.get("prediction_type", "epsilon") != "epsilon"
-    if name == "unipc" and values["final_sigmas_type"] == "zero":
-        return values["solver_type"] == "bh2" and values["predict_x0"] and values["lower_order_final"]
-    return name != "unipc" or values["solver_order"] < 3 or values["lower_order_final"]
+def _is_finite(config: Mapping[str, Any], name: str, where: str) -> bool:
+    prediction = prediction_of(config.get("prediction_type", DEFAULTS["prediction_type"]), where)
+    schedule = {
+        "rescale_betas_zero_snr": config.get("rescale_betas_zero_snr"),
+        "needs_signal": prediction.needs_signal,
+    }
+    return SAMPLERS[name].is_finite(read_keys(config, sampler_keys(name), where) | schedule)
 
 
 def _config_for(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What diffusers' class `name` makes of a folder's config: `from_config` of that of the folder's own scheduler."""
-    own, scheduler = config.get("_class_name"), SAMPLERS[name][0]
+    """A folder's config as `from_config` of the sampler's class in diffusers reads it."""
+    own, entry = config.get("_class_name"), SAMPLERS[name]
     values = dict(config)
-    if own != scheduler:
-        # diffusers lists here what the folder does not say: its own class's defaults, or its pipeline's corrections.
+    if own != entry.scheduler:
+        # diffusers lists here the keys that no file holds: defaults of its own class, or a pipeline's corrections.
         for key in config.get("_use_default_values", ()):
             values.pop(key, None)
         values = _taken(values, own)
-    values = _taken(values, scheduler)
-    if name == "pndm":
-        values["rescale_betas_zero_snr"] = False  # diffusers' class does not know it
-        if own != scheduler:  # asked for by name it is PLMS, as every Stable Diffusion uses it
-            values = {"skip_prk_steps": True} | values
-    return values
+    values = _taken(values, entry.scheduler) | dict(entry.ignored)
+    return values if own == entry.scheduler else dict(entry.replacing) | values
 
 
 def _taken(values: dict[str, Any], scheduler: Any) -> dict[str, Any]:
@@ -130,23 +107,23 @@ def _taken(values: dict[str, Any], scheduler: Any) -> dict[str, Any]:
 
 
 def _refusal(config: Mapping[str, Any], name: str, where: str) -> str | None:
-    """The first thing that a config (of `_config_for`) asks of a sampler and that is not done."""
+    """The first setting of a config (as `_config_for` gives it) that a sampler does not support, as an error's text."""
     return next(_refusals(config, name, where), None)
 
 
 def _refusals(config: Mapping[str, Any], name: str, where: str) -> Iterator[str]:
-    values = read_keys(config, _keys(name), where)
+    entry, values = SAMPLERS[name], read_keys(config, sampler_keys(name), where)
     read = {key: (values[key], allowed) for key, allowed in SUPPORTED.items() if key in values}
-    if name in SOLVER_TYPES:
-        read["solver_type"] = values["solver_type"], SOLVER_TYPES[name]
-    other = {key: (config[key], allowed) for key, allowed in NEUTRAL[name].items() if key in config}
+    if entry.solver_types:
+        read["solver_type"] = values["solver_type"], entry.solver_types
+    other = {key: (config[key], allowed) for key, allowed in entry.neutral.items() if key in config}
     for key, (value, allowed) in (read | other).items():
         if value not in allowed:
             yield f"{where}: {key} {value!r} is not supported by {name} (only {', '.join(map(str, allowed))})"
     if not all(type(step) is int for step in values.get("disable_corrector", ())):
         yield f"{where}: disable_corrector must be a list of steps, not {config['disable_corrector']!r}"
-    if config.get("prediction_type") == "sample" and name in ("euler-ancestral", "pndm"):
-        yield f"{where}: prediction_type 'sample' is not supported by {name}"
+    if (prediction := config.get("prediction_type")) in entry.refused_predictions:
+        yield f"{where}: prediction_type {prediction!r} is not supported by {name}"
 
 
 def sampler_from_config(
@@ -168,23 +145,25 @@ def sampler_from_config(
       eta: DDIM's η.
       karras: Karras' noise levels; None for what the config says.
       where: names the config in errors.
+
+    Raises:
+      PSAError: an unknown sampler, an unsupported scheduler class or key, or steps, η or Karras' levels that the
+        sampler cannot use. The message lists the samplers that work with the config.
     """
     if name is not None and name not in SAMPLERS:
         raise PSAError(f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     name = sampler_name(config, where) if name is None else name
     folder, config = config, _config_for(config, name)
     if refusal := _refusal(config, name, where):
-        raise PSAError(f"{refusal}; {_way_out(folder, where)}")
-    values, schedule = read_keys(config, _keys(name), where), NoiseSchedule.from_config(config, where)
-    if karras and "use_karras_sigmas" not in values:
-        able = ", ".join(other for other in SAMPLERS if "use_karras_sigmas" in _keys(other))
-        raise PSAError(f"Karras' noise levels are not supported by {name}; use one of {able}")
-    if karras is not None and "use_karras_sigmas" in values:
+        raise PSAError(f"{refusal}; {_advice(folder, where)}")
+    entry, table = SAMPLERS[name], _table(name)
+    values, schedule = read_keys(config, sampler_keys(name), where), NoiseSchedule.from_config(config, where)
+    if karras and not entry.karras:
+        raise PSAError(f"Karras' noise levels are not supported by {name}; use one of {', '.join(with_karras())}")
+    if karras is not None and entry.karras:
         values["use_karras_sigmas"] = karras
-    if name == "ddim":
-        values["eta"] = eta
+    if _ETA in inspect.signature(table).parameters:
+        values[_ETA] = eta
     elif eta:
         raise PSAError(f"eta is DDIM's; {name} does not use it")
-    return SAMPLERS[name][1](
-        schedule, steps, **{key: value for key, value in values.items() if key not in FIXED.get(name, {})}
-    )
+    return table(schedule, steps, **{key: value for key, value in values.items() if key not in entry.fixed})

@@ -7,6 +7,8 @@ from psa_jax.errors import PSAError
 from psa_jax.models.config import UNetConfig
 
 PROMPT_HEADS = 8
+UNCONDITIONAL = ("off", "zeros", "same")
+"""User embedding on the unconditional side of guidance: adapter off, zeros, or the same user as on the other side."""
 Layers = tuple[tuple[int, int], ...]
 """(width, heads) of every cross-attention, in diffusers' `attn_processors` order."""
 

@@ -1,9 +1,9 @@
 """`psa-jax demo`: the whole line on the embedded default: data → training → pictures → numbers → report."""
 
 import dataclasses
-import hashlib
 import json
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +24,15 @@ from psa_jax.interop.adapter_file import adapter_hash
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
-from psa_jax.json_input import read_json
+from psa_jax.mini.recorded import (
+    COMPARED,
+    pack_place,
+    read_recording,
+    recipe_of,
+    recorded_verdicts,
+    same_recipe,
+    write_recording,
+)
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.policy import banned_categories, is_banned
@@ -36,9 +44,6 @@ from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 
 SPLITS = {"unseen": "test_unseen", "seen": "test_seen"}
-COMPARED = ("user_blind", "published_t1")
-ASSETS = Path(__file__).parents[1] / "assets"
-RECORD, RECORDED = ASSETS / "record.json", ASSETS / "recorded.json"  # of the base model and oracle; of comparison runs
 COMMAND = "psa-jax demo --workdir=runs/demo"
 # Not every split has somebody without bans.
 _ADULT = UserProfile(None, 44, "middle-aged", "female", "None", "healthy", "healthy")
@@ -65,15 +70,21 @@ def constant_table(source: Path, path: Path) -> Path:
     return path
 
 
-def run(
+def run(args: Namespace) -> int:
+    """Runs the demo with the flags of the command."""
+    run_demo(args.config, args.workdir, compare=args.compare, record=args.record, all_ways=args.all_ways)
+    return 0
+
+
+def run_demo(
     config: ml_collections.ConfigDict,
     workdir: Path,
     *,
     compare: bool = False,
     record: Path | None = None,
     all_ways: bool = False,
-) -> int:
-    """Runs the demo.
+) -> None:
+    """Trains, generates, judges and reports; writes everything under `workdir`.
 
     Args:
       all_ways: judge the adapter with every unconditional side, since formats for other tools draw with another than
@@ -89,14 +100,14 @@ def run(
     validate(config, "demo", workdir)
     validate_devices(config)
     start, recipe = time.perf_counter(), recipe_of(config)
-    recorded = None if compare else read_recorded(RECORDED)
-    if recorded is not None and recorded["recipe"] != recipe:
+    recorded = None if compare else read_recording()
+    if recorded is not None and not same_recipe(recorded["recipe"], recipe):
         say(
-            "the recorded comparison runs are of another configuration: the base model alone is compared; use --compare"
+            "the recorded comparison runs are of another configuration: only the base model is compared; --compare "
+            "trains the comparison adapters"
         )
         recorded = None
-    whole = "129 to 396 s on two shared virtual cores" if recorded is not None and not all_ways else ""
-    stage("data, training, judging and a report", whole)
+    stage("data, training, judging and a report")
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --- data, training
@@ -124,7 +135,7 @@ def run(
         cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate[place], config.seed)
         stage(f"judging {place} users: {len(cases)} cases, drawn {1 + len(generators)} times; compiling comes first")
         verdicts = _judge_all(generators, oracle, cases, place)
-        made[place] = {"cases": _fingerprint(cases), **{name: _pack(verdicts[name]) for name in verdicts}}
+        made[place] = pack_place(cases, verdicts)
         if recorded is not None:
             verdicts |= recorded_verdicts(recorded[place], cases)
         report[place] = {name: rates(verdict, cases) for name, verdict in verdicts.items()}
@@ -134,16 +145,13 @@ def run(
     if recorded is not None:
         report["recorded"] = dict.fromkeys(COMPARED, recorded["command"])
     elif record is not None:
-        kept = {p: {"cases": made[p]["cases"], **{n: made[p][n] for n in COMPARED}} for p in SPLITS}
-        about = {"command": f"{COMMAND} --compare", "recipe": recipe}
-        record.write_text(json.dumps(about | kept, indent=1) + "\n", encoding="utf-8")
+        write_recording(record, recipe, made)
 
     # --- pictures, report
     stage("drawing the report's pictures")
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
     _finish(report, config, judged, grid, workdir, start)
-    return 0
 
 
 def _finish(
@@ -170,43 +178,6 @@ def _judge_all(
         users = table.lookup([case.user_id for case in cases])
         verdicts[name] = judge(oracle, draw_cases(generator, cases, users, name=f"{name}, {place} users"), cases)
     return verdicts
-
-
-# --- recorded runs: verdicts case by case, so that rates and wins are computed here and not quoted
-
-
-def recipe_of(config: ml_collections.ConfigDict) -> dict:
-    """What two runs must share to be compared, as JSON: configuration, embedded base model and oracle."""
-    whole = json.loads(config.to_json_best_effort())
-    names = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
-    recipe = {name: whole[name] for name in names} | BaseModel.from_config(config).extra_parts
-    del recipe["evaluate"]["batch_size"]  # a picture does not depend on the batch it was in
-    recipe["reference"] = {name: whole["reference"][name] for name in ("draws", "seed")}
-    return recipe | {"assets": json.loads(RECORD.read_text(encoding="utf-8"))["sha256"]}
-
-
-def _fingerprint(cases: Sequence[Case]) -> str:
-    return hashlib.sha256(repr([dataclasses.astuple(case) for case in cases]).encode()).hexdigest()
-
-
-def _pack(verdicts: Verdicts) -> dict[str, str]:
-    return {f.name: "".join("01"[int(v)] for v in getattr(verdicts, f.name)) for f in dataclasses.fields(verdicts)}
-
-
-def _unpack(bits: dict[str, str]) -> Verdicts:
-    return Verdicts(**{name: np.array([bit == "1" for bit in text]) for name, text in bits.items()})
-
-
-def read_recorded(path: Path) -> dict:
-    """The recorded verdicts of the comparison adapters."""
-    return read_json(path, hint=f"run {COMMAND} --compare")
-
-
-def recorded_verdicts(place: dict, cases: Sequence[Case]) -> dict[str, Verdicts]:
-    """Verdicts of the comparison adapters on these very cases; raises PSAError where they are of others."""
-    if place["cases"] != _fingerprint(cases):
-        raise PSAError(f"the recorded runs judged other cases than this configuration; run {COMMAND} --compare")
-    return {name: _unpack(place[name]) for name in COMPARED}
 
 
 # --- what people look at

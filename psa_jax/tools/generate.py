@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 from PIL import Image, PngImagePlugin
 
 import psa_jax
@@ -24,9 +23,7 @@ from psa_jax.interop.lora import lora_hash
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
-from psa_jax.profiles.encoders import ENCODERS, get_encoder
-from psa_jax.profiles.schema import UserProfile
-from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.profiles.user_embedding import user_embedding
 from psa_jax.progress import Progress, say, stage
 from psa_jax.seeds import PICTURE_BITS, check_seed
 from psa_jax.tools.prompts import read_prompts
@@ -47,7 +44,10 @@ def run(args: Namespace) -> int:
         )
     trained = None if args.adapter is None else find_adapter(args.adapter)
     # What can be wrong with the user is said before the weights are read.
-    user = None if trained is None else user_embedding(args, trained, read_metadata(trained))
+    user = None
+    if trained is not None:
+        about = read_metadata(trained)
+        user = user_embedding(trained, about, profile=args.profile, user=args.user, table=args.table)
     model = BaseModel.from_config(vars(args)).load(
         dtype=jnp.dtype(args.dtype), lora=args.lora, lora_scale=args.lora_scale
     )
@@ -174,47 +174,6 @@ def _is_whole(path: Path, picture: _Picture) -> bool:
     if any(about.get(name) != value for name, value in picture._asdict().items()):
         raise PSAError(f"{path}: is a picture of another prompt or seed; give another --out")
     return True
-
-
-def user_embedding(args: Namespace, adapter: Path, about: dict) -> Float[np.ndarray, "1 d"]:
-    """The embedding of `--user` from `--table`, or of `--profile` through the adapter's encoder.
-
-    Args:
-      adapter, about: the adapter's file and its metadata.
-    """
-    if bool(args.profile) == bool(args.user):
-        raise PSAError("an adapter needs a user: give either --profile JSON or --user ID with --table FILE")
-    table = None if args.table is None else EmbeddingTable.load(args.table)
-    trained = about.get("encoder_fingerprint")
-    if table is not None and trained not in (None, *table.fingerprints):
-        raise PSAError(
-            f"{args.table}: encoded by {table.encoder} ({table.fingerprint}), the adapter was trained with "
-            f"{about['encoder']} ({trained}); give the table of its training, or encode the users with that encoder"
-        )
-    if table is not None and about.get("standardised", table.mean is not None) != (table.mean is not None):
-        raise PSAError(f"{adapter}: only one of adapter and table is standardised; give the table of its training")
-    if args.user:
-        if table is None:
-            raise PSAError("--user needs --table FILE, the embeddings of known users")
-        return table.lookup([args.user])
-    if trained is None:
-        raise PSAError(f"{adapter}: does not say which encoder it was trained with; use --user with --table")
-    if about["encoder"] not in ENCODERS:
-        made = "psa-jax encode users.csv --encoder=qwen --model=DIR --out=FILE" if about["encoder"] == "qwen" else ""
-        raise PSAError(
-            f"{adapter}: trained with the encoder {about['encoder']!r}, which --profile cannot run; give --user ID "
-            f"with --table FILE, a table of that encoder{f' ({made})' if made else ''}"
-        )
-    encoder = get_encoder(about["encoder"])
-    if encoder.fingerprint != trained:
-        raise PSAError(
-            f"{adapter}: trained with another version of the encoder {about['encoder']!r} ({trained}); give --user ID "
-            "with --table FILE, the table that it was trained with"
-        )
-    if about.get("standardised") and table is None:
-        raise PSAError(f"{adapter}: trained on a standardised table; give it with --table to scale --profile alike")
-    raw = encoder.encode([UserProfile.from_json(args.profile)])
-    return raw if table is None else table.apply(raw)
 
 
 def _write_png(path: Path, picture: np.ndarray, about: dict) -> None:

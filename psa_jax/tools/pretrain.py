@@ -6,6 +6,7 @@ Phases, each kept in the working folder and skipped when it is there: vae → de
 import dataclasses
 import hashlib
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import jax
@@ -67,7 +68,13 @@ def make_tokenizer(captions: list[str], length: int):
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path) -> int:
+def run(args: Namespace) -> int:
+    """Runs the command with its flags."""
+    run_pretraining(args.config, args.workdir)
+    return 0
+
+
+def run_pretraining(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Runs all phases; prints a last line in JSON with the measured qualities and sizes."""
     validate(config, "pretrain", workdir)
     part, log = config.pretrain, json_log(workdir / "loss.jsonl")
@@ -87,7 +94,6 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> int:
     report["config"] = part.to_dict()
     (workdir / "record.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in report.items() if k not in ("sha256", "config")}))
-    return 0
 
 
 def _vae(part, workdir: Path, train: MiniSet, log) -> VAE:

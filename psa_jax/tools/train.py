@@ -11,9 +11,18 @@ from typing import Any
 import ml_collections
 
 from psa_jax.interop.base_model import BaseModel
+from psa_jax.leaving import on_failure
 from psa_jax.progress import say
 from psa_jax.tools.mini_data import prepare
-from psa_jax.training.distributed import connect, is_main_process, join, leader_first, lost_peers_named, require_joined
+from psa_jax.training.distributed import (
+    connect,
+    hard_exit,
+    is_main_process,
+    join,
+    leader_first,
+    lost_peers_named,
+    require_joined,
+)
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 
@@ -34,6 +43,7 @@ def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections
 
 def run(args: Namespace) -> int:
     """Trains; the last line names the adapter and the last metrics."""
+    on_failure(hard_exit)
     _hush_orbax()
     workdir = args.workdir
     validate(args.config, "train", workdir)

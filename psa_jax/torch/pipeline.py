@@ -26,6 +26,7 @@ from torch import Tensor
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE
+from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.models.config import model_family
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch.adapter import Context
@@ -33,7 +34,6 @@ from psa_jax.torch.files import adapter_file, load_adapter
 from psa_jax.torch.processors import AGAIN, NOBODY, cross_attentions, installed
 
 OLDEST_DIFFUSERS = (0, 35)
-UNCONDITIONAL = ("off", "zeros", "same")
 _EMBEDS = "prompt_embeds", "negative_prompt_embeds"
 _ENCODES = {*_EMBEDS, "num_images_per_prompt", "do_classifier_free_guidance"}
 """Parameters of the `encode_prompt` of Stable Diffusion's pipelines that say what the UNet will be given."""

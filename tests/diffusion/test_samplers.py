@@ -10,8 +10,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
 from torch_samplers import BETAS, SHAPE, assert_same, normal
 
+from psa_jax.diffusion.sampler_registry import SAMPLERS
 from psa_jax.diffusion.samplers import guide, sample, start, step, step_noise
-from psa_jax.diffusion.scheduler_config import SAMPLERS, sampler_from_config
+from psa_jax.diffusion.scheduler_config import sampler_from_config
 from psa_jax.errors import PSAError
 
 # diffusers turns tensors into arrays in an old way.
@@ -137,8 +138,8 @@ def test_call_by_call(monkeypatch, case, steps):
     name, change, eta = CASES[case]
     if steps < LEAST.get(case, 1):
         steps = LEAST[case] + steps
-    scheduler = getattr(diffusers, SAMPLERS[name][0])(**BETAS | change)
-    sampler = sampler_from_config(BETAS | change | {"_class_name": SAMPLERS[name][0]}, steps, eta=eta)
+    scheduler = getattr(diffusers, SAMPLERS[name].scheduler)(**BETAS | change)
+    sampler = sampler_from_config(BETAS | change | {"_class_name": SAMPLERS[name].scheduler}, steps, eta=eta)
     assert_same(monkeypatch, sampler, scheduler, steps, eta)
 
 
@@ -146,7 +147,7 @@ def test_call_by_call(monkeypatch, case, steps):
 @pytest.mark.parametrize("steps", STEPS)
 def test_euler_sigmas(case, steps):
     name, change, _ = CASES[case]
-    scheduler = getattr(diffusers, SAMPLERS[name][0])(**BETAS | change)
+    scheduler = getattr(diffusers, SAMPLERS[name].scheduler)(**BETAS | change)
     scheduler.set_timesteps(steps)
     scale = sampler_from_config(BETAS | change, steps, name).rows.input_scale.astype(float)
     np.testing.assert_allclose(np.sqrt(1 / scale**2 - 1), scheduler.sigmas[:-1].numpy(), rtol=2e-5)
@@ -177,7 +178,7 @@ def test_the_loop_with_a_model(monkeypatch, case):
     calls = iter(torch.from_numpy(np.array(array)) for array in fresh)
     monkeypatch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", lambda *_, **__: next(calls))
 
-    scheduler = getattr(diffusers, SAMPLERS[name][0])(**BETAS | change)
+    scheduler = getattr(diffusers, SAMPLERS[name].scheduler)(**BETAS | change)
     scheduler.set_timesteps(4)
     latents = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:

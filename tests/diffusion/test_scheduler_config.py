@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch_samplers import BETAS, assert_same
 
+from psa_jax.diffusion import sampler_tables
+from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras
 from psa_jax.diffusion.schedule import DEFAULTS
-from psa_jax.diffusion.scheduler_config import INERT, NEUTRAL, SAMPLERS, _keys, sampler_from_config
+from psa_jax.diffusion.scheduler_config import INERT, sampler_from_config, sampler_keys
 from psa_jax.errors import PSAError
 
 # diffusers turns tensors into arrays in an old way.
@@ -57,7 +59,7 @@ ZERO_SNR_NOISE = BETAS | {"rescale_betas_zero_snr": True, "timestep_spacing": "t
 @pytest.mark.parametrize("family", RELEASED)
 def test_released_folders_with_every_sampler(monkeypatch, family, name):
     config = RELEASED[family]
-    scheduler = getattr(diffusers, SAMPLERS[name][0]).from_config(config)
+    scheduler = getattr(diffusers, SAMPLERS[name].scheduler).from_config(config)
     assert_same(monkeypatch, sampler_from_config(config, 4, name), scheduler, 4)
 
 
@@ -73,7 +75,7 @@ def test_released_folders(monkeypatch, family, steps):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_karras_by_option(monkeypatch, name, wanted):
     config = SDXL | {"use_karras_sigmas": not wanted}
-    scheduler = getattr(diffusers, SAMPLERS[name][0]).from_config(config, use_karras_sigmas=wanted)
+    scheduler = getattr(diffusers, SAMPLERS[name].scheduler).from_config(config, use_karras_sigmas=wanted)
     assert_same(monkeypatch, sampler_from_config(config, 5, name, karras=wanted), scheduler, 5)
 
 
@@ -147,18 +149,18 @@ def test_what_is_not_done_is_refused_by_name(config, name, named):
     ],
 )
 def test_keys_that_a_class_of_diffusers_does_not_read_are_no_error(monkeypatch, config, name):
-    config = config | {"_class_name": SAMPLERS[name][0]}
-    scheduler = getattr(diffusers, SAMPLERS[name][0]).from_config(config)
+    config = config | {"_class_name": SAMPLERS[name].scheduler}
+    scheduler = getattr(diffusers, SAMPLERS[name].scheduler).from_config(config)
     assert_same(monkeypatch, sampler_from_config(config, 4), scheduler, 4)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_key_that_a_class_of_diffusers_reads_is_known(name):
-    theirs = inspect.signature(getattr(diffusers, SAMPLERS[name][0]).__init__).parameters.keys() - {"self"}
-    known = {*DEFAULTS, *_keys(name), *NEUTRAL[name], *INERT, "trained_betas"}
+    theirs = inspect.signature(getattr(diffusers, SAMPLERS[name].scheduler).__init__).parameters.keys() - {"self"}
+    known = {*DEFAULTS, *sampler_keys(name), *SAMPLERS[name].neutral, *INERT, "trained_betas"}
     assert theirs <= known
     # And what is left out there is left out here.
-    assert {*_keys(name), *NEUTRAL[name]} - {"beta_schedule"} <= theirs
+    assert {*sampler_keys(name), *SAMPLERS[name].neutral} - {"beta_schedule"} <= theirs
 
 
 # Of schedulers that are only asked for their settings.
@@ -190,12 +192,12 @@ def own_schedulers():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_on_a_folder_of_every_scheduler(monkeypatch, tmp_path, name):
     """As `NewScheduler.from_config(scheduler.config)` makes it, or refused where it makes none or what is not done."""
-    target, loaded = getattr(diffusers, SAMPLERS[name][0]), 0
+    target, loaded = getattr(diffusers, SAMPLERS[name].scheduler), 0
     for own, settings in own_schedulers():
         getattr(diffusers, own)(**BETAS | settings).save_pretrained(tmp_path)
         config = json.loads((tmp_path / "scheduler_config.json").read_text())
         live = getattr(diffusers, own).from_pretrained(tmp_path).config
-        options = {"skip_prk_steps": True} if name == "pndm" and own != SAMPLERS[name][0] else {}
+        options = {"skip_prk_steps": True} if name == "pndm" and own != SAMPLERS[name].scheduler else {}
         if config.get("algorithm_type") in ("sde-dpmsolver++", "dpmsolver") and name == "dpmsolver++":
             with pytest.raises(PSAError, match="algorithm_type .* is not supported by dpmsolver"):
                 sampler_from_config(config, 5, name)
@@ -280,3 +282,12 @@ def test_too_few_steps_for_runge_kutta():
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(PSAError, match=message):
         sampler_from_config(SD15, 10, **options)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_registry_says_what_the_tables_read(name):
+    entry, keys = SAMPLERS[name], sampler_keys(name)
+    assert callable(getattr(sampler_tables, entry.table))
+    assert entry.karras == ("use_karras_sigmas" in keys) == (name in with_karras())
+    assert bool(entry.solver_types) == ("solver_type" in keys)
+    assert keys.keys().isdisjoint(entry.neutral)

@@ -1,15 +1,15 @@
 """Every flag of every command: a value that it does not take is one line, said before anything is read or written."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from psa_jax import cli
 from psa_jax.diffusion.generate import UNCONDITIONAL
-from psa_jax.diffusion.scheduler_config import SAMPLERS
-from psa_jax.tools import flags
+from psa_jax.diffusion.sampler_registry import SAMPLERS
+from psa_jax.profiles.encoders import ENCODERS
+from psa_jax.tools import arguments, export, flags
 
 TEXT = {"forget", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
 """What is neither a path nor a number."""
@@ -60,7 +60,7 @@ def run(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
     def main(command: str, *words: str) -> tuple[int, list[str]]:
-        monkeypatch.setitem(cli.COMMANDS, command, dataclasses.replace(cli.COMMANDS[command], run=lambda args: 0))
+        monkeypatch.setattr(cli.Command, "run", lambda self, args: 0)
         try:
             code = cli.main([command, *words])
         except SystemExit as leaving:
@@ -160,3 +160,12 @@ def test_what_is_taken_is_read_as_typed():
     for flag, table in (("unconditional", UNCONDITIONAL), ("sampler", SAMPLERS)):
         (found,) = [action for action in parser._actions if action.dest == flag]
         assert tuple(found.choices) == tuple(table)
+
+
+def test_the_formats_of_the_help_are_those_that_are_written():
+    assert list(arguments.FORMATS) == list(export.FORMATS)
+
+
+def test_the_encoders_of_the_help_are_those_that_exist():
+    (action,) = [action for action in cli._command_parser("encode")._actions if action.dest == "encoder"]
+    assert action.choices == [*ENCODERS, "qwen"]

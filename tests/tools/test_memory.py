@@ -23,14 +23,14 @@ def test_the_arguments_of_a_step(sd1, capsys):
     folder, theirs = sd1
     assert main(["memory", CONFIG, f"--config.model={folder}", "--config.batch_size=2", "--config.remat=full"]) == 0
     out, err = capsys.readouterr()
-    assert err.startswith("psa-jax: compiling the training step of 2 pairs for 8 cpu; no step is run (")
+    assert err.startswith("psa-jax: compiling the training step of 2 pairs for 8 cpu; no step is run\n")
     found = json.loads(out)
     frozen = sum(p.numel() for part in (theirs.unet, theirs.text_encoder) for p in part.parameters())
     unet = load_stable_diffusion(folder, abstract=MODELS).unet.config
-    adapter = AdapterConfig.for_unet(unet, user_dim=35, kind="text", tokens=8)
+    adapter = AdapterConfig.for_unet(unet, user_dim=33, kind="text", tokens=8)
     trained = sum(x.size for x in jax.tree.leaves(nnx.state(Adapter(adapter, rngs=nnx.Rngs(0)))))
     side = unet.sample_size
-    batch = 2 * (2 * side * side * 8 * 2 + 35 * 4 + 77 * 4 + 1 + 4) + 77 * 4  # moments in float16, user, tokens, parts
+    batch = 2 * (2 * side * side * 8 * 2 + 33 * 4 + 77 * 4 + 1 + 1) + 77 * 4  # moments in float16, user, tokens, flags
     expected = 4 * frozen + 3 * 4 * trained + batch + 1000 * 4  # AdamW has two moments; the schedule has 1,000 steps
     assert expected <= found["arguments_bytes"] <= expected + 1024  # counters and the key
     assert found["temporaries_bytes"] > 2 * 2 * side * side * 8 * 4

@@ -1,10 +1,9 @@
-"""psa-jax export and import as a user calls them."""
+"""psa-jax export as a user calls it, and what generate does with an export."""
 
 import dataclasses
 import json
 import os
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -13,48 +12,13 @@ from torch_adapters import random_adapter
 from torch_ldm import checkpoint
 
 from psa_jax.cli import main
-from psa_jax.interop.adapter_file import adapter_hash, read_metadata
-from psa_jax.interop.native import save_adapter, to_file
-from psa_jax.interop.single_file import CONFIGS
+from psa_jax.interop.adapter_file import read_metadata
+from psa_jax.interop.native import save_adapter
 from psa_jax.models.adapter_config import AdapterConfig
-from psa_jax.models.config import UNetConfig
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population, write_users_csv
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.tools import transfer
-
-SDXL = CONFIGS["StableDiffusionXLPipeline"]["unet"]
-
-
-@pytest.fixture(scope="module")
-def run_folder(small_pipeline, tmp_path_factory):
-    """A run's folder with an adapter of one token and a report, and a table."""
-    folder, model, encoder = tmp_path_factory.mktemp("run"), small_pipeline[1], get_encoder("features")
-    config = AdapterConfig.for_unet(model.unet.config, user_dim=encoder.dim, kind="published", tokens=1)
-    about = {
-        "base_model": model.base_hash,
-        "encoder": encoder.name,
-        "encoder_fingerprint": encoder.fingerprint,
-        "steps": 7,
-    }
-    save_adapter(random_adapter(config), folder / "psa_adapter.safetensors", about)
-    report = {
-        "unseen": {"psa": {"selectivity": 12.34, "n": 9}, "psa_zeros": {"selectivity": 45.67, "n": 9}},
-        "adapter": {"sha256": adapter_hash(to_file(random_adapter(config)), config)},
-        "sampling": {"unconditional": "off", "guidance": 4.0, "steps": 12},
-    }
-    (folder / "report.json").write_text(json.dumps(report))
-    EmbeddingTable.from_profiles(sample_population(3), encoder).save(folder / "table.safetensors")
-    return model.folder, folder
-
-
-def refused(capsys, *words: object) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
-
+from psa_jax.tools import export
 
 FORMATS = {
     "native": ["README.md", "psa_adapter.safetensors"],
@@ -64,7 +28,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_a_folder_with_a_card(run_folder, tmp_path, capsys, format_):
+def test_a_folder_with_a_card(run_folder, tmp_path, capsys, refused, format_):
     out = tmp_path / "out"
     assert main(["export", str(run_folder[1]), f"--format={format_}", f"--out={out}"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["format"] == format_
@@ -74,7 +38,7 @@ def test_a_folder_with_a_card(run_folder, tmp_path, capsys, format_):
     rates = {"native": ("| 12.3 |", "| 45.7 |"), "upstream": ("| 45.7 |", "| 12.3 |")}
     shown, hidden = rates.get(format_, rates["upstream"])
     assert shown in card and hidden not in card
-    assert "exists already" in refused(capsys, "export", run_folder[1], f"--format={format_}", f"--out={out}")
+    assert "exists already" in refused("export", run_folder[1], f"--format={format_}", f"--out={out}")
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -87,14 +51,14 @@ def test_a_file_with_a_card_beside_it_that_overwrites_nothing(run_folder, tmp_pa
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_no_card_is_replaced_and_a_refusal_leaves_nothing(run_folder, tmp_path, capsys, link):
+def test_no_card_is_replaced_and_a_refusal_leaves_nothing(run_folder, tmp_path, refused, link):
     (tmp_path / "README.md").write_text("mine")
     if link:
         (tmp_path / "e1.README.md").symlink_to(tmp_path / "nowhere")
     else:
         (tmp_path / "e1.README.md").write_text("mine, too")
     before = sorted(os.listdir(tmp_path))
-    error = refused(capsys, "export", run_folder[1], f"--out={tmp_path / 'e1.safetensors'}")
+    error = refused("export", run_folder[1], f"--out={tmp_path / 'e1.safetensors'}")
     assert "e1.README.md: exists already" in error and "give another --out, or move it away" in error
     assert sorted(os.listdir(tmp_path)) == before and not (tmp_path / "nowhere").exists()
     assert main(["export", str(run_folder[1]), f"--out={tmp_path / 'e2.safetensors'}"]) == 0  # the advice works
@@ -103,7 +67,7 @@ def test_no_card_is_replaced_and_a_refusal_leaves_nothing(run_folder, tmp_path, 
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002], ids=oct)
-@pytest.mark.parametrize("format_", list(transfer.FORMATS))
+@pytest.mark.parametrize("format_", list(export.FORMATS))
 def test_who_may_read_an_export(run_folder, tmp_path, format_, umask):
     """A model with one user in it is its owner's, all of it; what tells about nobody is whosever the umask lets."""
     model, folder = run_folder
@@ -124,7 +88,7 @@ def test_who_may_read_an_export(run_folder, tmp_path, format_, umask):
     assert {0o666 & ~hidden} == {mode for path, mode in found.items() if path.is_file()}
 
 
-def test_a_baked_folder_and_a_whole_one_open_in_diffusers(run_folder, tmp_path, capsys):
+def test_a_baked_folder_and_a_whole_one_open_in_diffusers(run_folder, tmp_path, refused):
     model, folder = run_folder
     baked, whole = tmp_path / "baked", tmp_path / "whole"
     words = ["export", folder, f"--model={model}"]
@@ -138,9 +102,9 @@ def test_a_baked_folder_and_a_whole_one_open_in_diffusers(run_folder, tmp_path, 
         expected = {name for name in base if name.endswith("attn2.to_out.0.bias")} if out is baked else set()
         assert changed == expected
     assert (whole / "psa_adapter.safetensors").read_bytes() == (folder / "psa_adapter.safetensors").read_bytes()
-    assert "needs a user" in refused(capsys, *words, "--format=baked", f"--out={tmp_path / 'x'}")
-    assert "needs --model" in refused(capsys, "export", folder, "--format=diffusers", f"--out={tmp_path / 'x'}")
-    other = refused(capsys, "export", folder, "--model=tiny", "--format=diffusers", f"--out={tmp_path / 'x'}")
+    assert "needs a user" in refused(*words, "--format=baked", f"--out={tmp_path / 'x'}")
+    assert "needs --model" in refused("export", folder, "--format=diffusers", f"--out={tmp_path / 'x'}")
+    other = refused("export", folder, "--model=tiny", "--format=diffusers", f"--out={tmp_path / 'x'}")
     assert "another base model" in other
     assert sorted(os.listdir(tmp_path)) == ["baked", "whole"]
 
@@ -153,120 +117,36 @@ def test_a_baked_folder_and_a_whole_one_open_in_diffusers(run_folder, tmp_path, 
         ("upstream", "prompt", 1, "cannot express kind 'prompt'"),
     ],
 )
-def test_what_a_format_cannot_express_is_said_and_nothing_is_left(tmp_path, capsys, format_, kind, tokens, says):
+def test_what_a_format_cannot_express_is_said_and_nothing_is_left(tmp_path, refused, format_, kind, tokens, says):
     path = tmp_path / "a.safetensors"
     save_adapter(random_adapter(AdapterConfig(kind, tokens, 7, 20, ((16, 2),))), path, {})
-    assert says in refused(capsys, "export", path, f"--format={format_}", f"--out={tmp_path / 'out'}")
+    assert says in refused("export", path, f"--format={format_}", f"--out={tmp_path / 'out'}")
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_an_export_of_what_is_not_finite(run_folder, tmp_path, capsys):
+def test_an_export_of_what_is_not_finite(run_folder, tmp_path, refused):
     tensors = safetensors.torch.load_file(run_folder[1] / "psa_adapter.safetensors")
     tensors["user_proj.norm.bias"][0] = float("nan")
     about = json.dumps({**read_metadata(run_folder[1] / "psa_adapter.safetensors"), "format": "psa_jax.adapter/1"})
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", {"psa": about})
     for format_ in FORMATS:
-        error = refused(capsys, "export", tmp_path / "a.safetensors", f"--format={format_}", f"--out={tmp_path / 'x'}")
+        error = refused("export", tmp_path / "a.safetensors", f"--format={format_}", f"--out={tmp_path / 'x'}")
         assert "user_proj.norm.bias has values that are not finite" in error
 
 
-def model_folder(folder, config: UNetConfig):
-    """A model's configuration alone."""
-    (folder / "unet").mkdir(parents=True)
-    values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
-    (folder / "unet" / "config.json").write_text(json.dumps(values))
-    return folder
-
-
-def upstream_state(config: UNetConfig, user_dim: int, dtype=torch.float32) -> dict[str, dict[str, torch.Tensor]]:
-    """Random weights under the torch original's names; modules' state dicts, as it saves them."""
-    cross = config.cross_attention_dim
-    layers = torch.nn.ModuleList(
-        torch.nn.ModuleDict(
-            {f"to_{p}_user": torch.nn.Sequential(torch.nn.Linear(cross, width, bias=False)) for p in "kv"}
-        )
-        for width, _ in config.cross_attentions
-    )
-    projection = torch.nn.ModuleDict({"proj": torch.nn.Linear(user_dim, cross), "norm": torch.nn.LayerNorm(cross)})
-    return {"psa_adapter": layers.to(dtype).state_dict(), "user_proj": projection.to(dtype).state_dict()}
-
-
-def round_trip(tmp_path, config: UNetConfig, parameters: int) -> None:
-    """.bin and safetensors of the original -> import -> export -> torch.load: the same bytes."""
-    state = upstream_state(config, 3584)
-    assert sum(tensor.numel() for group in state.values() for tensor in group.values()) == parameters
-    torch.save(state, tmp_path / "psa_adapter.bin")
-    flat = {f"{group}.{name}": tensor for group, tensors in state.items() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(flat, tmp_path / "upstream.safetensors")
-    model = model_folder(tmp_path / "model", config)
-    for name in ("psa_adapter.bin", "upstream.safetensors"):
-        native, out = tmp_path / f"{name}.native.safetensors", tmp_path / f"{name}.again.bin"
-        assert main(["import", str(tmp_path / name), f"--model={model}", f"--out={native}"]) == 0
-        assert main(["export", str(native), "--format=upstream", f"--out={out}"]) == 0
-        again = torch.load(out, weights_only=True, mmap=True)
-        assert {g: list(t) for g, t in again.items()} == {g: list(again[g]) for g in state}
-        for group, tensors in state.items():
-            assert set(again[group]) == set(tensors)
-            for key, tensor in tensors.items():
-                assert again[group][key].numpy().tobytes() == tensor.numpy().tobytes(), key
-        native.unlink()
-        out.unlink()
-
-
-def test_upstream_to_upstream_is_byte_equal_at_the_size_of_sd15(tmp_path):
-    round_trip(tmp_path, UNetConfig(), 21_924_096)
-
-
-@pytest.mark.slow
-def test_upstream_to_upstream_is_byte_equal_at_the_size_of_sdxl(tmp_path):
-    round_trip(tmp_path, SDXL, 348_133_376)
-
-
-def test_import_says_what_is_known_of_an_upstream_adapter(tmp_path):
-    config = UNetConfig(block_out_channels=(32,) * 4, norm_num_groups=8, cross_attention_dim=24)
-    torch.save(upstream_state(config, 7, torch.float16), tmp_path / "psa_adapter.bin")
-    model = model_folder(tmp_path / "model", config)
-    out = tmp_path / "a.safetensors"
-    assert main(["import", str(tmp_path / "psa_adapter.bin"), f"--model={model}", f"--out={out}"]) == 0
-    about = read_metadata(out)
-    assert about["layers"] == [[32, 8]] * 16
-    assert {k: about[k] for k in ("family", "kind", "tokens", "user_dim", "cross_dim")} == {
-        "family": "sd1", "kind": "published", "tokens": 1, "user_dim": 7, "cross_dim": 24,
-    }  # fmt: skip
-    assert {t.dtype for t in safetensors.torch.load_file(out).values()} == {torch.float32}
-
-
-def test_what_cannot_be_imported(run_folder, tmp_path, capsys):
-    config = UNetConfig(block_out_channels=(32,) * 4, norm_num_groups=8, cross_attention_dim=24)
-    torch.save(upstream_state(config, 7), tmp_path / "a.bin")
-    words = (f"--out={tmp_path / 'out.safetensors'}",)
-    assert "width of 32" in refused(capsys, "import", tmp_path / "a.bin", f"--model={run_folder[0]}", *words)
-    model = model_folder(tmp_path / "model", dataclasses.replace(config, layers_per_block=1))
-    assert "another base model" in refused(capsys, "import", tmp_path / "a.bin", f"--model={model}", *words)
-    state = upstream_state(config, 7)
-    state["psa_adapter"]["3.to_k_user.0.weight"][0, 0] = np.inf
-    torch.save(state, tmp_path / "b.bin")
-    model = model_folder(tmp_path / "right", config)
-    error = refused(capsys, "import", tmp_path / "b.bin", f"--model={model}", *words)
-    assert "psa_adapter.3.to_k_user.0.weight has values that are not finite" in error
-    (tmp_path / "c.bin").write_bytes((tmp_path / "b.bin").read_bytes()[:3000])
-    assert "not a whole file" in refused(capsys, "import", tmp_path / "c.bin", f"--model={model}", *words)
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-def test_a_report_is_of_the_adapter_that_is_exported(run_folder, tmp_path, capsys):
+def test_a_report_is_of_the_adapter_that_is_exported(run_folder, tmp_path, refused):
     report = json.loads((run_folder[1] / "report.json").read_text())
     tensors = safetensors.torch.load_file(run_folder[1] / "psa_adapter.safetensors")
     about = json.dumps({**read_metadata(run_folder[1] / "psa_adapter.safetensors"), "format": "psa_jax.adapter/1"})
     tensors["user_proj.norm.bias"][0] += 1e-6
     safetensors.torch.save_file(tensors, tmp_path / "other.safetensors", {"psa": about})
     words = (f"--report={run_folder[1] / 'report.json'}", f"--out={tmp_path / 'out'}")
-    error = refused(capsys, "export", tmp_path / "other.safetensors", *words)
+    error = refused("export", tmp_path / "other.safetensors", *words)
     assert "judged another adapter" in error and "leave --report out" in error
     del report["adapter"]["sha256"]
     (tmp_path / "old.json").write_text(json.dumps(report))
     words = (run_folder[1], f"--report={tmp_path / 'old.json'}", f"--out={tmp_path / 'out'}")
-    assert "does not say which adapter it judged" in refused(capsys, "export", *words)
+    assert "does not say which adapter it judged" in refused("export", *words)
     assert not (tmp_path / "out").exists()
     # The advice works, and what was exported and imported again is the same adapter.
     assert main(["export", str(tmp_path / "other.safetensors"), f"--out={tmp_path / 'out'}"]) == 0
@@ -311,18 +191,18 @@ def test_the_width_that_the_original_needs_is_said(run_folder, tmp_path, capsys)
         assert "its own width, 3584 numbers" in said and f"takes {dim}" in said
 
 
-def test_what_is_given_for_an_adapter(run_folder, tmp_path, capsys):
+def test_what_is_given_for_an_adapter(run_folder, tmp_path, refused):
     """Its folder; the folder above; an IP-Adapter."""
     model, folder = run_folder
     draw = ["generate", f"--model={model}", "--prompt=a cat", "--steps=1", f"--out={tmp_path / 'drawn'}"]
     user = [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
     assert main([*draw, f"--adapter={folder}", *user]) == 0
     os.symlink(folder, tmp_path / "run")
-    error = refused(capsys, *draw, f"--adapter={tmp_path}", *user)
+    error = refused(*draw, f"--adapter={tmp_path}", *user)
     assert f"give {tmp_path / 'run'}" in error
     assert main(["export", str(folder), "--format=ip-adapter", f"--out={tmp_path / 'ip'}"]) == 0
     ip = tmp_path / "ip" / "ip_adapter.safetensors"
-    error = refused(capsys, "import", ip, f"--model={model}", f"--out={tmp_path / 'x.safetensors'}")
+    error = refused("import", ip, f"--model={model}", f"--out={tmp_path / 'x.safetensors'}")
     assert "an IP-Adapter, which stock diffusers loads" in error and "version" not in error
 
 
@@ -330,7 +210,7 @@ FOLDERS = ["native", "diffusers", "upstream", "ip-adapter", "baked"]
 
 
 @pytest.mark.parametrize("format_", FOLDERS)
-def test_every_exported_folder_is_drawn_with_or_says_what_to_do(run_folder, tmp_path, capsys, format_):
+def test_every_exported_folder_is_drawn_with_or_says_what_to_do(run_folder, tmp_path, refused, format_):
     """`generate --adapter=FOLDER`; for a folder of another format, what the error tells to do ends in a picture."""
     model, folder = run_folder
     user = [f"--table={folder / 'table.safetensors'}", "--user=0000002"]
@@ -342,7 +222,7 @@ def test_every_exported_folder_is_drawn_with_or_says_what_to_do(run_folder, tmp_
     if format_ in ("native", "diffusers"):
         assert main([*draw, ours, theirs, *user]) == 0
         return
-    error = refused(capsys, *draw, ours, theirs, *user)
+    error = refused(*draw, ours, theirs, *user)
     if format_ == "upstream":
         command = f"psa-jax import {tmp_path / 'out' / 'psa_adapter.bin'} --model=DIR --out=FILE"
         assert command in error
@@ -356,35 +236,20 @@ def test_every_exported_folder_is_drawn_with_or_says_what_to_do(run_folder, tmp_
         assert main([*draw, f"--model={tmp_path / 'out'}"]) == 0
 
 
-def test_a_pickle_of_any_name_is_brought_in_as_the_error_says(run_folder, tmp_path, capsys):
-    model, folder = run_folder
-    assert main(["export", str(folder), "--format=upstream", f"--out={tmp_path / 'a.bin'}"]) == 0
-    for suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        pickle, made = (tmp_path / "a.bin").rename(tmp_path / f"a{suffix}"), tmp_path / f"made{suffix}.safetensors"
-        command = f"psa-jax import {pickle} --model=DIR --out=FILE"
-        assert command in refused(capsys, "export", pickle, f"--out={tmp_path / 'x'}")
-        assert main(command.replace("DIR", str(model)).replace("FILE", str(made)).split()[1:]) == 0
-        assert main(["export", str(made), f"--out={tmp_path / ('out' + suffix[1:])}"]) == 0
-        pickle.rename(tmp_path / "a.bin")
-    for words in (["export", folder], ["import", folder / "psa_adapter.safetensors", f"--model={model}"]):
-        assert "name it .safetensors" in refused(capsys, *words, f"--out={tmp_path / 'native.bin'}")
-    assert not (tmp_path / "native.bin").exists()
-
-
-def test_a_user_who_is_not_in_the_table_is_added_as_the_error_says(run_folder, tmp_path, capsys):
+def test_a_user_who_is_not_in_the_table_is_added_as_the_error_says(run_folder, tmp_path, refused):
     model, folder = run_folder
     (tmp_path / "table").write_bytes((folder / "table.safetensors").read_bytes())
     write_users_csv(tmp_path / "users.csv", sample_population(4)[3:])
     words = [f"--model={model}", "--prompt=a cat", "--steps=1", f"--adapter={folder}", f"--out={tmp_path / 'out'}"]
     words = ["generate", *words, f"--table={tmp_path / 'table'}", "--user=0000004"]
     command = "psa-jax encode USERS --add --out=TABLE"
-    assert command in refused(capsys, *words)
+    assert command in refused(*words)
     command = command.replace("USERS", str(tmp_path / "users.csv")).replace("TABLE", str(tmp_path / "table"))
     assert main(command.split()[1:]) == 0
     assert main(words) == 0
 
 
-def test_a_profile_for_an_adapter_of_another_encoder(run_folder, tmp_path, capsys):
+def test_a_profile_for_an_adapter_of_another_encoder(run_folder, tmp_path, refused):
     """What the error tells to give draws."""
     model, folder = run_folder
     table = EmbeddingTable.load(folder / "table.safetensors")
@@ -394,13 +259,13 @@ def test_a_profile_for_an_adapter_of_another_encoder(run_folder, tmp_path, capsy
     save_adapter(random_adapter(config), tmp_path / "psa_adapter.safetensors", about)
     words = ["generate", f"--model={model}", "--prompt=a cat", "--steps=1", f"--adapter={tmp_path}"]
     words.append(f"--out={tmp_path / 'out'}")
-    error = refused(capsys, *words, '--profile={"age": 9, "gender": "female"}')
+    error = refused(*words, '--profile={"age": 9, "gender": "female"}')
     assert "'qwen', which --profile cannot run; give --user ID with --table FILE" in error
     assert main([*words, "--user=0000002", f"--table={tmp_path / 'table.safetensors'}"]) == 0
 
 
 @pytest.mark.parametrize("standardised", [False, True])
-def test_a_table_of_another_scale_than_the_training_s(run_folder, tmp_path, capsys, standardised):
+def test_a_table_of_another_scale_than_the_training_s(run_folder, tmp_path, refused, standardised):
     """`generate` and a baked export refuse what `load_psa` refuses."""
     model, folder = run_folder
     about = read_metadata(folder / "psa_adapter.safetensors") | {"standardised": standardised}
@@ -416,31 +281,19 @@ def test_a_table_of_another_scale_than_the_training_s(run_folder, tmp_path, caps
     for who in ("--user=0000002", '--profile={"age": 9, "gender": "female"}'):
         for words in (draw, bake):
             out = f"--out={tmp_path / 'out'}"
-            assert message in refused(capsys, *words, who, f"--table={tables[not standardised]}", out)
+            assert message in refused(*words, who, f"--table={tables[not standardised]}", out)
     assert main([*draw, f"--table={tables[standardised]}", "--user=0000002", f"--out={tmp_path / 'drawn'}"]) == 0
 
 
-def test_what_is_no_adapter(run_folder, tmp_path, capsys):
-    model, folder = run_folder
-    out, table = f"--out={tmp_path / 'x.safetensors'}", folder / "table.safetensors"
-    for words in (["export", table], ["import", table, f"--model={model}"]):
-        assert "an embedding table and no adapter" in refused(capsys, *words, out)
-    error = refused(capsys, "import", folder, f"--model={model}", out)
-    assert f"a folder; give the file in it, such as {folder / 'psa_adapter.safetensors'}" in error
-    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    error = refused(capsys, "import", tmp_path / "a.safetensors", f"--model={model}", out)
-    assert "user_proj.proj.weight is missing, so it is no adapter of PSA" in error
-
-
-def test_an_id_without_its_zeros(run_folder, tmp_path, capsys):
+def test_an_id_without_its_zeros(run_folder, tmp_path, refused):
     model, folder = run_folder
     words = [f"--model={model}", "--prompt=a cat", "--steps=1", f"--adapter={folder}", f"--out={tmp_path / 'out'}"]
     words += [f"--table={folder / 'table.safetensors'}"]
-    assert refused(capsys, "generate", *words, "--user=2").endswith("give 0000002\n")
+    assert refused("generate", *words, "--user=2").endswith("give 0000002\n")
     assert main(["generate", *words, "--user=0000002"]) == 0
 
 
-def test_flags_that_another_format_has_are_not_taken_in_silence(run_folder, tmp_path, capsys):
+def test_flags_that_another_format_has_are_not_taken_in_silence(run_folder, tmp_path, refused):
     for words in (["--scale=0.5"], ["--user=0000002"], ['--profile={"age": 9}'], ["--table=x"]):
-        error = refused(capsys, "export", run_folder[1], *words, f"--out={tmp_path / 'out'}")
+        error = refused("export", run_folder[1], *words, f"--out={tmp_path / 'out'}")
         assert "are for --format=baked" in error

@@ -1,4 +1,4 @@
-"""`psa-jax export` and `psa-jax import`: adapter files out and in."""
+"""`psa-jax export`: an adapter in one of several formats, each with a model card. The last line on stdout is JSON."""
 
 import contextlib
 import dataclasses
@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from psa_jax.errors import PSAError
 from psa_jax.files import check_new, owner_only, replacing_folder, write
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
-    PICKLES,
     Tensors,
     adapter_hash,
     find_adapter,
@@ -31,13 +29,12 @@ from psa_jax.interop.diffusers import save_stable_diffusion
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
 from psa_jax.interop.model_card import model_card, upstream_limit
 from psa_jax.interop.native import load_adapter
-from psa_jax.interop.upstream import as_published, read_bin, write_bin
+from psa_jax.interop.upstream import as_published, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
-from psa_jax.models.config import model_family
+from psa_jax.profiles.user_embedding import user_embedding
 from psa_jax.progress import say
 from psa_jax.tensor_file import save_tensors
-from psa_jax.tools.generate import user_embedding
 
 SPLITS = ("unseen", "seen")
 
@@ -52,7 +49,7 @@ class Source:
     tensors: Tensors
 
 
-def export(args: Namespace) -> int:
+def run(args: Namespace) -> int:
     """Writes the adapter of a run's folder, or of a native file, in another format, with a model card beside it."""
     check_new(args.out, "give another --out")
     if args.format != "baked" and (args.profile or args.user or args.table or args.scale != 1.0):
@@ -91,7 +88,9 @@ def export(args: Namespace) -> int:
             (folder / "README.md").write_text(card_text(name or ""), encoding="utf-8")
     if args.format == "upstream" and (limit := upstream_limit(source.config)):
         say(f"{args.out}: {limit}")
-    return _done(source.config, args.out, args.format)
+    result = {"adapter": str(args.out), "format": args.format}
+    print(json.dumps(result | {name: getattr(source.config, name) for name in ("kind", "tokens", "user_dim")}))
+    return 0
 
 
 def _card_path(out: Path) -> Path:
@@ -162,7 +161,7 @@ def _ip_adapter(source: Source, path: Path, args: Namespace) -> None:
 
 
 def _baked(source: Source, folder: Path, args: Namespace) -> None:
-    user = user_embedding(args, source.path, source.about)
+    user = user_embedding(source.path, source.about, profile=args.profile, user=args.user, table=args.table)
     model, adapter = _model(args, source)
     unet = bake(model.unet, adapter, jnp.asarray(user), args.scale)
     save_stable_diffusion(dataclasses.replace(model, unet=unet), folder)
@@ -197,29 +196,3 @@ FORMATS: dict[str, tuple[str | None, Callable[[Source, Path, Namespace], None]]]
 """Format → name of the weight file in a folder (None: the whole folder is the format), and what writes it."""
 PERSONAL = ("baked",)
 """Formats whose weights hold one user's preferences; all of them write folders."""
-
-
-# --- import
-
-
-def import_(args: Namespace) -> int:
-    """Reads a native file, or the torch original's .bin or safetensors, for a base model; writes a native file."""
-    check_new(args.out, "give another --out")
-    if args.file.is_dir():
-        raise PSAError(f"{args.file}: a folder; give the file in it, such as {args.file / ADAPTER_FILE}")
-    unet = BaseModel.from_config(vars(args)).unet_config()
-    about, tensors = ({}, read_bin(args.file)) if args.file.suffix in PICKLES else _read_safetensors(args.file)
-    config = fitting_config(args.file, tensors, about, unet.cross_attentions, unet.cross_attention_dim)
-    write_native(tensors, config, args.out, about or {"family": model_family(unet)})
-    return _done(config, args.out, "native")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], Tensors]:
-    about, tensors = read_metadata(path), read_tensors(path)
-    return about, {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
-
-
-def _done(config: AdapterConfig, out: Path, format_: str) -> int:
-    about = {"adapter": str(out), "format": format_, "kind": config.kind}
-    print(json.dumps(about | {"tokens": config.tokens, "user_dim": config.user_dim}))
-    return 0

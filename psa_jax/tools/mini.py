@@ -1,0 +1,13 @@
+"""`psa-jax mini`: renders SAGE-mini. The last line on stdout is JSON."""
+
+import json
+from argparse import Namespace
+
+from psa_jax.data.mini import draw_mini
+
+
+def run(args: Namespace) -> int:
+    """Writes the folder and prints the rows of each split."""
+    counts = draw_mini(args.out, args.users, args.seed)
+    print(json.dumps({"out": str(args.out), "rows": counts}))
+    return 0
