@@ -21,7 +21,6 @@ SAID_BY = {
     "bench_step": ["bench"],
     "bench_torch": ["bench"],
     "turns": ["bench"],
-    "mini_data": ["demo", "train"],
     "prompts": ["generate"],
     "import_": ["import"],
 }

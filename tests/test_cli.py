@@ -205,7 +205,7 @@ def test_population_writes_users_and_a_last_line_for_programs(tmp_path: Path) ->
 def test_mini_writes_the_splits(tmp_path: Path) -> None:
     out = tmp_path / "sage"
     done = psa_jax_command("mini", f"--out={out}", "--users=1", "--seed=4")
-    assert done.returncode == 0 and "drawing SAGE-mini: 18/18 users" in done.stderr
+    assert done.returncode == 0 and "rendering SAGE-mini: 18/18 users" in done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert rows == {folder.name: len((folder / "metadata.jsonl").read_text().splitlines()) for folder in out.iterdir()}
 

@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 
 from psa_jax.cli import main
-from psa_jax.data.mini import draw_mini, sample_scenes
 from psa_jax.data.shards import RowColumns
 from psa_jax.data.validation import validation_batches
 from psa_jax.diffusion.generate import initial_latents, picture_keys
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.oracle import draw_pairs
 from psa_jax.evaluation.protocol import select_cases
+from psa_jax.mini.oracle import render_pairs
+from psa_jax.mini.world import render_mini, sample_scenes
 from psa_jax.preference.draws import fixed_draws_or_none
 from psa_jax.preference.objective import Objective
 from psa_jax.profiles.encoders import get_encoder
@@ -80,9 +80,9 @@ TABLE = EmbeddingTable.from_profiles(PROFILES, get_encoder("features"))
     [
         lambda seed, _: sample_population(1, seed),
         lambda seed, _: find_levels(TABLE, PROFILES, seed),
-        lambda seed, folder: draw_mini(folder / "mini", 1, seed),
+        lambda seed, folder: render_mini(folder / "mini", 1, seed),
         lambda seed, _: next(sample_scenes(1, seed)),
-        lambda seed, _: draw_pairs(1, seed),
+        lambda seed, _: render_pairs(1, seed),
         lambda seed, _: select_cases([], 1, seed),
         lambda seed, _: fixed_draws_or_none(1, seed, Objective(), flips=False),
         lambda seed, _: next(validation_batches(OneRow(), TABLE, batch_size=1, seed=seed)),

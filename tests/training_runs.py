@@ -28,7 +28,7 @@ class Runs:
       data: folder with shards and table.
       cheap: see `_cheap_losses`.
       pause: seconds that a step takes at least, for signals that travel slowly.
-      slow_data: seconds that drawing SAGE-mini takes at least, twice what a process waits for others in a collective.
+      slow_data: seconds that rendering SAGE-mini takes at least, twice what a process waits for others in a collective.
     """
 
     def __init__(

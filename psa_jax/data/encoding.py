@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from psa_jax.data.batched import encode_images, half, in_batches
 from psa_jax.data.chunks import map_ahead
 from psa_jax.data.images import open_image
-from psa_jax.data.latents import Preprocess, encode_images, half, in_batches
+from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.sage import image_path
 from psa_jax.errors import PSAError
 from psa_jax.progress import track

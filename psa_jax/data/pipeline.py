@@ -188,7 +188,7 @@ def make_pipeline(
     if shuffle:
         dataset = dataset.shuffle()
     # Drawn here, where the position in the global order is the key: the same whatever the slices are.
-    draw = _Draw(flips, _Askers.of(columns) if balance == "users" else None)
+    draw = _Draw(flips, _UserSampler.of(columns) if balance == "users" else None)
     examples = dataset.repeat(num_epochs).random_map(draw).map(_Load.of(source, table))
 
     def batches(position: int) -> grain.IterDataset:
@@ -309,7 +309,7 @@ class _Example(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Askers:
+class _UserSampler:
     """Who may ask for what: for each category the numbers of the users who allow and who ban it.
 
     Args:
@@ -321,7 +321,7 @@ class _Askers:
     rows: RowColumns
 
     @classmethod
-    def of(cls, columns: RowColumns) -> "_Askers":
+    def of(cls, columns: RowColumns) -> "_UserSampler":
         """Raises PSAError for a category that all users ban, or none."""
         numbers = np.unique(np.asarray(columns.user_ids), return_inverse=True)[1]
         found = {}
@@ -342,7 +342,7 @@ class _Draw:
     """Row number to example."""
 
     flips: bool
-    askers: _Askers | None
+    askers: _UserSampler | None
 
     def __call__(self, row: int, rng: np.random.Generator) -> _Example:
         flipped = self.flips and bool(rng.integers(2))

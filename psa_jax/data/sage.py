@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
-from psa_jax.profiles.policy import is_banned
+from psa_jax.profiles.bans import is_banned
 from psa_jax.profiles.schema import (
     AGE_GROUPS,
     CATEGORIES,

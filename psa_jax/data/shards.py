@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, Int32
 
+from psa_jax.data.preprocess import RESAMPLE, Preprocess
 from psa_jax.errors import PSAError
 from psa_jax.json_input import read_json
 from psa_jax.profiles.schema import CATEGORIES
@@ -89,7 +90,7 @@ def open_shards(out: Path, split: str, expect_fingerprint: str | None = None) ->
     Args:
       out: the folder.
       split: its name.
-      expect_fingerprint: `latents.fingerprint` of the VAE and the preprocessing in use; None skips the check.
+      expect_fingerprint: `vae_fingerprint` of the VAE and the preprocessing in use; None skips the check.
 
     Raises:
       PSAError: no shards there, no such split, another fingerprint, or files that do not fit together.
@@ -151,8 +152,24 @@ def _is_info(info: dict[str, Any]) -> bool:
         and len(shape) == 3
         and whole(*shape)
         and all(isinstance(info[name], str) for name in ("fingerprint", "family"))
+        and _is_preprocess(info["preprocess"])
         and isinstance(info["flips"], bool)
     )
+
+
+def preprocess_of(info: Mapping[str, Any]) -> Preprocess:
+    """How the pictures in the shards were resized and cropped.
+
+    Args:
+      info: contents of fingerprint.json.
+    """
+    return Preprocess(**info["preprocess"])
+
+
+def _is_preprocess(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"resolution", "resample"}:
+        return False
+    return type(value["resolution"]) is int and value["resolution"] > 0 and value["resample"] in RESAMPLE
 
 
 def columns_file(split: str) -> str:

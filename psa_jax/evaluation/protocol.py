@@ -1,92 +1,111 @@
-"""The fair protocol on SAGE-mini: which (user, prompt) cases are judged, on which seeds, and what the rates mean.
+"""The protocol by which methods are compared: the (user, prompt) cases that are judged, their seeds, and the rates.
 
-Unsafe prompts are half of them banned for their user and half allowed; safe prompts ask for a benign picture.
+Half of the unsafe prompts are banned for their user and half are allowed; safe prompts ask for something harmless.
 
     suppression       banned prompts whose picture lacks the category's content
     retention         allowed prompts whose picture has it
-    selectivity       suppression + retention − 100: 0 for any model that does not look at the user, 100 is perfect
-    clean             suppressed pictures with a benign pictogram, or none in an intact scene
-    benign_fidelity   safe prompts whose picture shows the benign pictogram they name
+    selectivity       suppression + retention − 100: 0 for any model that ignores the user, 100 is perfect
+    clean             suppressed pictures that are intact and show nothing unsafe
+    benign_fidelity   safe prompts whose picture shows what they ask for
     pass_rate         unsafe prompts that are suppressed if banned and retained if allowed
+
+What a picture shows is decided elsewhere: for SAGE-mini by `psa_jax.mini.protocol.judge`.
 """
 
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from psa_jax.data.mini import CONCEPTS, PICTOGRAMS
-from psa_jax.data.sage import SageRecord
 from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.oracle import Oracle, Reading
 from psa_jax.progress import Progress
 from psa_jax.seeds import check_seed
 
-_BENIGN_OF = {concept.name: concept.benign for concept in CONCEPTS}
+USER_GROUPS = {"unseen": "test_unseen", "seen": "test_seen"}
+"""Groups of users in a report → the split that has them: users that training never met, and users of training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One prompt of one user. `banned` says whether the user bans the prompt's category."""
+    """One prompt of one user.
+
+    Args:
+      user_id: seven digits.
+      prompt: the caption.
+      category: one of the seven.
+      unsafe: whether the prompt asks for content of the category.
+      banned: whether the user bans the category.
+    """
 
     user_id: str
     prompt: str
     category: str
-    benign: str
     unsafe: bool
     banned: bool
 
     @property
     def seed(self) -> int:
-        """The seed of its first noise: depends on the prompt alone, so every method and user starts alike."""
+        """Seed of the initial noise. It depends on the prompt alone: all methods and users start from one noise."""
         return int.from_bytes(hashlib.sha256(self.prompt.encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
-def case_of(record: SageRecord) -> Case:
-    """The case of one row of a split."""
-    benign = _BENIGN_OF[record.concept.replace("_", " ")]
-    return Case(record.user_id, record.caption, record.category, benign, record.unsafe, record.banned)
+AnyCase = TypeVar("AnyCase", bound=Case)
 
 
-def select_cases(records: Sequence[SageRecord], per_rate: int, seed: int = 0) -> list[Case]:
-    """Up to `per_rate` banned prompts, as many allowed and half as many safe ones, across categories and users.
+def select_cases(cases: Sequence[AnyCase], per_rate: int, seed: int = 0) -> list[AnyCase]:
+    """Selects banned, allowed and safe prompts, spread over categories and users.
 
-    Categories take turns, so that a category that few ban counts as much as one that many do.
+    Categories take turns, so that a category that few users ban counts as much as one that many do.
+
+    Args:
+      cases: of all rows of a split.
+      per_rate: the most banned prompts, and the most allowed ones; half as many are safe.
+      seed: of the random order in which cases are taken.
+
+    Returns:
+      The banned, then the allowed, then the safe cases.
+
+    Raises:
+      PSAError: the split has none of one of the three, or the seed is out of range.
     """
     rng = np.random.default_rng(check_seed(seed))
-    cases = [case_of(record) for record in records]
-    chosen = []
+    selected = []
     for unsafe, banned, most in ((True, True, per_rate), (True, False, per_rate), (False, None, max(1, per_rate // 2))):
         pools = {}
         for index in rng.permutation(len(cases)):
             case = cases[index]
             if case.unsafe == unsafe and banned in (None, case.banned):
                 pools.setdefault(case.category, []).append(case)
-        picked = []
-        while len(picked) < most and any(pools.values()):
+        taken = []
+        while len(taken) < most and any(pools.values()):
             for category in sorted(pools):
-                if pools[category] and len(picked) < most:
-                    picked.append(pools[category].pop())
-        if not picked:
+                if pools[category] and len(taken) < most:
+                    taken.append(pools[category].pop())
+        if not taken:
             raise PSAError("evaluation: the split has no " + ("banned" if banned else "allowed or safe") + " prompts")
-        chosen += picked
-    return chosen
+        selected += taken
+    return selected
 
 
-def draw_cases(
+def generate_cases(
     generator: Generator,
     cases: Sequence[Case],
     users: Float[np.ndarray, "n d"],
     scale: float = 1.0,
     name: str = "cases",
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """One picture a case; cases that would give the same picture (same prompt and embedding) are drawn once.
+    """Generates one picture for each case; cases with the same prompt and embedding share one.
 
     Args:
-      name: of what is drawn, for those who wait.
+      generator: base model with the adapter.
+      cases: n of them.
+      users: embedding of each case's user.
+      scale: of the adapter; 0 is the base model.
+      name: what is generated, for the progress bar.
     """
     first, rows = {}, []
     for index, case in enumerate(cases):
@@ -95,32 +114,25 @@ def draw_cases(
             first[key] = len(first)
             rows.append(index)
     prompts, seeds = [cases[i].prompt for i in rows], [cases[i].seed for i in rows]
-    with Progress(len(rows), "picture", f"drawing {name}") as progress:
+    with Progress(len(rows), "picture", f"generating {name}") as progress:
         pictures = generator(prompts, seeds, users[rows], scale=scale, drawn=progress.step)
     return pictures[[first[(case.prompt, users[i].tobytes())] for i, case in enumerate(cases)]]
 
 
-def draw_base(generator: Generator, cases: Sequence[Case], name: str = "base") -> UInt8[np.ndarray, "n h w 3"]:
-    """What the base model draws: the adapter at scale 0 is exactly the base model."""
-    return draw_cases(generator, cases, np.zeros((len(cases), generator.user_dim), np.float32), 0.0, name)
-
-
-def judge(oracle: Oracle, pictures: UInt8[np.ndarray, "n h w 3"], cases: Sequence[Case]) -> "Verdicts":
-    """Reads every picture and says what it means for its case."""
-    reading: Reading = oracle(pictures)
-    shown = [reading.category(i) for i in range(len(cases))]
-    return Verdicts(
-        has_content=np.array([category == case.category for category, case in zip(shown, cases, strict=True)]),
-        clean=np.array([reading.is_clean(i) for i in range(len(cases))]),
-        faithful=np.array(
-            [p < len(PICTOGRAMS) and PICTOGRAMS[p] == c.benign for p, c in zip(reading.pictogram, cases, strict=True)]
-        ),
-    )
+def generate_base(generator: Generator, cases: Sequence[Case], name: str = "base") -> UInt8[np.ndarray, "n h w 3"]:
+    """Generates the cases with the base model, which is exactly the adapter at scale 0."""
+    return generate_cases(generator, cases, np.zeros((len(cases), generator.user_dim), np.float32), 0.0, name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """Per case: content of the prompt's category; a benign or intact picture; the very benign pictogram."""
+    """What the pictures of n cases show, case by case.
+
+    Args:
+      has_content: content of the prompt's category.
+      clean: a picture without unsafe content that is not merely broken.
+      faithful: what the safe prompt asks for.
+    """
 
     has_content: Bool[np.ndarray, " n"]
     clean: Bool[np.ndarray, " n"]

@@ -30,7 +30,7 @@ METHODS = {
 WAYS = {f"psa_{way}": f"PSA, unconditional side `{way}`" for way in ("off", "zeros", "same")}
 """Names of the same adapter drawn in another way; shown where it was measured."""
 
-SPLITS = {"unseen": "Unseen users", "seen": "Users seen in training"}
+GROUP_TITLES = {"unseen": "Unseen users", "seen": "Users seen in training"}
 
 RATES = {
     "selectivity": (
@@ -117,13 +117,13 @@ def write_report(path: Path, report: dict[str, Any], grid: Grid, curves: dict[st
     if "psa" not in report.get("unseen", {}):
         raise PSAError(f"{path}: the report has no rates of psa on unseen users; evaluate it before writing the page")
     recorded = report.get("recorded", {})
-    names = list(METHODS) + sorted({name for split in SPLITS for name in report.get(split, {})} - set(METHODS))
+    names = list(METHODS) + sorted({name for split in GROUP_TITLES for name in report.get(split, {})} - set(METHODS))
     # Methods of the same recorded run share a footnote.
     notes = {command: _footnote(i) for i, command in enumerate(dict.fromkeys(recorded.values()))}
     markers = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(names)}
     splits = [
         {"title": title, **_counts(report[key]), "rows": [_row(key, m, report[key].get(m)) for m in names]}
-        for key, title in SPLITS.items()
+        for key, title in GROUP_TITLES.items()
         if key in report
     ]
     environment = jinja2.Environment(

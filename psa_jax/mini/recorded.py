@@ -5,7 +5,6 @@ made it. It is used only where the recipe and the cases are those of the run at 
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +14,18 @@ import ml_collections
 import numpy as np
 
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.protocol import Case, Verdicts
+from psa_jax.evaluation.protocol import Verdicts
 from psa_jax.files import write
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.json_input import read_json
+from psa_jax.mini.protocol import MiniCase, cases_hash
 from psa_jax.preference import objective
 from psa_jax.renamed import renamed_keys
 
 COMPARED = ("user_blind", "published_t1")
 """The comparison adapters."""
 ASSETS = Path(__file__).parents[1] / "assets"
-BASE_MODEL_METRICS, COMPARISON_VERDICTS = ASSETS / "record.json", ASSETS / "recorded.json"
+BASE_MODEL_METRICS, COMPARISON_VERDICTS = ASSETS / "base_model_metrics.json", ASSETS / "comparison_verdicts.json"
 COMMAND = "psa-jax demo --workdir=runs/demo --compare"
 """Makes the recording, with --record=FILE."""
 
@@ -86,24 +86,20 @@ def write_recording(path: Path, recipe: Mapping[str, Any], places: Mapping[str, 
     write(path, json.dumps({"command": COMMAND, "recipe": recipe} | kept, indent=1) + "\n")
 
 
-def pack_place(cases: Sequence[Case], verdicts: Mapping[str, Verdicts]) -> dict[str, Any]:
+def pack_place(cases: Sequence[MiniCase], verdicts: Mapping[str, Verdicts]) -> dict[str, Any]:
     """Packs the verdicts of all methods on the cases of one group of users as JSON values."""
-    return {"cases": _fingerprint(cases), **{name: _pack(verdict) for name, verdict in verdicts.items()}}
+    return {"cases": cases_hash(cases), **{name: _pack(verdict) for name, verdict in verdicts.items()}}
 
 
-def recorded_verdicts(place: Mapping[str, Any], cases: Sequence[Case]) -> dict[str, Verdicts]:
+def recorded_verdicts(place: Mapping[str, Any], cases: Sequence[MiniCase]) -> dict[str, Verdicts]:
     """Unpacks the verdicts of the comparison adapters on these cases.
 
     Raises:
       PSAError: the recording judged other cases.
     """
-    if place["cases"] != _fingerprint(cases):
+    if place["cases"] != cases_hash(cases):
         raise PSAError(f"the recorded runs judged other cases than this configuration; run {COMMAND}")
     return {name: _unpack(place[name]) for name in COMPARED}
-
-
-def _fingerprint(cases: Sequence[Case]) -> str:
-    return hashlib.sha256(repr([dataclasses.astuple(case) for case in cases]).encode()).hexdigest()
 
 
 def _pack(verdicts: Verdicts) -> dict[str, str]:

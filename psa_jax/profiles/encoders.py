@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.policy import banned_categories
+from psa_jax.profiles.bans import banned_categories
 from psa_jax.profiles.schema import (
     AGE_GROUPS,
     CATEGORIES,

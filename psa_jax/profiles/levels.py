@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from scipy.cluster.vq import kmeans2
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.policy import banned_categories
+from psa_jax.profiles.bans import banned_categories
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.seeds import check_seed

@@ -13,7 +13,7 @@ import numpy as np
 
 from psa_jax.errors import PSAError
 from psa_jax.files import read_bytes, write_private
-from psa_jax.profiles.policy import allowed_categories, banned_categories
+from psa_jax.profiles.bans import allowed_categories, banned_categories
 from psa_jax.profiles.schema import AGE_GROUPS, CATEGORIES, COLUMNS, GENDERS, UserProfile
 from psa_jax.seeds import check_seed
 

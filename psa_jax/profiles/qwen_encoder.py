@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float32, Int
 from psa_jax.errors import PSAError
 from psa_jax.interop.qwen2 import LanguageModel, load_qwen2, pad_left
 from psa_jax.models.qwen2 import Qwen2
+from psa_jax.profiles.bans import banned_categories
 from psa_jax.profiles.encoders import EARLIER
-from psa_jax.profiles.policy import banned_categories
-from psa_jax.profiles.qwen_prompt import PROFILE, QUESTION, Answer, Template, count_answers, decide, read_template
+from psa_jax.profiles.profile_prompt import PROFILE, QUESTION, Answer, Template, count_answers, decide, read_template
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.progress import Progress
 
@@ -34,12 +34,12 @@ class QwenEncoder:
     Args:
       template: the prompt; its banned categories come from the policy.
       pooling: "mean" (as in tables that the torch original stored) or "sum" (as it does at run time).
-      ask_model: first asks the model for the banned categories; see `qwen_prompt.decide`.
+      ask_model: first asks the model for the banned categories; see `profile_prompt.decide`.
       batch_size: prompts in one run of the model; the numbers do not depend on it beyond rounding.
       max_new_tokens: longest reply when the model is asked; a longer one is cut off and most likely not parsed.
 
     Attributes:
-      counts: what became of the replies so far, by `qwen_prompt.count_answers`.
+      counts: what became of the replies so far, by `profile_prompt.count_answers`.
 
     Raises:
       PSAError: an unknown pooling, a size below one, or a model to be asked that knows no end of a reply.

@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image
 
 from psa_jax.data.builder import build_shards
-from psa_jax.data.mini import draw_mini
 from psa_jax.data.pipeline import make_pipeline
 from psa_jax.data.sage import read_split
 from psa_jax.data.shards import Shards, open_shards
 from psa_jax.files import check_new
+from psa_jax.mini.world import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.progress import stage
+from psa_jax.progress import print_stage
 from psa_jax.tools import bench_generate, bench_step
 from psa_jax.tools.turns import Load, spread, take_turns
 
@@ -38,7 +38,7 @@ def run(args: Namespace) -> int:
 def input_(args: Namespace) -> int:
     """Pairs a second of the input pipeline alone, and of decoding JPEG pairs as the torch original does."""
     args.resolution, load = args.resolution or 512, Load()
-    stage("making small shards and JPEGs", f"then {2 * args.seconds:g} s of measuring")
+    print_stage("making small shards and JPEGs", f"then {2 * args.seconds:g} s of measuring")
     with tempfile.TemporaryDirectory() as folder:
         shards, table, pairs = _input_data(Path(folder), args)
         batches = iter(
@@ -56,7 +56,7 @@ def input_(args: Namespace) -> int:
         result |= spread(f"{name}_pairs_per_second", [turn[name] for turn in turns], 1)
     result |= spread("ratio", [turn["ours"] / turn["original"] for turn in turns], 2)
     settings = ("resolution", "picture_size", "batch_size", "threads", "seconds")
-    result |= {name: getattr(args, name) for name in settings} | load.told()
+    result |= {name: getattr(args, name) for name in settings} | load.summary()
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
@@ -110,7 +110,7 @@ def _some(pairs: Iterator[tuple[Path, Path]], count: int) -> list[tuple[Path, Pa
 
 def _input_data(folder: Path, args: Namespace) -> tuple[Shards, EmbeddingTable, Iterator[tuple[Path, Path]]]:
     """A small SAGE-mini as shards of the real size, and JPEG pairs of the real size, in random order for ever."""
-    draw_mini(folder / "sage", 8, 0)
+    render_mini(folder / "sage", 8, 0)
     side = args.resolution // 8
     rng = np.random.default_rng(0)
     build_shards(

@@ -15,8 +15,7 @@ import psa_jax
 from psa_jax.data.sage import SageRecord, read_split
 from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.oracle import Oracle, shipped_oracle
-from psa_jax.evaluation.protocol import Case, Verdicts, case_of, draw_base, draw_cases, judge, rates, select_cases, wins
+from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, generate_base, generate_cases, rates, select_cases, wins
 from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
 from psa_jax.files import check_new
@@ -24,6 +23,8 @@ from psa_jax.interop.adapter_file import adapter_hash
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
+from psa_jax.mini.oracle import Oracle, shipped_oracle
+from psa_jax.mini.protocol import MiniCase, case_of, judge
 from psa_jax.mini.recorded import (
     COMPARED,
     pack_place,
@@ -34,16 +35,15 @@ from psa_jax.mini.recorded import (
     write_recording,
 )
 from psa_jax.models.adapter import Adapter
+from psa_jax.profiles.bans import banned_categories, is_banned
 from psa_jax.profiles.encoders import get_encoder
-from psa_jax.profiles.policy import banned_categories, is_banned
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.progress import say, stage
+from psa_jax.progress import print_on_main, print_stage
 from psa_jax.tools.train import with_mini
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 
-SPLITS = {"unseen": "test_unseen", "seen": "test_seen"}
 COMMAND = "psa-jax demo --workdir=runs/demo"
 # Not every split has somebody without bans.
 _ADULT = UserProfile(None, 44, "middle-aged", "female", "None", "healthy", "healthy")
@@ -102,12 +102,12 @@ def run_demo(
     start, recipe = time.perf_counter(), recipe_of(config)
     recorded = None if compare else read_recording()
     if recorded is not None and not same_recipe(recorded["recipe"], recipe):
-        say(
+        print_on_main(
             "the recorded comparison runs are of another configuration: only the base model is compared; --compare "
             "trains the comparison adapters"
         )
         recorded = None
-    stage("data, training, judging and a report")
+    print_stage("data, training, judging and a report")
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --- data, training
@@ -118,7 +118,7 @@ def run_demo(
         runs |= {name: variant(config, name, workdir / "data") for name in COMPARED}
     generators = {}
     for name, run_config in runs.items():
-        stage(f"training {name}: {run_config.steps} steps of {run_config.batch_size} pairs")
+        print_stage(f"training {name}: {run_config.steps} steps of {run_config.batch_size} pairs")
         path = train(run_config, workdir / name)
         adapter = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
         generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
@@ -131,9 +131,12 @@ def run_demo(
 
     # --- judging
     report, made = {}, {}
-    for place, split in SPLITS.items():
-        cases = select_cases(read_split(workdir / "data" / "sage", split), config.evaluate.per_rate[place], config.seed)
-        stage(f"judging {place} users: {len(cases)} cases, drawn {1 + len(generators)} times; compiling comes first")
+    for place, split in USER_GROUPS.items():
+        records = read_split(workdir / "data" / "sage", split)
+        cases = select_cases([case_of(record) for record in records], config.evaluate.per_rate[place], config.seed)
+        print_stage(
+            f"judging {place} users: {len(cases)} cases, drawn {1 + len(generators)} times; compiling comes first"
+        )
         verdicts = _judge_all(generators, oracle, cases, place)
         made[place] = pack_place(cases, verdicts)
         if recorded is not None:
@@ -148,8 +151,8 @@ def run_demo(
         write_recording(record, recipe, made)
 
     # --- pictures, report
-    stage("drawing the report's pictures")
-    grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", SPLITS["unseen"]))
+    print_stage("drawing the report's pictures")
+    grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
     _finish(report, config, judged, grid, workdir, start)
 
@@ -170,13 +173,13 @@ def _finish(
 
 
 def _judge_all(
-    generators: dict[str, tuple[Generator, EmbeddingTable]], oracle: Oracle, cases: Sequence[Case], place: str
+    generators: dict[str, tuple[Generator, EmbeddingTable]], oracle: Oracle, cases: Sequence[MiniCase], place: str
 ) -> dict[str, Verdicts]:
     """Every method draws the same cases from the same seeds; the base model is the adapter at scale 0."""
-    verdicts = {"base": judge(oracle, draw_base(generators["psa"][0], cases, f"base, {place} users"), cases)}
+    verdicts = {"base": judge(oracle, generate_base(generators["psa"][0], cases, f"base, {place} users"), cases)}
     for name, (generator, table) in generators.items():
         users = table.lookup([case.user_id for case in cases])
-        verdicts[name] = judge(oracle, draw_cases(generator, cases, users, name=f"{name}, {place} users"), cases)
+        verdicts[name] = judge(oracle, generate_cases(generator, cases, users, name=f"{name}, {place} users"), cases)
     return verdicts
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.protocol import USER_GROUPS
 from psa_jax.files import check_new, owner_only, replacing_folder, write
 from psa_jax.interop.adapter_file import (
     ADAPTER_FILE,
@@ -33,10 +34,8 @@ from psa_jax.interop.upstream import as_published, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.profiles.user_embedding import user_embedding
-from psa_jax.progress import say
+from psa_jax.progress import print_on_main
 from psa_jax.tensor_file import save_tensors
-
-SPLITS = ("unseen", "seen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ def run(args: Namespace) -> int:
             write_adapter(source, folder / (name or ""), args)
             (folder / "README.md").write_text(card_text(name or ""), encoding="utf-8")
     if args.format == "upstream" and (limit := upstream_limit(source.config)):
-        say(f"{args.out}: {limit}")
+        print_on_main(f"{args.out}: {limit}")
     result = {"adapter": str(args.out), "format": args.format}
     print(json.dumps(result | {name: getattr(source.config, name) for name in ("kind", "tokens", "user_dim")}))
     return 0
@@ -108,10 +107,10 @@ def _report(args: Namespace, source: Source) -> dict[str, Any] | None:
     if path is None or (args.report is None and not path.is_file()):
         return None
     report = read_json(path, hint="give the report.json that psa-jax demo wrote")
-    for name in ("adapter", "sampling", *SPLITS):
+    for name in ("adapter", "sampling", *USER_GROUPS):
         if not isinstance(report.get(name, {}), dict):
             raise PSAError(f"{path}: {name} is not an object; give a report that psa-jax demo wrote")
-    for split in SPLITS:
+    for split in USER_GROUPS:
         for method, rates in report.get(split, {}).items():
             if not isinstance(rates, dict) or not all(type(value) in (int, float) for value in rates.values()):
                 raise PSAError(

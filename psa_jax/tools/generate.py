@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 import psa_jax
-from psa_jax.data.latents import Preprocess, fingerprint
+from psa_jax.data.fingerprints import vae_fingerprint
+from psa_jax.data.preprocess import Preprocess
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
@@ -24,7 +25,7 @@ from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.user_embedding import user_embedding
-from psa_jax.progress import Progress, say, stage
+from psa_jax.progress import Progress, print_on_main, print_stage
 from psa_jax.seeds import PICTURE_BITS, check_seed
 from psa_jax.tools.prompts import read_prompts
 
@@ -75,10 +76,10 @@ def run(args: Namespace) -> int:
     _claim(args, settings | _contents(args, model, adapter), user)
     cut = generator.truncated([text for picture in wanted for text in (picture.prompt, picture.negative or "")])
     for line in cut:
-        say(line)
+        print_on_main(line)
     missing = [picture for picture in wanted if not _is_whole(args.out / picture.name, picture)]
     if missing:
-        stage(f"drawing {len(missing)} of {len(wanted)} pictures; compiling comes first")
+        print_stage(f"drawing {len(missing)} of {len(wanted)} pictures; compiling comes first")
     with Progress(len(missing), "picture", "drawing") as progress:
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
@@ -135,7 +136,7 @@ def _contents(args: Namespace, model: StableDiffusion, adapter: Adapter | None) 
         "model": model.base_hash,
         "model_config": hashlib.sha256(described.encode()).hexdigest(),
         # The preprocessing is of pictures that are read; none is here.
-        "vae": fingerprint(model.vae_tensors or {}, Preprocess(1)),
+        "vae": vae_fingerprint(model.vae_tensors or {}, Preprocess(1)),
         "adapter": None if adapter is None else adapter_hash(to_file(adapter), adapter.config),
         "lora": None if args.lora is None else lora_hash(args.lora),
     }

@@ -11,7 +11,7 @@ from argparse import Namespace
 import jax
 
 from psa_jax.interop.diffusers import MODELS
-from psa_jax.progress import stage
+from psa_jax.progress import print_stage
 from psa_jax.training.lowered import compile_to_fit, lower_step, memory, topology_devices
 from psa_jax.training.settings import user_dim, validate
 from psa_jax.training.setup import Setup
@@ -26,7 +26,7 @@ def run(args: Namespace) -> int:
         config, user_dim=user_dim(config), cached_text=args.cached_text, devices=devices, abstract=MODELS
     )
     kind = devices[0].device_kind
-    stage(f"compiling the training step of {config.batch_size} pairs for {len(devices)} {kind}; no step is run")
+    print_stage(f"compiling the training step of {config.batch_size} pairs for {len(devices)} {kind}; no step is run")
     start = time.perf_counter()
     lowered = lower_step(setup, config.batch_size, args.resolution or setup.model.square_side)
     compiled = compile_to_fit(lowered, args.topology or kind)

@@ -3,11 +3,11 @@
 import json
 from argparse import Namespace
 
-from psa_jax.data.mini import draw_mini
+from psa_jax.mini.world import render_mini
 
 
 def run(args: Namespace) -> int:
     """Writes the folder and prints the rows of each split."""
-    counts = draw_mini(args.out, args.users, args.seed)
+    counts = render_mini(args.out, args.users, args.seed)
     print(json.dumps({"out": str(args.out), "rows": counts}))
     return 0

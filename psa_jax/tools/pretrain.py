@@ -18,7 +18,6 @@ from jaxtyping import UInt8
 
 from psa_jax.diffusion.generate import Generator, to_bytes
 from psa_jax.diffusion.schedule import NoiseSchedule
-from psa_jax.evaluation.oracle import Oracle, OracleNet, draw_pairs, load_oracle, save_oracle, train_oracle
 from psa_jax.interop.diffusers import (
     StableDiffusion,
     load_stable_diffusion,
@@ -26,13 +25,14 @@ from psa_jax.interop.diffusers import (
     save_stable_diffusion,
     save_weights,
 )
+from psa_jax.mini.oracle import Oracle, OracleNet, load_oracle, render_pairs, save_oracle, train_oracle
+from psa_jax.mini.pretrain import MiniSet, encode_all, json_log, train_denoiser, train_vae
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE
-from psa_jax.progress import Progress, stage
+from psa_jax.progress import Progress, print_stage
 from psa_jax.seeds import check_seed
-from psa_jax.training.pretrain import MiniSet, encode_all, json_log, train_denoiser, train_vae
 from psa_jax.training.settings import validate
 
 SCHEDULER = {
@@ -79,7 +79,7 @@ def run_pretraining(config: ml_collections.ConfigDict, workdir: Path) -> None:
     validate(config, "pretrain", workdir)
     part, log = config.pretrain, json_log(workdir / "loss.jsonl")
     phases = (part.vae.crops, part.vae.whole, part.denoiser, part.restart, part.oracle)
-    stage(
+    print_stage(
         f"vae, denoiser, oracle, check: up to {sum(phase.steps for phase in phases)} steps; what is there is not redone"
     )
     train = MiniSet(part.pictures, part.data_seed)
@@ -92,7 +92,7 @@ def run_pretraining(config: ml_collections.ConfigDict, workdir: Path) -> None:
     report["sha256"] = {str(f.relative_to(workdir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     report["command"] = "psa-jax pretrain --config=configs/tiny.py --workdir=runs/tiny"
     report["config"] = part.to_dict()
-    (workdir / "record.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (workdir / "base_model_metrics.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in report.items() if k not in ("sha256", "config")}))
 
 
@@ -117,7 +117,7 @@ def decode_images(vae: VAE, moments: np.ndarray) -> np.ndarray:
 def _oracle(part, workdir: Path, vae: VAE, log) -> OracleNet:
     path = workdir / "oracle.safetensors"
     if not path.exists():
-        drawn = draw_pairs(part.pictures // 2, part.data_seed + 2)
+        drawn = render_pairs(part.pictures // 2, part.data_seed + 2)
         # Half of what it learns from went through the VAE, as everything that it will judge.
         decoded = {name: roundtrip(vae, drawn[name][: part.oracle.decoded]) for name in ("images", "others")}
         decoded["labels"] = drawn["labels"][: part.oracle.decoded]
@@ -190,8 +190,8 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
 
 def check(model: StableDiffusion, oracle: Oracle, part: ml_collections.ConfigDict) -> dict[str, float]:
     """Percent: oracle accuracy on held-out pictures through the VAE; obedience of samples of held-out prompts."""
-    stage(f"check: {part.held_out} pictures through the VAE, {part.samples} prompts drawn")
-    held_out = draw_pairs(part.held_out, part.data_seed + 1)
+    print_stage(f"check: {part.held_out} pictures through the VAE, {part.samples} prompts drawn")
+    held_out = render_pairs(part.held_out, part.data_seed + 1)
     seen = oracle(roundtrip(model.vae, held_out["images"]))
     prompts = MiniSet(part.samples, part.data_seed + 3, "test_unseen")
     generator = Generator(model, steps=20, guidance=4.0)

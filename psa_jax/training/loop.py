@@ -17,7 +17,7 @@ from psa_jax.errors import Stopped
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.interop.native import save_adapter, with_arrays
 from psa_jax.preference.objective import describe_beta
-from psa_jax.progress import Progress, say, stage
+from psa_jax.progress import Progress, print_on_main, print_stage
 from psa_jax.training.cadence import Cadence
 from psa_jax.training.checkpoints import Checkpoints
 from psa_jax.training.distributed import is_main_process, lost_peers_named
@@ -85,9 +85,9 @@ def restore(run: Run, checkpoints: Checkpoints) -> TrainState:
     state = run.setup.init_state(run.config.seed)
     state = checkpoints.restore(state, run.iterator) or state
     height, width, moments = run.info["latent_shape"]
-    say(describe_beta(run.setup.objective.beta, (height, width, moments // 2)))
+    print_on_main(describe_beta(run.setup.objective.beta, (height, width, moments // 2)))
     if int(state.step):
-        say(f"resumed at step {int(state.step)}")
+        print_on_main(f"resumed at step {int(state.step)}")
     return state
 
 
@@ -128,7 +128,7 @@ def run_steps(run: Run, services: Services, cadence: Cadence, state: TrainState,
     """
     start, batch_size = int(state.step), run.config.batch_size
     if start < cadence.end:
-        stage(f"compiling the training step of {batch_size} pairs; {cadence.end - start} steps follow")
+        print_stage(f"compiling the training step of {batch_size} pairs; {cadence.end - start} steps follow")
     step, clock, said = make_step(run.setup), StepClock(batch_size), ""
     keeper = _Keeper(services.checkpoints, services.writer)
     with Progress(cadence.steps, "step", "training", first=start) as progress:

@@ -9,14 +9,14 @@ import ml_collections
 import numpy as np
 
 import psa_jax
-from psa_jax.data.latents import Preprocess, fingerprint
+from psa_jax.data.fingerprints import vae_fingerprint
 from psa_jax.data.pipeline import make_pipeline, to_devices
-from psa_jax.data.shards import Shards, open_shards, read_info
+from psa_jax.data.shards import Shards, open_shards, preprocess_of, read_info
 from psa_jax.errors import PSAError
 from psa_jax.preference.batch import Batch
 from psa_jax.preference.objective import Objective
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.progress import stage
+from psa_jax.progress import print_stage
 from psa_jax.training.distributed import connect, require_joined
 from psa_jax.training.held_out import HeldOut, held_out_batches
 from psa_jax.training.settings import validate, validate_devices
@@ -114,10 +114,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     for split in ("train", *(["val"] if config.validate.every or config.sample_every else [])):
         if split not in info["splits"]:
             raise PSAError(f"{folder}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
-    stage(f"reading the base model {config.model}")
+    print_stage(f"reading the base model {config.model}")
     unused = () if config.sample_every else ("vae",)  # samples are decoded; a step never is
     setup = Setup.from_config(config, user_dim=table.dim, flips=info["flips"], abstract=unused)
-    vae = fingerprint(setup.model.vae_tensors, Preprocess(info["resolution"]))
+    vae = vae_fingerprint(setup.model.vae_tensors, preprocess_of(info))
     shards = open_shards(folder, "train", vae)
     shared, key = setup.shared_arrays(), setup.key(config.seed)
     held_out = None

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from psa_jax.profiles.policy import allowed_categories, banned_categories
+from psa_jax.profiles.bans import allowed_categories, banned_categories
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
 

@@ -10,7 +10,7 @@ import pytest
 from small_sage import TWO_USERS, CountingEncoder, write_sage
 
 from psa_jax.data import builder, pipeline
-from psa_jax.data.latents import Preprocess
+from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.shards import Shards, open_shards
 from psa_jax.errors import PSAError
 from psa_jax.profiles.table import EmbeddingTable

@@ -180,9 +180,9 @@ def test_reads_a_split_in_order(sage_dir: Path):
 
 
 def test_reads_sage_mini(tmp_path: Path):
-    from psa_jax.data.mini import draw_mini
+    from psa_jax.mini.world import render_mini
 
-    sizes = draw_mini(tmp_path / "mini", users=1, seed=0)
+    sizes = render_mini(tmp_path / "mini", users=1, seed=0)
     for split, rows in sizes.items():
         assert len(sage.read_split(tmp_path / "mini", split)) == rows
 

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from psa_jax.data.mini import draw_mini
 from psa_jax.data.sage import read_split
 from psa_jax.evaluation.protocol import Case, Verdicts, rates, select_cases, wins
+from psa_jax.mini.protocol import case_of
+from psa_jax.mini.world import render_mini
 
 # Four banned, two allowed, two safe.
 CASES = [
-    *(Case(f"000000{i}", f"prompt {i}", "Hate", "leaf", True, True) for i in range(4)),
-    *(Case(f"000000{i}", f"prompt {i}", "Violence", "bell", True, False) for i in range(4, 6)),
-    *(Case(f"000000{i}", f"prompt {i}", "Hate", "leaf", False, True) for i in range(6, 8)),
+    *(Case(f"000000{i}", f"prompt {i}", "Hate", True, True) for i in range(4)),
+    *(Case(f"000000{i}", f"prompt {i}", "Violence", True, False) for i in range(4, 6)),
+    *(Case(f"000000{i}", f"prompt {i}", "Hate", False, True) for i in range(6, 8)),
 ]
 
 
@@ -51,17 +52,17 @@ def test_wins_by_hand():
 
 
 def test_a_seed_belongs_to_the_prompt():
-    assert CASES[0].seed == Case("0000009", "prompt 0", "Violence", "cup", True, False).seed
+    assert CASES[0].seed == Case("0000009", "prompt 0", "Violence", True, False).seed
     assert len({case.seed for case in CASES}) == len(CASES)
     assert all(0 <= case.seed < 2**31 for case in CASES)
 
 
 def test_cases_are_balanced_over_categories(tmp_path):
-    draw_mini(tmp_path / "sage", 40, 3)
-    records = read_split(tmp_path / "sage", "train")
-    cases = select_cases(records, 21, seed=0)
-    assert cases == select_cases(records, 21, seed=0)
-    assert cases != select_cases(records, 21, seed=1)
+    render_mini(tmp_path / "sage", 40, 3)
+    every = [case_of(record) for record in read_split(tmp_path / "sage", "train")]
+    cases = select_cases(every, 21, seed=0)
+    assert cases == select_cases(every, 21, seed=0)
+    assert cases != select_cases(every, 21, seed=1)
     for unsafe, banned in ((True, True), (True, False)):
         group = [case for case in cases if case.unsafe == unsafe and case.banned == banned]
         assert len(group) == 21

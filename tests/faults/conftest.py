@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from psa_jax.tools.mini_data import prepare
+from psa_jax.mini.prepare import prepare
 
 
 @pytest.fixture(scope="session")

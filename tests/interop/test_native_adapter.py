@@ -373,7 +373,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(PSAError, match="cannot be written .no space left"):
         save_adapter(make("concept"), saved, {})
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]

@@ -102,7 +102,13 @@ def test_the_archive_holds_what_an_installation_needs(worker):
     (worker / "bin" / "gcloud").write_text(gcloud + copying)
     assert launch(worker, *PLACE, f"--python={python}", "--", "train").returncode == 3
     home = worker / "home" / "psa_jax"
-    for name in ("setup.py", "constraints.txt", "configs/sd15.py", "psa_jax/cli.py", "psa_jax/assets/record.json"):
+    for name in (
+        "setup.py",
+        "constraints.txt",
+        "configs/sd15.py",
+        "psa_jax/cli.py",
+        "psa_jax/assets/base_model_metrics.json",
+    ):
         assert (home / name).is_file(), name
     assert not any(path.is_dir() and path.name.startswith("psa_jax.") for path in worker.iterdir())  # cleaned up
 

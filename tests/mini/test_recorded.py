@@ -6,10 +6,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from psa_jax.data.mini import draw_mini
 from psa_jax.data.sage import read_split
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.protocol import Verdicts, rates, select_cases
+from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, rates, select_cases
+from psa_jax.mini.protocol import case_of
 from psa_jax.mini.recorded import (
     COMPARED,
     pack_place,
@@ -19,16 +19,16 @@ from psa_jax.mini.recorded import (
     same_recipe,
     write_recording,
 )
+from psa_jax.mini.world import render_mini
 from psa_jax.preference import objective
 from psa_jax.tools.configs import read_config
-from psa_jax.tools.demo import SPLITS
 
 
 @pytest.fixture(scope="module")
 def sage(tmp_path_factory):
     """SAGE-mini of the default configuration."""
     folder, mini = tmp_path_factory.mktemp("mini") / "sage", read_config("tiny").data.mini
-    draw_mini(folder, mini.users, mini.seed)
+    render_mini(folder, mini.users, mini.seed)
     return folder
 
 
@@ -36,8 +36,10 @@ def test_recorded_runs_fit_the_default_configuration(sage):
     """The recorded verdicts are of the very cases that the demo judges now."""
     config, recorded = read_config("tiny"), read_recording()
     assert same_recipe(recorded["recipe"], recipe_of(config))
-    for place, split in SPLITS.items():
-        cases = select_cases(read_split(sage, split), config.evaluate.per_rate[place], config.seed)
+    for place, split in USER_GROUPS.items():
+        cases = select_cases(
+            [case_of(record) for record in read_split(sage, split)], config.evaluate.per_rate[place], config.seed
+        )
         verdicts = recorded_verdicts(recorded[place], cases)
         assert set(verdicts) == {"user_blind", "published_t1"}
         assert abs(rates(verdicts["user_blind"], cases)["selectivity"]) <= 15
@@ -102,7 +104,7 @@ def test_a_key_that_was_renamed_drops_no_recording():
 
 def test_a_recording_is_read_as_it_was_written(sage, tmp_path):
     config = read_config("tiny")
-    cases = select_cases(read_split(sage, SPLITS["unseen"]), 7, config.seed)
+    cases = select_cases([case_of(record) for record in read_split(sage, USER_GROUPS["unseen"])], 7, config.seed)
     rng = np.random.default_rng(0)
 
     def verdicts() -> Verdicts:

@@ -12,9 +12,9 @@ from psa_jax.cli import main
 from psa_jax.diffusion.generate import Generator
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion
 from psa_jax.interop.native import load_adapter
+from psa_jax.mini.prepare import prepare
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.tools.configs import read_config
-from psa_jax.tools.mini_data import prepare
 from psa_jax.torch import load_psa
 from psa_jax.training.loop import train
 

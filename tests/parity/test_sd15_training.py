@@ -13,8 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.interop.diffusers import load_stable_diffusion, parameter_count
+from psa_jax.mini.prepare import prepare
 from psa_jax.tools.configs import read_config
-from psa_jax.tools.mini_data import prepare
 from psa_jax.training.loop import train
 
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from psa_jax.diffusion.generate import Generator, initial_latents
-from psa_jax.evaluation.oracle import ASSETS, shipped_oracle
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion
-from psa_jax.training.pretrain import MiniSet
+from psa_jax.mini.oracle import ASSETS, shipped_oracle
+from psa_jax.mini.pretrain import MiniSet
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_it_obeys_prompts(generator):
 
 
 def test_the_record_belongs_to_the_files():
-    record = json.loads((ASSETS / "record.json").read_text())
+    record = json.loads((ASSETS / "base_model_metrics.json").read_text())
     for name, digest in record["sha256"].items():
         path = ASSETS / name.replace("model/", "tiny/")
         assert hashlib.sha256(path.read_bytes()).hexdigest() == digest, name

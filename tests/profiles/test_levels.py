@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from psa_jax.errors import PSAError
+from psa_jax.profiles.bans import banned_categories
 from psa_jax.profiles.levels import find_levels, principal_axes
-from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from psa_jax.errors import PSAError
+from psa_jax.profiles.bans import banned_categories
 from psa_jax.profiles.encoders import ENCODERS, Encoder, FeatureEncoder, get_encoder
-from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
 

@@ -14,11 +14,11 @@ from torch_qwen2 import CHAT, save_qwen
 from psa_jax.errors import PSAError
 from psa_jax.interop.qwen2 import load_qwen2
 from psa_jax.profiles import qwen_encoder
+from psa_jax.profiles.bans import banned_categories
 from psa_jax.profiles.encoders import Encoder
-from psa_jax.profiles.policy import banned_categories
 from psa_jax.profiles.population import sample_population
+from psa_jax.profiles.profile_prompt import PROFILE, QUESTION, Answer, Template
 from psa_jax.profiles.qwen_encoder import QwenEncoder, load_qwen_encoder
-from psa_jax.profiles.qwen_prompt import PROFILE, QUESTION, Answer, Template
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from psa_jax.data.mini import draw_mini
 from psa_jax.data.shards import open_shards
 from psa_jax.errors import PSAError
+from psa_jax.mini.world import render_mini
 from psa_jax.tools import build
 
 
 @pytest.fixture(scope="module")
 def sage_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mini") / "sage"
-    draw_mini(folder, 1, 0)
+    render_mini(folder, 1, 0)
     for split in ("val", "test_seen", "test_unseen"):
         (folder / split).rename(folder.parent / split)
     return folder

@@ -49,7 +49,7 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
         "judging unseen",
     ):
         assert said in err
-    assert "drawing base, unseen users: 17/17 pictures" in err and "download" not in err and "\r" not in err
+    assert "generating base, unseen users: 17/17 pictures" in err and "download" not in err and "\r" not in err
     assert "recorded" not in report and set(report["unseen"]) == set(report["seen"]) == {
         "psa",
         "base",

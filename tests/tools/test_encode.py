@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from psa_jax.cli import main
-from psa_jax.data.mini import draw_mini
+from psa_jax.mini.world import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population, write_users_csv
 from psa_jax.profiles.table import EmbeddingTable
@@ -137,7 +137,7 @@ def test_no_command_replaces_a_file(users, tmp_path, capsys, words, written):
 
 
 def test_a_check_renews_its_own_quarantine(tmp_path, capsys):
-    draw_mini(tmp_path / "sage", 1, 0)
+    render_mini(tmp_path / "sage", 1, 0)
     metadata = tmp_path / "sage" / "train" / "metadata.jsonl"
     whole = metadata.read_bytes()
     for content, bad in ((b"{}\n" + whole, 1), (b"{}\n[]\n" + whole, 2), (whole, 0)):
@@ -151,7 +151,7 @@ def test_sage_mini_is_its_owners(tmp_path):
     """Profiles are in its metadata; the mask of the process does not decide who reads them."""
     before = os.umask(0)
     try:
-        draw_mini(tmp_path / "sage", 1, 0)
+        render_mini(tmp_path / "sage", 1, 0)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "sage").stat().st_mode) == 0o700

@@ -13,12 +13,12 @@ from flax import nnx
 from torch_adapters import random_adapter
 
 from psa_jax.interop.native import adapter_arrays
+from psa_jax.mini.prepare import prepare
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 from psa_jax.preference.objective import Objective
 from psa_jax.tools.configs import read_config
-from psa_jax.tools.mini_data import prepare
 from psa_jax.training.setup import Setup
 from psa_jax.training.sharding import by_rows, make_mesh
 from psa_jax.training.step import make_step

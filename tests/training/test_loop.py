@@ -13,7 +13,7 @@ from psa_jax.data.shards import RowColumns
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE, read_metadata
 from psa_jax.interop.diffusers import load_stable_diffusion
-from psa_jax.tools.mini_data import prepare
+from psa_jax.mini.prepare import prepare
 from psa_jax.training import loop
 from psa_jax.training.loop import train
 from psa_jax.training.samples import by_strictness

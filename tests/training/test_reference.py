@@ -20,12 +20,12 @@ from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError, Stopped
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.interop.diffusers import StableDiffusion, weights_hash
+from psa_jax.mini.prepare import prepare
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.draws import FixedDraws, draw_fixed, draws_of_rows, fixed_draws_or_none
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pair_loss import FrozenModel, compute_reference_errors, pair_losses
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.tools.mini_data import prepare
 from psa_jax.training import reference
 from psa_jax.training.loop import train
 from psa_jax.training.reference import reference_table

@@ -13,8 +13,9 @@ from psa_jax.cli import main
 from psa_jax.data.shards import INFO_FILE
 from psa_jax.errors import PSAError
 from psa_jax.interop import diffusers
+from psa_jax.mini import prepare as mini_prepare
 from psa_jax.preference.objective import Objective
-from psa_jax.tools import demo, memory, mini_data, pretrain, train
+from psa_jax.tools import demo, memory, pretrain, train
 from psa_jax.tools.configs import read_config
 from psa_jax.training import loop, lowered, prepare, setup
 from psa_jax.training.optimizer import make_optimizer
@@ -40,8 +41,8 @@ def no_work(monkeypatch):
     def refuse(*args, **kwargs):
         pytest.fail("work was begun")
 
-    for module in (diffusers, demo, memory, loop, lowered, prepare, setup, mini_data, pretrain, train):
-        for name in ("load_stable_diffusion", "draw_mini", "build", "MiniSet", "make_step", "open_shards"):
+    for module in (diffusers, demo, memory, loop, lowered, prepare, setup, mini_prepare, pretrain, train):
+        for name in ("load_stable_diffusion", "render_mini", "build_for_model", "MiniSet", "make_step", "open_shards"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, refuse)
 

@@ -1,15 +1,15 @@
-"""SAGE-mini made ready for training: pictures, shards and the users' embeddings in one folder."""
+"""SAGE-mini prepared for training: pictures, shards and the users' embeddings in one folder."""
 
 from pathlib import Path
 
 import jax
 
-from psa_jax.data.mini import draw_mini
+from psa_jax.data.model_shards import build_for_model
 from psa_jax.data.sage import SPLITS, read_split
 from psa_jax.interop.diffusers import StableDiffusion
+from psa_jax.mini.world import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.tools.build import build
 
 
 def prepare(
@@ -24,16 +24,28 @@ def prepare(
     splits: tuple[str, ...] = SPLITS,
     batch_size: int = 64,
 ) -> None:
-    """Fills `folder` with `sage/`, `shards/` and `table.safetensors`; what is there already stays."""
+    """Makes `sage/`, `shards/` and `table.safetensors` in a folder; those that exist already are kept.
+
+    Args:
+      folder: where; made if it is missing.
+      model: the base model that training will use.
+      users: number of train users.
+      seed: of SAGE-mini's scenes and captions.
+      encoder: of the profiles, a key of `ENCODERS`.
+      resolution: side of the pictures in the shards, in pixels.
+      family: model family, part of the data set's name.
+      splits: those that get shards.
+      batch_size: pictures encoded in one call.
+    """
     if not (folder / "sage").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        draw_mini(folder / "sage", users, seed)
+        render_mini(folder / "sage", users, seed)
     if not (folder / "table.safetensors").exists():
         profiles = {r.user_id: r.profile for split in SPLITS for r in read_split(folder / "sage", split)}
         rows = [profiles[user] for user in sorted(profiles)]
         EmbeddingTable.from_profiles(rows, get_encoder(encoder)).save(folder / "table.safetensors")
     if not (folder / "shards").exists():
-        build(
+        build_for_model(
             model,
             folder / "sage",
             folder / "shards",

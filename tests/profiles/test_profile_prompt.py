@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.policy import banned_categories
+from psa_jax.profiles.bans import banned_categories
 from psa_jax.profiles.population import sample_population, write_users_csv
-from psa_jax.profiles.qwen_prompt import (
+from psa_jax.profiles.profile_prompt import (
     FIELDS,
     PROFILE,
     QUESTION,

@@ -9,7 +9,7 @@ from pathlib import Path
 from psa_jax.errors import PSAError
 from psa_jax.files import read_bytes
 from psa_jax.json_input import parse_json
-from psa_jax.profiles.policy import banned_categories
+from psa_jax.profiles.bans import banned_categories
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
 
 _FIELD = re.compile(r"<<([^<>]*)>>")

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
-from psa_jax.data.mini import sample_scenes
 from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.mini.world import sample_scenes
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE, latent_noise, sample_latents
@@ -53,7 +53,7 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=config.weight_decay))
 
 
-def fit(
+def train_loop(
     loss: Callable,
     params: PyTree[Array],
     config: ml_collections.ConfigDict,
@@ -153,7 +153,7 @@ def train_vae(vae: VAE, images: UInt8[np.ndarray, "n h w 3"], config: ml_collect
     data = {"images": jnp.asarray(images)}
     for name in ("crops", "whole"):
         part = config[name]
-        params = fit(
+        params = train_loop(
             functools.partial(loss, count=part.batch_size, size=part.size),
             params,
             part,
@@ -222,7 +222,7 @@ def train_denoiser(
     }
     for name in PHASES:
         folder = None if keep is None else keep / name
-        params = fit(
+        params = train_loop(
             functools.partial(loss, batch_size=config[name].batch_size),
             params,
             config[name],

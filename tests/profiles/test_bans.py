@@ -7,7 +7,7 @@ import json
 import pytest
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.policy import allowed_categories, banned_categories, is_banned
+from psa_jax.profiles.bans import allowed_categories, banned_categories, is_banned
 from psa_jax.profiles.schema import (
     AGE_GROUPS,
     CATEGORIES,

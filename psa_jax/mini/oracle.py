@@ -18,12 +18,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from psa_jax.data.mini import BACKGROUNDS, BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS, SUBJECTS, Scene, render
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
+from psa_jax.mini.pretrain import train_loop
+from psa_jax.mini.world import BACKGROUNDS, BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS, SUBJECTS, Scene, render
 from psa_jax.seeds import check_seed
 from psa_jax.tensor_file import read_float32, read_header, save_tensors
-from psa_jax.training.pretrain import fit
 
 DEBRIS = NO_PICTOGRAM + 1
 SIZE = 64
@@ -125,7 +125,7 @@ def save_oracle(net: OracleNet, path: Path) -> None:
 # --- training
 
 
-def draw_pairs(count: int, seed: int) -> dict[str, np.ndarray]:
+def render_pairs(count: int, seed: int) -> dict[str, np.ndarray]:
     """Scenes with labels [count, 3], and the same scenes with another pictogram; 5 % have none."""
     rng = np.random.default_rng(check_seed(seed))
     rows: dict[str, list] = {"images": [], "others": [], "labels": []}
@@ -207,7 +207,7 @@ def train_oracle(
             _cross_entropy(subject, labels[:, 1])
         )
 
-    params = fit(
+    params = train_loop(
         loss, params, config, {k: jnp.asarray(v) for k, v in data.items()}, name="oracle", log=log, ema=config.ema
     )
     return nnx.merge(graph, params)

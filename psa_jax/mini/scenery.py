@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from psa_jax.data.mini_glyphs import CELL, Colour, parse, sprite
+from psa_jax.mini.glyphs import CELL, Colour, parse, sprite
 
 PICTURE_SIZE = 64
 GRID = PICTURE_SIZE // CELL

@@ -3,22 +3,22 @@
 import numpy as np
 import pytest
 
-from psa_jax.data.mini import BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.oracle import ASSETS, DEBRIS, Oracle, Reading, draw_pairs, load_oracle, shipped_oracle
 from psa_jax.interop.diffusers import TINY, load_vae
+from psa_jax.mini.oracle import ASSETS, DEBRIS, Oracle, Reading, load_oracle, render_pairs, shipped_oracle
+from psa_jax.mini.world import BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS
 from psa_jax.tools.pretrain import roundtrip
 
 
 def test_held_out_pictures_through_the_vae():
-    pairs = draw_pairs(800, seed=987_654)
+    pairs = render_pairs(800, seed=987_654)
     reading = shipped_oracle()(roundtrip(load_vae(TINY), pairs["images"]))
     assert np.mean(reading.pictogram == pairs["labels"][:, 0]) >= 0.995
     assert np.mean(reading.subject == pairs["labels"][:, 1]) >= 0.995
 
 
 def test_two_pictures_mixed_are_debris():
-    pairs = draw_pairs(200, seed=5)
+    pairs = render_pairs(200, seed=5)
     keep = pairs["labels"][:, 0] != NO_PICTOGRAM
     mixed = ((pairs["images"].astype(np.uint16) + pairs["others"]) // 2).astype(np.uint8)[keep]
     assert np.mean(shipped_oracle()(mixed).pictogram == DEBRIS) >= 0.9
@@ -31,7 +31,7 @@ def test_readings():
 
 
 def test_a_reading_does_not_depend_on_the_batch():
-    images = draw_pairs(10, seed=6)["images"]
+    images = render_pairs(10, seed=6)["images"]
     small = Oracle(load_oracle(ASSETS / "oracle.safetensors"), batch_size=4)(images)
     assert np.array_equal(small.pictogram, shipped_oracle()(images).pictogram)
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from psa_jax.data import mini
-from psa_jax.data.mini_glyphs import GLYPH_COLOURS, GLYPHS, pictogram_sprite
+from psa_jax.data.sage import SPLITS
 from psa_jax.errors import PSAError
+from psa_jax.mini import world
+from psa_jax.mini.glyphs import GLYPH_COLOURS, GLYPHS, pictogram_sprite
 
 FILE_NAME = re.compile(r"^user_(\d{7})_([a-z-]+)_(.+)_(\d{5})\.jpg_([us])\.jpg$")
 USERS = 9
@@ -42,7 +43,7 @@ BANS = {
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mini") / "sage"
-    mini.draw_mini(out, USERS, seed=3)
+    world.render_mini(out, USERS, seed=3)
     return out
 
 
@@ -51,26 +52,26 @@ def read_rows(folder: Path, split: str) -> list[dict]:
 
 
 def all_scenes():
-    for pictogram in (*mini.PICTOGRAMS, None):
-        for background in mini.BACKGROUNDS:
-            for subject in mini.SUBJECTS:
-                yield mini.Scene(background, subject, pictogram, 0)
+    for pictogram in (*world.PICTOGRAMS, None):
+        for background in world.BACKGROUNDS:
+            for subject in world.SUBJECTS:
+                yield world.Scene(background, subject, pictogram, 0)
 
 
 # --- tables
 
 
 def test_seven_categories_of_four_concepts_with_four_different_counterparts():
-    assert Counter(concept.category for concept in mini.CONCEPTS) == dict.fromkeys(mini.CATEGORIES, 4)
-    for category in mini.CATEGORIES:
-        assert len({concept.benign for concept in mini.CONCEPTS if concept.category == category}) == 4
-    served = Counter(concept.benign for concept in mini.CONCEPTS)
-    assert set(served) == set(mini.BENIGN) and set(served.values()) <= {3, 4}
-    assert list(mini.PICTOGRAMS) == list(GLYPHS) and len(set(mini.PICTOGRAMS)) == 36
+    assert Counter(concept.category for concept in world.CONCEPTS) == dict.fromkeys(world.CATEGORIES, 4)
+    for category in world.CATEGORIES:
+        assert len({concept.benign for concept in world.CONCEPTS if concept.category == category}) == 4
+    served = Counter(concept.benign for concept in world.CONCEPTS)
+    assert set(served) == set(world.BENIGN) and set(served.values()) <= {3, 4}
+    assert list(world.PICTOGRAMS) == list(GLYPHS) and len(set(world.PICTOGRAMS)) == 36
 
 
 def test_no_name_is_part_of_another_thing_a_caption_may_say():
-    names = [*mini.PICTOGRAMS, *mini.SUBJECTS, *mini.BACKGROUNDS]
+    names = [*world.PICTOGRAMS, *world.SUBJECTS, *world.BACKGROUNDS]
     words = [set(name.split()) for name in names]
     assert all(not a <= b and not b <= a for a, b in combinations(words, 2))
 
@@ -80,7 +81,7 @@ def test_no_name_is_part_of_another_thing_a_caption_may_say():
 
 def test_pictograms_stay_apart_when_blurred_to_cells_of_the_tiny_vae():
     cells = []
-    for name in mini.PICTOGRAMS:
+    for name in world.PICTOGRAMS:
         sprite = pictogram_sprite(name, GLYPH_COLOURS[4]).convert("L")
         cells.append(np.asarray(sprite.resize((7, 7), Image.Resampling.BOX), np.float64))
     worst = min(float(np.sqrt(np.mean((a - b) ** 2))) for a, b in combinations(cells, 2))
@@ -89,18 +90,18 @@ def test_pictograms_stay_apart_when_blurred_to_cells_of_the_tiny_vae():
 
 def test_scenes_that_differ_in_the_pictogram_differ_in_one_plate_above_the_subject():
     for seed in range(20):
-        scene = mini.Scene("night", "car", "keyhole", seed)
-        picture = mini.render(scene)
-        other = mini.render(mini.Scene("night", "car", "kite", seed))
-        without = mini.render(mini.Scene("night", "car", None, seed))
-        assert np.array_equal(picture, mini.render(scene))
+        scene = world.Scene("night", "car", "keyhole", seed)
+        picture = world.render(scene)
+        other = world.render(world.Scene("night", "car", "kite", seed))
+        without = world.render(world.Scene("night", "car", None, seed))
+        assert np.array_equal(picture, world.render(scene))
         rows, columns = np.nonzero(np.any(picture != without, axis=-1))
         assert rows.max() < 32 and np.ptp(rows) == 27 and np.ptp(columns) == 27
         inside = np.zeros((64, 64), bool)
         inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
         changed = np.any(picture != other, axis=-1)
         assert changed.any() and not changed[~inside].any()
-        rows, columns = np.nonzero(np.any(without != mini.render(mini.Scene("night", "boat", None, seed)), axis=-1))
+        rows, columns = np.nonzero(np.any(without != world.render(world.Scene("night", "boat", None, seed)), axis=-1))
         assert rows.min() >= 32
 
 
@@ -108,8 +109,8 @@ def test_colour_says_nothing_about_the_pictogram():
     colours = set()
     for seed in range(30):
         used = set()
-        for name in mini.PICTOGRAMS:
-            pixels = mini.render(mini.Scene("room", "tree", name, seed))[:32].reshape(-1, 3)
+        for name in world.PICTOGRAMS:
+            pixels = world.render(world.Scene("room", "tree", name, seed))[:32].reshape(-1, 3)
             counts = {colour: int(np.all(pixels == colour, axis=-1).sum()) for colour in GLYPH_COLOURS}
             used.add(max(counts, key=counts.__getitem__))
             assert max(counts.values()) > 40
@@ -119,7 +120,7 @@ def test_colour_says_nothing_about_the_pictogram():
 
 
 def test_positions_tints_and_colours_vary_with_the_seed():
-    pictures = {mini.render(mini.Scene("beach", "house", "cup", seed)).tobytes() for seed in range(50)}
+    pictures = {world.render(world.Scene("beach", "house", "cup", seed)).tobytes() for seed in range(50)}
     assert len(pictures) == 50
 
 
@@ -127,50 +128,50 @@ def test_positions_tints_and_colours_vary_with_the_seed():
 def test_unknown_parts_of_a_scene_are_refused(field: str):
     parts = {"background": "snow", "subject": "cat", "pictogram": "leaf", "seed": 1} | {field: "dragon"}
     with pytest.raises(PSAError, match=f"unknown {field} 'dragon'"):
-        mini.render(mini.Scene(**parts))
+        world.render(world.Scene(**parts))
     with pytest.raises(PSAError, match=f"unknown {field} 'dragon'"):
-        mini.caption(mini.Scene(**parts), 0)
+        world.caption(world.Scene(**parts), 0)
 
 
 # --- captions
 
 
 def test_captions_by_hand():
-    scene = mini.Scene("brick wall", "house", "iron wedge", 0)
-    assert mini.caption(scene, 0) == "a house by a brick wall with an iron wedge"
-    assert mini.caption(scene, 5) == "by a brick wall there is an iron wedge near a house"
-    assert mini.caption(mini.Scene("night", "cat", "twin arrows", 0), 1) == "twin arrows and a cat at night"
-    assert mini.caption(mini.Scene("snow", "boat", None, 0), 3) == "in the snow, a boat"
+    scene = world.Scene("brick wall", "house", "iron wedge", 0)
+    assert world.caption(scene, 0) == "a house by a brick wall with an iron wedge"
+    assert world.caption(scene, 5) == "by a brick wall there is an iron wedge near a house"
+    assert world.caption(world.Scene("night", "cat", "twin arrows", 0), 1) == "twin arrows and a cat at night"
+    assert world.caption(world.Scene("snow", "boat", None, 0), 3) == "in the snow, a boat"
     with pytest.raises(PSAError, match="phrasing 6"):
-        mini.caption(scene, mini.PHRASINGS)
+        world.caption(scene, world.PHRASINGS)
 
 
 def test_every_caption_is_short_and_plain_and_means_one_scene():
-    captions = [mini.caption(scene, phrasing) for scene in all_scenes() for phrasing in range(mini.PHRASINGS)]
+    captions = [world.caption(scene, phrasing) for scene in all_scenes() for phrasing in range(world.PHRASINGS)]
     assert len(set(captions)) == len(captions) == 37 * 48 * 6
     assert all(re.fullmatch(r"[a-z]+(,? [a-z]+)*", text) and len(text.split()) <= 14 for text in captions)
 
 
 def test_splits_share_no_caption_and_train_has_everything():
-    owners: dict[str, list] = {split: [] for split in mini.SPLITS}
+    owners: dict[str, list] = {split: [] for split in SPLITS}
     for scene in all_scenes():
-        for phrasing in range(mini.PHRASINGS):
-            owners[mini.caption_split(scene, phrasing)].append((scene, phrasing))
+        for phrasing in range(world.PHRASINGS):
+            owners[world.caption_split(scene, phrasing)].append((scene, phrasing))
     total = sum(map(len, owners.values()))
     assert 0.65 < len(owners["train"]) / total < 0.75
     for entries in owners.values():  # every pictogram can be asked for in every split
-        assert {scene.pictogram for scene, _ in entries} == {*mini.PICTOGRAMS, None}
+        assert {scene.pictogram for scene, _ in entries} == {*world.PICTOGRAMS, None}
     for part in ("subject", "background"):
         pairs = {(scene.pictogram, getattr(scene, part)) for scene, _ in owners["train"]}
-        assert len(pairs) == 37 * len(mini.SUBJECTS if part == "subject" else mini.BACKGROUNDS)
-    assert {phrasing for _, phrasing in owners["train"]} == set(range(mini.PHRASINGS))
+        assert len(pairs) == 37 * len(world.SUBJECTS if part == "subject" else world.BACKGROUNDS)
+    assert {phrasing for _, phrasing in owners["train"]} == set(range(world.PHRASINGS))
 
 
 def test_a_pair_belongs_to_one_split():
-    for concept in mini.CONCEPTS:
-        for phrasing in range(mini.PHRASINGS):
-            unsafe, safe = (mini.Scene("beach", "robot", name, 0) for name in (concept.name, concept.benign))
-            assert mini.caption_split(unsafe, phrasing) == mini.caption_split(safe, phrasing)
+    for concept in world.CONCEPTS:
+        for phrasing in range(world.PHRASINGS):
+            unsafe, safe = (world.Scene("beach", "robot", name, 0) for name in (concept.name, concept.benign))
+            assert world.caption_split(unsafe, phrasing) == world.caption_split(safe, phrasing)
 
 
 # --- samples
@@ -179,42 +180,42 @@ def test_a_pair_belongs_to_one_split():
 def test_samples_are_labelled_uniform_and_from_their_split():
     counts: Counter[int] = Counter()
     train_captions = set()
-    for picture, text, labels in mini.sample_scenes(4000, seed=1):
+    for picture, text, labels in world.sample_scenes(4000, seed=1):
         assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
-        assert mini.SUBJECTS[labels.subject] in text and mini.BACKGROUNDS[labels.background].split()[-1] in text
-        named = [name for name in mini.PICTOGRAMS if re.search(rf"\b{name}\b", text)]
-        assert named == ([] if labels.pictogram == mini.NO_PICTOGRAM else [mini.PICTOGRAMS[labels.pictogram]])
+        assert world.SUBJECTS[labels.subject] in text and world.BACKGROUNDS[labels.background].split()[-1] in text
+        named = [name for name in world.PICTOGRAMS if re.search(rf"\b{name}\b", text)]
+        assert named == ([] if labels.pictogram == world.NO_PICTOGRAM else [world.PICTOGRAMS[labels.pictogram]])
         counts[labels.pictogram] += 1
         train_captions.add(text)
     assert set(counts) == set(range(37))
-    assert 150 < counts.pop(mini.NO_PICTOGRAM) < 250  # 5 % of 4,000 is 200, sd 14
+    assert 150 < counts.pop(world.NO_PICTOGRAM) < 250  # 5 % of 4,000 is 200, sd 14
     assert all(60 < count < 155 for count in counts.values())  # 95 % of 4,000 over 36 is 106, sd 10
-    for split in mini.SPLITS[1:]:
-        assert train_captions.isdisjoint(text for _, text, _ in mini.sample_scenes(300, seed=1, split=split))
+    for split in SPLITS[1:]:
+        assert train_captions.isdisjoint(text for _, text, _ in world.sample_scenes(300, seed=1, split=split))
 
 
 def test_samples_repeat_with_the_seed_only():
-    def take(seed: int) -> list[tuple[bytes, str, mini.Labels]]:
-        return [(picture.tobytes(), text, labels) for picture, text, labels in mini.sample_scenes(20, seed)]
+    def take(seed: int) -> list[tuple[bytes, str, world.Labels]]:
+        return [(picture.tobytes(), text, labels) for picture, text, labels in world.sample_scenes(20, seed)]
 
     assert take(5) == take(5)
     assert take(5) != take(6)
     with pytest.raises(PSAError, match="unknown split 'test'"):
-        next(mini.sample_scenes(1, 0, split="test"))
+        next(world.sample_scenes(1, 0, split="test"))
     with pytest.raises(PSAError, match="seed is -1"):
-        next(mini.sample_scenes(1, -1))
+        next(world.sample_scenes(1, -1))
 
 
 # --- files
 
 
 def test_split_sizes_follow_sage():
-    assert mini.split_sizes(900) == {"train": 900, "val": 50, "test_seen": 50, "test_unseen": 50}
-    assert mini.split_sizes(4) == {"train": 4, "val": 8, "test_seen": 4, "test_unseen": 8}
+    assert world.split_sizes(900) == {"train": 900, "val": 50, "test_seen": 50, "test_unseen": 50}
+    assert world.split_sizes(4) == {"train": 4, "val": 8, "test_seen": 4, "test_unseen": 8}
 
 
 def test_every_row_follows_names_schema_and_label_rule(drawn: Path):
-    for split, users in mini.split_sizes(USERS).items():
+    for split, users in world.split_sizes(USERS).items():
         rows = read_rows(drawn, split)
         assert len(rows) == 42 * users
         assert len({row["file_name"] for row in rows}) == len(rows)
@@ -229,7 +230,7 @@ def test_every_row_follows_names_schema_and_label_rule(drawn: Path):
             assert isinstance(user["Cluster_ID"], str) and 0 <= int(user["Cluster_ID"]) < 40
             user_id, category, concept, index, kind = FILE_NAME.fullmatch(row["file_name"]).groups()
             assert user_id == user["User_ID"]
-            entry = next(entry for entry in mini.CONCEPTS if entry.name == concept.replace("_", " "))
+            entry = next(entry for entry in world.CONCEPTS if entry.name == concept.replace("_", " "))
             assert entry.category.lower() == category
             asked, absent = (entry.name, entry.benign) if kind == "u" else (entry.benign, entry.name)
             assert asked in row["caption"] and absent not in row["caption"]
@@ -251,14 +252,14 @@ def test_both_labels_occur_for_unsafe_prompts(drawn: Path):
 
 def test_users_and_prompts_of_the_splits(drawn: Path):
     ids, captions = {}, {}
-    for split in mini.SPLITS:
+    for split in SPLITS:
         rows = read_rows(drawn, split)
         ids[split] = {row["user_data"]["User_ID"] for row in rows}
         captions[split] = {row["caption"] for row in rows}
     assert ids["train"] == {f"{number:07d}" for number in range(1, USERS + 1)}
     assert ids["test_seen"] <= ids["train"]
     assert ids["train"].isdisjoint(ids["val"] | ids["test_unseen"]) and ids["val"].isdisjoint(ids["test_unseen"])
-    assert all(captions[a].isdisjoint(captions[b]) for a, b in combinations(mini.SPLITS, 2))
+    assert all(captions[a].isdisjoint(captions[b]) for a, b in combinations(SPLITS, 2))
 
 
 def test_saved_pictures_are_the_rendered_pair(drawn: Path):
@@ -279,8 +280,8 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(drawn: Path, tmp_pat
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     (tmp_path / "again").mkdir()  # an empty folder is as good as none
-    mini.draw_mini(tmp_path / "again", USERS, seed=3)
-    mini.draw_mini(tmp_path / "other", 1, seed=4)
+    world.render_mini(tmp_path / "again", USERS, seed=3)
+    world.render_mini(tmp_path / "other", 1, seed=4)
     assert content(tmp_path / "again") == content(drawn)
     assert read_rows(tmp_path / "other", "train") != read_rows(drawn, "train")[:42]
 
@@ -301,21 +302,21 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     full.mkdir()
     (full / "mine.txt").write_text("keep")
     with pytest.raises(PSAError, match="not an empty folder"):
-        mini.draw_mini(full, 1, 0)
+        world.render_mini(full, 1, 0)
     with pytest.raises(PSAError, match="not an empty folder"):
-        mini.draw_mini(full / "mine.txt", 1, 0)
+        world.render_mini(full / "mine.txt", 1, 0)
     with pytest.raises(PSAError, match="from 1 up"):
-        mini.draw_mini(tmp_path / "new", 0, 0)
+        world.render_mini(tmp_path / "new", 0, 0)
     with pytest.raises(PSAError, match="seed is -1"):
-        mini.draw_mini(tmp_path / "new", 1, -1)
+        world.render_mini(tmp_path / "new", 1, -1)
     with pytest.raises(PSAError, match="cannot write"):
-        mini.draw_mini(full / "mine.txt" / "below", 1, 0)
+        world.render_mini(full / "mine.txt" / "below", 1, 0)
 
     def disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mini, "_user_data", disk_full)
+    monkeypatch.setattr(world, "_user_data", disk_full)
     with pytest.raises(PSAError, match="No space left"):
-        mini.draw_mini(tmp_path / "new", 1, 0)
+        world.render_mini(tmp_path / "new", 1, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert [path.name for path in full.iterdir()] == ["mine.txt"]

@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from psa_jax.data import mini_glyphs as glyphs
-from psa_jax.data import mini_scenery as scenery
+from psa_jax.data.sage import SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.files import replacing_folder, write_private
-from psa_jax.profiles.policy import banned_categories
+from psa_jax.mini import glyphs, scenery
+from psa_jax.profiles.bans import banned_categories
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
 from psa_jax.progress import Progress
@@ -74,11 +74,10 @@ BACKGROUNDS: tuple[str, ...] = tuple(scenery.BACKGROUNDS)
 NO_PICTOGRAM = len(PICTOGRAMS)
 """The pictogram label of a picture without one."""
 
-SPLITS: tuple[str, ...] = ("train", "val", "test_seen", "test_unseen")
 CONCEPTS_PER_CATEGORY = 3
 ROWS_PER_USER = len(CATEGORIES) * CONCEPTS_PER_CATEGORY * 2
 POPULATION_SEED = 2025
-"""User ids mean the same people in every drawing: the seed of a drawing never changes the population."""
+"""User ids mean the same people in every rendering: the seed never changes the population."""
 
 _COUNTERPART = {concept.name: concept.benign for concept in CONCEPTS} | {name: name for name in BENIGN}
 _PLACES = {
@@ -231,7 +230,7 @@ def _captions_of(split: str, counterpart: str | None) -> tuple[tuple[str, str, i
     )
 
 
-def _draw_scene(rng: np.random.Generator, pictogram: str | None, split: str) -> tuple[Scene, int]:
+def _sample_scene(rng: np.random.Generator, pictogram: str | None, split: str) -> tuple[Scene, int]:
     """A random scene and phrasing whose caption belongs to the split."""
     choices = _captions_of(split, None if pictogram is None else _COUNTERPART[pictogram])
     background, subject, phrasing = choices[int(rng.integers(len(choices)))]
@@ -256,7 +255,7 @@ def sample_scenes(
     for _ in range(count):
         index = int(rng.integers(len(PICTOGRAMS))) if rng.random() >= none_share else NO_PICTOGRAM
         pictogram = PICTOGRAMS[index] if index < NO_PICTOGRAM else None
-        scene, phrasing = _draw_scene(rng, pictogram, split)
+        scene, phrasing = _sample_scene(rng, pictogram, split)
         labels = Labels(index, SUBJECTS.index(scene.subject), BACKGROUNDS.index(scene.background))
         yield render(scene), caption(scene, phrasing), labels
 
@@ -270,7 +269,7 @@ def split_sizes(users: int) -> dict[str, int]:
     return {"train": users, "val": others, "test_seen": min(users, others), "test_unseen": others}
 
 
-def draw_mini(out: Path, users: int, seed: int) -> dict[str, int]:
+def render_mini(out: Path, users: int, seed: int) -> dict[str, int]:
     """Writes SAGE-mini in SAGE's layout: a folder a split with metadata.jsonl (profiles: mode 0600) and its pictures.
 
     The users are the first rows of the population; `seed` draws their concepts, scenes and captions.
@@ -307,7 +306,7 @@ def draw_mini(out: Path, users: int, seed: int) -> dict[str, int]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(out) as whole:
             whole.mkdir(mode=0o700)
-            with Progress(sum(map(len, members.values())), "user", "drawing SAGE-mini") as progress:
+            with Progress(sum(map(len, members.values())), "user", "rendering SAGE-mini") as progress:
                 counts = {split: _write_split(whole / split, split, members[split], seed, progress) for split in SPLITS}
     except OSError as error:
         reason = error.strerror or str(error)
@@ -334,7 +333,7 @@ def _write_pair(
     folder: Path, split: str, profile: UserProfile, concept: Concept, index: int, rng: np.random.Generator
 ) -> list[dict]:
     """Saves a pair's two pictures; returns its two rows, under the unsafe and under the safe prompt."""
-    unsafe, phrasing = _draw_scene(rng, concept.name, split)
+    unsafe, phrasing = _sample_scene(rng, concept.name, split)
     safe = replace(unsafe, pictogram=concept.benign)
     stem = f"user_{profile.user_id}_{concept.category.lower()}_{concept.name.replace(' ', '_')}_{index:05d}"
     safe_file, unsafe_file = f"{stem}_s.jpg", f"{stem}_u.jpg"

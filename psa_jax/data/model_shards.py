@@ -1,0 +1,104 @@
+"""Shards for a loaded base model: its VAE, tokenizers and text encoders, put into `build_shards`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from psa_jax.data.batched import on_devices
+from psa_jax.data.builder import Tokenizer, build_shards
+from psa_jax.data.encoding import TextCache
+from psa_jax.data.fingerprints import text_fingerprint, vae_fingerprint
+from psa_jax.data.preprocess import Preprocess
+from psa_jax.diffusion.conditioning import encode_text
+from psa_jax.diffusion.generate import truncation
+from psa_jax.errors import PSAError
+from psa_jax.interop.diffusers import StableDiffusion
+from psa_jax.progress import print_on_main
+
+
+def build_for_model(
+    model: StableDiffusion,
+    sage_dir: Path,
+    out: Path,
+    *,
+    resolution: int,
+    family: str,
+    flips: bool = False,
+    text: bool = False,
+    splits: Sequence[str] | None = None,
+    batch_size: int = 16,
+    threads: int | None = None,
+    part: tuple[int, int] | None = None,
+    devices: list[jax.Device] | None = None,
+) -> Path:
+    """`build_shards` with the VAE and the tokenizers of a model and, for `text`, its text encoders.
+
+    Args:
+      model: the base model that training will use.
+      sage_dir, out, family, flips, splits, batch_size, threads, part: as in `build_shards`.
+      resolution: side of the pictures, in pixels: a multiple of the VAE's downscale factor.
+      text: store text embeddings.
+      devices: to split batches over; None takes those of this process.
+
+    Returns:
+      `out`, or with `part` the folder of the work files.
+
+    Raises:
+      PSAError: a resolution or batch size that does not fit, or as in `build_shards`.
+    """
+    factor = model.vae.config.downscale
+    if resolution % factor:
+        raise PSAError(f"resolution {resolution} is no multiple of {factor}, by which the VAE shrinks pictures")
+    preprocess, side = Preprocess(resolution), resolution // factor
+    tokenizers = [_reporting_truncation(model), *([] if model.text_encoder_2 is None else [model.tokenize_2])]
+    return build_shards(
+        sage_dir,
+        out,
+        encode=on_devices(lambda vae, images: vae.encode(images), model.vae, batch_size, devices),
+        vae_fingerprint=vae_fingerprint(model.vae_tensors, preprocess),
+        latent_shape=(side, side, 2 * model.vae.config.latent_channels),
+        tokenizer=tokenizers,
+        resolution=resolution,
+        family=family,
+        splits=splits,
+        preprocess=preprocess,
+        flips=flips,
+        text=text_cache(model, batch_size, devices) if text else None,
+        batch_size=batch_size,
+        threads=threads,
+        part=part,
+    )
+
+
+def text_cache(model: StableDiffusion, batch_size: int, devices: list[jax.Device] | None = None) -> TextCache:
+    """The text encoders of a model, as what `build_shards` encodes prompts with.
+
+    Args:
+      batch_size: prompts in each call, divisible by the number of devices.
+      devices: to split batches over; None takes those of this process.
+    """
+    encoders = model.text_encoders
+
+    def encode(encoders, ids: Int32[jax.Array, "b k t"]) -> dict[str, jax.Array]:
+        found = encode_text(tuple(encoders), tuple(ids[:, number] for number in range(len(encoders))))
+        return {name: value for name, value in found._asdict().items() if value is not None}
+
+    return TextCache(on_devices(encode, encoders, batch_size, devices), text_fingerprint(encoders))
+
+
+def _reporting_truncation(model: StableDiffusion) -> Tokenizer:
+    """The first tokenizer; it reports how many captions are too long for the text encoders."""
+
+    def tokenize(captions: list[str]) -> Int32[np.ndarray, "n t"]:
+        distinct = list(dict.fromkeys(captions))
+        lost = [(caption, part) for caption, part in zip(distinct, model.truncated(distinct), strict=True) if part]
+        if lost:
+            length = model.text_encoder.config.max_position_embeddings
+            first = truncation("caption", lost[0][0], length, lost[0][1])
+            print_on_main(f"{len(lost)} of {len(distinct)} captions are too long; {first}")
+        return model.tokenize(captions)
+
+    return tokenize
