@@ -41,7 +41,7 @@ from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, SageRecord, read_s
 from psa_jax.data.shards import FORMAT, INFO_FILE, VERSION, columns_file, read_info
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
-from psa_jax.progress import stage, track
+from psa_jax.progress import print_stage, track
 
 _CHUNK_BATCHES = 16  # calls of the VAE that a kill can cost
 
@@ -282,7 +282,7 @@ def build_shards(
     encoder = PictureEncoder(encode, tuple(latent_shape), preprocess, batch_size, flips, threads, options)
     size = batch_size * _CHUNK_BATCHES
     chunks = plan_chunks(work, settings, pictures.digests, size)
-    stage(f"encoding pictures at {resolution} px, {batch_size} at a time; compiling comes first")
+    print_stage(f"encoding pictures at {resolution} px, {batch_size} at a time; compiling comes first")
     fill = functools.partial(fill_chunks, part=part or (0, 1), batch=batch_size)
     fill(chunks, lambda todo: encoder([pictures.paths[n] for n in todo]), "picture")
     prompts, prompt_of, text_chunks = [], {}, []
