@@ -34,7 +34,7 @@ class Pictures:
     number: Mapping[tuple[str, str], int]
 
     @classmethod
-    def of(cls, root: Path, names: Mapping[str, Sequence[str]], threads: int) -> "Pictures":
+    def read(cls, root: Path, names: Mapping[str, Sequence[str]], threads: int) -> "Pictures":
         """Reads (but does not decode) every picture of every split.
 
         Raises:
@@ -58,8 +58,7 @@ class PictureEncoder:
       encode: [b, r, r, 3] in [-1, 1] → moments [b, h, w, 2c].
       latent_shape: (h, w, 2c).
       flips: encode every picture mirrored, too.
-      threads: that decode.
-      options: for `open_image`.
+      threads: for decoding.
     """
 
     encode: Callable[..., Any]
@@ -68,14 +67,13 @@ class PictureEncoder:
     batch_size: int
     flips: bool
     threads: int
-    options: Mapping[str, int]
 
     def __call__(self, paths: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
         """Of each picture `moments` [1 or 2, h, w, 2c] float16 and `geometry` [2, 2]: original size and crop."""
         geometry: list[np.ndarray] = []
 
         def load(path: Path):
-            return self.preprocess(open_image(path, **self.options))
+            return self.preprocess(open_image(path))
 
         def pixels() -> Iterator[np.ndarray]:
             for prepared in map_ahead(load, paths, self.threads, 2 * self.batch_size):

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from psa_jax.data.preprocess import RESAMPLE, Preprocess
 from psa_jax.errors import PSAError
 from psa_jax.json_input import read_json
 from psa_jax.profiles.schema import CATEGORIES
+from psa_jax.tensor_file import read_float32, read_header
 
 FORMAT = "psa_jax.shards/2"
 VERSION = "1.0.0"
 INFO_FILE = "fingerprint.json"
+EMPTY_PROMPT_FILE = "text-empty.safetensors"
 _MAX_BYTES = 1 << 30  # 25 bytes a row
 _INFO_FIELDS = {
     "format",
@@ -77,9 +79,6 @@ class Shards:
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.source[row]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open_shards, (self.folder, self.split)  # worker processes open the files themselves
-
     def __repr__(self) -> str:
         return f"Shards({self.info['family']}_{self.info['resolution']}, {len(self)} rows)"
 
@@ -129,7 +128,7 @@ def read_info(out: Path) -> dict[str, Any]:
     """
     path = Path(out) / INFO_FILE
     info = _read_json(path)
-    if info.keys() != _INFO_FIELDS or info["format"] != FORMAT or not _is_info(info):
+    if info.keys() - {"text_fingerprint"} != _INFO_FIELDS or info["format"] != FORMAT or not _is_info(info):
         raise PSAError(f"{path}: not the description of psa_jax shards ({FORMAT}); build the shards again")
     if not re.fullmatch(r"[a-z0-9]+_[0-9]+", f"{info['family']}_{info['resolution']}"):  # it becomes a path
         raise PSAError(f"{path}: family or resolution is no plain name; build the shards again")
@@ -152,6 +151,7 @@ def _is_info(info: dict[str, Any]) -> bool:
         and len(shape) == 3
         and whole(*shape)
         and all(isinstance(info[name], str) for name in ("fingerprint", "family"))
+        and isinstance(info.get("text_fingerprint", ""), str)
         and _is_preprocess(info["preprocess"])
         and isinstance(info["flips"], bool)
     )
@@ -170,6 +170,24 @@ def _is_preprocess(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"resolution", "resample"}:
         return False
     return type(value["resolution"]) is int and value["resolution"] > 0 and value["resample"] in RESAMPLE
+
+
+def read_empty_prompt(out: Path) -> dict[str, Float32[np.ndarray, "..."]] | None:
+    """The text embeddings of the empty prompt: `text_states` [t, c] and, with two encoders, `text_pooled` [p].
+
+    Args:
+      out: folder of shards.
+
+    Returns:
+      float32 arrays by name; None if the shards lack them, as those without text embeddings and older ones do.
+
+    Raises:
+      PSAError: the file is damaged.
+    """
+    path = Path(out) / EMPTY_PROMPT_FILE
+    if EMPTY_PROMPT_FILE not in read_info(out)["files"]:
+        return None
+    return {name: read_float32(path, name, entry) for name, entry in read_header(path).tensors.items()}
 
 
 def columns_file(split: str) -> str:
