@@ -13,12 +13,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from support import annotations
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-hook = install_import_hook("psa_jax", "beartype.beartype")
+hook = install_import_hook("psa_jax", f"{annotations.__name__}.{annotations.checked.__name__}")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

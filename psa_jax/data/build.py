@@ -41,7 +41,7 @@ from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, SageRecord, read_s
 from psa_jax.data.shards import EMPTY_PROMPT_FILE, FORMAT, INFO_FILE, columns_file, read_info
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
-from psa_jax.progress import stage, track
+from psa_jax.progress import print_stage, track
 
 _CHUNK_BATCHES = 16  # calls of the VAE that a kill can cost
 
@@ -113,7 +113,7 @@ def build_shards(
         return out
 
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stage(f"encoding pictures at {preprocess.resolution} px, {batch_size} at a time; compiling comes first")
+    print_stage(f"encoding pictures at {preprocess.resolution} px, {batch_size} at a time; compiling comes first")
     fill = functools.partial(fill_chunks, part=part or (0, 1), batch=batch_size)
     encoder = PictureEncoder(encode, tuple(latent_shape), preprocess, batch_size, flips, threads)
     chunks = plan_chunks(work, settings, source.pictures.digests, batch_size * _CHUNK_BATCHES)

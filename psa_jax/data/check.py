@@ -16,7 +16,7 @@ from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, Row, RowError, Sag
 from psa_jax.errors import PSAError
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import COLUMNS, UserProfile
-from psa_jax.progress import stage, track
+from psa_jax.progress import print_stage, track
 
 FORMAT = "psa_jax.check/1"
 CHECKS = ("json", "schema", "values", "names", "label", "pictures", "duplicates", "population", "users", "prompts")
@@ -165,7 +165,7 @@ def check_sage(
     if not present:
         raise PSAError(f"{root}: none of the folders {', '.join(SPLITS)} is there; give a folder in SAGE's layout")
     lines = {split: split_lines(root, split) for split in present}
-    stage(f"reading {sum(map(len, lines.values()))} rows")
+    print_stage(f"reading {sum(map(len, lines.values()))} rows")
     rows = {split: tuple(scan_lines(root, split, lines[split])) for split in present}
     population = sample_population(RELEASED_USERS) if users is None else users
     findings = [

@@ -16,7 +16,7 @@ from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import truncation
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
-from psa_jax.progress import say
+from psa_jax.progress import print_on_main
 
 
 def build_for_model(
@@ -97,7 +97,7 @@ def _reporting_truncation(model: StableDiffusion) -> Tokenizer:
         if lost:
             length = model.text_encoder.config.max_position_embeddings
             first = truncation("caption", lost[0][0], length, lost[0][1])
-            say(f"{len(lost)} of {len(distinct)} captions are too long; {first}")
+            print_on_main(f"{len(lost)} of {len(distinct)} captions are too long; {first}")
         return model.tokenize(captions)
 
     return tokenize

@@ -21,7 +21,7 @@ from psa_jax.files import check_new
 from psa_jax.mini.world import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.progress import stage
+from psa_jax.progress import print_stage
 from psa_jax.tools import bench_generate, bench_step
 from psa_jax.tools.turns import Load, spread, take_turns
 
@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
 def input_(args: Namespace) -> int:
     """Pairs a second of the input pipeline alone, and of decoding JPEG pairs as the torch original does."""
     args.resolution, load = args.resolution or 512, Load()
-    stage("making small shards and JPEGs", f"then {2 * args.seconds:g} s of measuring")
+    print_stage("making small shards and JPEGs", f"then {2 * args.seconds:g} s of measuring")
     with tempfile.TemporaryDirectory() as folder:
         shards, table, pairs = _input_data(Path(folder), args)
         batches = iter(
@@ -57,7 +57,7 @@ def input_(args: Namespace) -> int:
         result |= spread(f"{name}_pairs_per_second", [turn[name] for turn in turns], 1)
     result |= spread("ratio", [turn["ours"] / turn["original"] for turn in turns], 2)
     settings = ("resolution", "picture_size", "batch_size", "threads", "seconds")
-    result |= {name: getattr(args, name) for name in settings} | load.told()
+    result |= {name: getattr(args, name) for name in settings} | load.summary()
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from psa_jax.errors import PSAError
-from psa_jax.progress import stage
+from psa_jax.progress import print_stage
 from psa_jax.tools.turns import Load, spread, take_turns
 
 USER_DIM = 35  # of the `features` encoder
@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
     with contextlib.ExitStack() as stack:
         workers = {}
         for way in ways:
-            stage(f"{way}: reading the model, compiling and a first step of {spec['pairs']} pairs")
+            print_stage(f"{way}: reading the model, compiling and a first step of {spec['pairs']} pairs")
             workers[way] = stack.enter_context(_Worker(way, spec))
         devices = {way: worker.device for way, worker in workers.items()}
         if len(set(devices.values())) > 1:
@@ -81,7 +81,7 @@ def run(args: Namespace) -> int:
         "stored_draws": config.reference.draws,
         "first_loss": workers["ours"].first_loss,  # ln 2 for the sigmoid: an untrained adapter changes nothing
         "device": devices["ours"],
-        **load.told(),
+        **load.summary(),
     }
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ from psa_jax.profiles.bans import banned_categories, is_banned
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.progress import say, stage
+from psa_jax.progress import print_on_main, print_stage
 from psa_jax.tools.train import with_mini
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
@@ -102,12 +102,12 @@ def run_demo(
     start, recipe = time.perf_counter(), recipe_of(config)
     recorded = None if compare else read_recording()
     if recorded is not None and not same_recipe(recorded["recipe"], recipe):
-        say(
+        print_on_main(
             "the recorded comparison runs are of another configuration: only the base model is compared; --compare "
             "trains the comparison adapters"
         )
         recorded = None
-    stage("data, training, judging and a report")
+    print_stage("data, training, judging and a report")
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --- data, training
@@ -118,7 +118,7 @@ def run_demo(
         runs |= {name: variant(config, name, workdir / "data") for name in COMPARED}
     generators = {}
     for name, run_config in runs.items():
-        stage(f"training {name}: {run_config.steps} steps of {run_config.batch_size} pairs")
+        print_stage(f"training {name}: {run_config.steps} steps of {run_config.batch_size} pairs")
         path = train(run_config, workdir / name)
         adapter = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
         generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
@@ -134,7 +134,9 @@ def run_demo(
     for place, split in USER_GROUPS.items():
         records = read_split(workdir / "data" / "sage", split)
         cases = select_cases([case_of(record) for record in records], config.evaluate.per_rate[place], config.seed)
-        stage(f"judging {place} users: {len(cases)} cases, drawn {1 + len(generators)} times; compiling comes first")
+        print_stage(
+            f"judging {place} users: {len(cases)} cases, drawn {1 + len(generators)} times; compiling comes first"
+        )
         verdicts = _judge_all(generators, oracle, cases, place)
         made[place] = pack_place(cases, verdicts)
         if recorded is not None:
@@ -149,7 +151,7 @@ def run_demo(
         write_recording(record, recipe, made)
 
     # --- pictures, report
-    stage("drawing the report's pictures")
+    print_stage("drawing the report's pictures")
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
     _finish(report, config, judged, grid, workdir, start)

@@ -34,7 +34,7 @@ from psa_jax.interop.upstream import as_published, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.profiles.user_embedding import user_embedding
-from psa_jax.progress import say
+from psa_jax.progress import print_on_main
 from psa_jax.tensor_file import save_tensors
 
 
@@ -86,7 +86,7 @@ def run(args: Namespace) -> int:
             write_adapter(source, folder / (name or ""), args)
             (folder / "README.md").write_text(card_text(name or ""), encoding="utf-8")
     if args.format == "upstream" and (limit := upstream_limit(source.config)):
-        say(f"{args.out}: {limit}")
+        print_on_main(f"{args.out}: {limit}")
     result = {"adapter": str(args.out), "format": args.format}
     print(json.dumps(result | {name: getattr(source.config, name) for name in ("kind", "tokens", "user_dim")}))
     return 0

@@ -21,7 +21,7 @@ from psa_jax.interop.diffusers import MODELS
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pair_loss import batch_arrays
-from psa_jax.progress import stage
+from psa_jax.progress import print_stage
 from psa_jax.tools.bench_step import USER_DIM, random_rows
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.reference import stored_or_none
@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
     key = _shape(jax.eval_shape(lambda: jax.random.key(0)), whole)
 
     kind = f"{len(devices)} {devices[0].device_kind}"
-    stage(f"compiling the training step of {config.batch_size} pairs for {kind}; no step is run", _ABOUT)
+    print_stage(f"compiling the training step of {config.batch_size} pairs for {kind}; no step is run", _ABOUT)
     start = time.perf_counter()
     lowered = step.lower(jax.tree.map(_shape, state, shardings(state, mesh)), frozen, batch, key)
     try:

@@ -25,7 +25,7 @@ from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.user_embedding import user_embedding
-from psa_jax.progress import Progress, say, stage
+from psa_jax.progress import Progress, print_on_main, print_stage
 from psa_jax.seeds import PICTURE_BITS, check_seed
 from psa_jax.tools.prompts import read_prompts
 
@@ -76,10 +76,10 @@ def run(args: Namespace) -> int:
     _claim(args, settings | _contents(args, model, adapter), user)
     cut = generator.truncated([text for picture in wanted for text in (picture.prompt, picture.negative or "")])
     for line in cut:
-        say(line)
+        print_on_main(line)
     missing = [picture for picture in wanted if not _is_whole(args.out / picture.name, picture)]
     if missing:
-        stage(f"drawing {len(missing)} of {len(wanted)} pictures; compiling comes first")
+        print_stage(f"drawing {len(missing)} of {len(wanted)} pictures; compiling comes first")
     with Progress(len(missing), "picture", "drawing") as progress:
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]

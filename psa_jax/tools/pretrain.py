@@ -31,7 +31,7 @@ from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE
-from psa_jax.progress import Progress, stage
+from psa_jax.progress import Progress, print_stage
 from psa_jax.seeds import check_seed
 from psa_jax.training.settings import validate
 
@@ -79,7 +79,7 @@ def run_pretraining(config: ml_collections.ConfigDict, workdir: Path) -> None:
     validate(config, "pretrain", workdir)
     part, log = config.pretrain, json_log(workdir / "loss.jsonl")
     phases = (part.vae.crops, part.vae.whole, part.denoiser, part.restart, part.oracle)
-    stage(
+    print_stage(
         f"vae, denoiser, oracle, check: up to {sum(phase.steps for phase in phases)} steps; what is there is not redone"
     )
     train = MiniSet(part.pictures, part.data_seed)
@@ -190,7 +190,7 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
 
 def check(model: StableDiffusion, oracle: Oracle, part: ml_collections.ConfigDict) -> dict[str, float]:
     """Percent: oracle accuracy on held-out pictures through the VAE; obedience of samples of held-out prompts."""
-    stage(f"check: {part.held_out} pictures through the VAE, {part.samples} prompts drawn")
+    print_stage(f"check: {part.held_out} pictures through the VAE, {part.samples} prompts drawn")
     held_out = render_pairs(part.held_out, part.data_seed + 1)
     seen = oracle(roundtrip(model.vae, held_out["images"]))
     prompts = MiniSet(part.samples, part.data_seed + 3, "test_unseen")

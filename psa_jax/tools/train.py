@@ -13,7 +13,7 @@ import ml_collections
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.leaving import on_failure
 from psa_jax.mini.prepare import prepare
-from psa_jax.progress import say
+from psa_jax.progress import print_on_main
 from psa_jax.training.distributed import (
     connect,
     hard_exit,
@@ -60,7 +60,7 @@ def run(args: Namespace) -> int:
 def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     connect(validate_devices(config))
     if config.data.shards and config.data.mini.users:
-        say(f"training on {config.data.shards}; SAGE-mini is not drawn")
+        print_on_main(f"training on {config.data.shards}; SAGE-mini is not drawn")
     return train(with_mini(config, workdir / "data"), workdir)
 
 

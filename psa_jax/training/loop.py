@@ -25,7 +25,7 @@ from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.preference.objective import Objective, describe_beta
 from psa_jax.preference.pair_loss import batch_arrays
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.progress import Progress, say, stage
+from psa_jax.progress import Progress, print_on_main, print_stage
 from psa_jax.training.checkpoints import Checkpoints
 from psa_jax.training.distributed import connect, is_main_process, lost_peers_named, require_joined
 from psa_jax.training.held_out import HeldOut
@@ -66,7 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
     for split in ("train", *(["val"] if config.validate.every or config.sample_every else [])):
         if split not in info["splits"]:
             raise PSAError(f"{shards}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
-    stage(f"reading the base model {config.model}")
+    print_stage(f"reading the base model {config.model}")
     where, drawing = of_file(mesh, config.mesh.frozen), config.sample_every > 0
     model = BaseModel.from_config(config).load(dtype=config.dtype, sharding=where, abstract=() if drawing else ("vae",))
     base_hash = model.base_hash
@@ -145,9 +145,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         state = checkpoints.restore(state, iterator) or state
         start = int(state.step)
         height, width, moments = info["latent_shape"]
-        say(describe_beta(objective.beta, (height, width, moments // 2)))
+        print_on_main(describe_beta(objective.beta, (height, width, moments // 2)))
         if start:
-            say(f"resumed at step {start}")
+            print_on_main(f"resumed at step {start}")
         writer = stack.enter_context(
             MetricsWriter(
                 workdir,
@@ -188,7 +188,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         # --- steps
         end = config.steps if until is None else min(until, config.steps)
         if start < end:
-            stage(f"compiling the training step of {config.batch_size} pairs; {end - start} steps follow")
+            print_stage(f"compiling the training step of {config.batch_size} pairs; {end - start} steps follow")
         progress = stack.enter_context(Progress(config.steps, "step", "training", first=start))
         said = ""
         clock, peak = StepClock(config.batch_size), peak_flops()
