@@ -17,18 +17,7 @@ from typing import NamedTuple
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
 from psa_jax.profiles.bans import is_banned
-from psa_jax.profiles.schema import (
-    AGE_GROUPS,
-    CATEGORIES,
-    COLUMNS,
-    GENDERS,
-    MAX_AGE,
-    MENTAL_CONDITIONS,
-    PHYSICAL_CONDITIONS,
-    RELIGIONS,
-    UserProfile,
-    age_group_of,
-)
+from psa_jax.profiles.schema import ATTRIBUTES, CATEGORIES, COLUMNS, MAX_AGE, UserProfile, age_group_of
 
 SPLITS = ("train", "val", "test_seen", "test_unseen")
 METADATA = "metadata.jsonl"
@@ -226,19 +215,15 @@ def _one_of(values: Iterable[str]) -> tuple[Callable[[object], bool], str]:
     return lambda value: isinstance(value, str) and value in allowed, f"one of: {', '.join(allowed)}"
 
 
-# Field of user_data -> (test, what it must be). UserProfile has the same sets; here the error has a kind, too, and
-# the column's name.
+# Field of user_data → (test, what it must be). The sets are those of UserProfile; an error here also says which check
+# failed and names the column.
 _USER_RULES: Mapping[str, tuple[Callable[[object], bool], str]] = MappingProxyType(
     {
         "User_ID": (_text("[0-9]{7}"), "seven digits as text"),
         "Cluster_ID": (_text("[0-9]|[1-3][0-9]"), 'text from "0" to "39"'),
         # `type`, as True is an int too
         "Age": (lambda value: type(value) is int and 0 <= value <= MAX_AGE, f"a whole number from 0 to {MAX_AGE}"),
-        "Age_Group": _one_of(AGE_GROUPS),
-        "Gender": _one_of(GENDERS),
-        "Religion": _one_of(RELIGIONS),
-        "Physical_Condition": _one_of(PHYSICAL_CONDITIONS),
-        "Mental_Condition": _one_of(MENTAL_CONDITIONS),
+        **{attribute.column: _one_of(attribute.values) for attribute in ATTRIBUTES.values()},
     }
 )
 
