@@ -1,4 +1,4 @@
-"""Folders of shards, read: by row number, with facts about all rows in memory. `builder` makes them."""
+"""Reads folders of shards: rows by number, with facts about all rows in memory. `build` makes them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ _INFO_FIELDS = {
 
 @dataclass(frozen=True, eq=False)
 class RowColumns:
-    """What balancing needs to know of every row.
+    """Facts about every row, for balancing.
 
     Args:
       user_ids: seven digits each.
@@ -57,11 +57,11 @@ class RowColumns:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Shards:
-    """One split of a shard folder, by random access: `shards[i]` is row i of metadata.jsonl as a dict of arrays.
+    """One split of a folder of shards, by random access: `shards[i]` is row i of metadata.jsonl as a dict of arrays.
 
     Args:
-      folder: of all splits.
-      split: which.
+      folder: the folder of all splits.
+      split: the name of this one.
       source: the TFDS data source behind it.
       columns: facts about all rows, in memory.
       info: the contents of fingerprint.json.
@@ -84,7 +84,7 @@ class Shards:
 
 
 def open_shards(out: Path, split: str, expect_fingerprint: str | None = None) -> Shards:
-    """One split of what `build_shards` made.
+    """Opens one split of what `build_shards` made.
 
     Args:
       out: the folder.
@@ -121,7 +121,7 @@ def open_shards(out: Path, split: str, expect_fingerprint: str | None = None) ->
 
 
 def read_info(out: Path) -> dict[str, Any]:
-    """Contents of fingerprint.json of a shard folder.
+    """Contents of fingerprint.json of a folder of shards.
 
     Raises:
       PSAError: missing, damaged or of another format.
@@ -136,7 +136,7 @@ def read_info(out: Path) -> dict[str, Any]:
 
 
 def _is_info(info: dict[str, Any]) -> bool:
-    """Whether the types are right of what is read again."""
+    """Whether everything that is read has the right type."""
 
     def whole(*values: Any) -> bool:
         return all(type(value) is int and value >= 0 for value in values)
@@ -191,7 +191,7 @@ def read_empty_prompt(out: Path) -> dict[str, Float32[np.ndarray, "..."]] | None
 
 
 def columns_file(split: str) -> str:
-    """Where the facts about the rows of a split are."""
+    """Name of the file with the facts about the rows of a split."""
     return f"rows-{split}.json"
 
 
