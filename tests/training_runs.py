@@ -166,7 +166,7 @@ def _main(
     sys.exit(code)
 
 
-def _cheap_losses(objective, adapter, base, batch, draws, stored=None):
+def _cheap_losses(objective, adapter, model, batch, draws, reference_errors=None):
     """Stands in for `pair_losses`, which takes seconds to trace: depends on batch, noise and adapter alone."""
     import jax.numpy as jnp
 
@@ -187,7 +187,7 @@ def _cheap_losses(objective, adapter, base, batch, draws, stored=None):
         "margin": aims,
         "winner_gap": gaps[0],
     }
-    return PairLosses(values, memberships(draws.timesteps, base.schedule.steps, batch["banned"], batch["unsafe"]))
+    return PairLosses(values, memberships(draws.timesteps, model.schedule.steps, batch["banned"], batch["unsafe"]))
 
 
 def rows(workdir: Path) -> list[dict[str, float]]:

@@ -27,7 +27,7 @@ from psa_jax.paths import check_workdir
 from psa_jax.progress import print_on_main
 from psa_jax.renamed import renamed_keys
 from psa_jax.training.distributed import any_process, first_line, is_main_process, is_peer_lost
-from psa_jax.training.step import TrainState
+from psa_jax.training.state import TrainState
 
 
 class Checkpoints:

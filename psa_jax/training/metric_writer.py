@@ -16,7 +16,7 @@ from psa_jax.json_input import parse_json
 from psa_jax.preference.metrics import part_means
 from psa_jax.progress import print_on_main
 from psa_jax.training.distributed import in_global_order, is_main_process
-from psa_jax.training.step import Metrics
+from psa_jax.training.state import Metrics
 
 Row = dict[str, int | float]
 
