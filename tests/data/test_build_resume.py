@@ -27,7 +27,7 @@ functions = {{"encode": CountingEncoder(), "replace": os.replace, "row": builder
              "rename": os.rename, "rmtree": shutil.rmtree}}
 
 
-def build(killed_in, out):
+def run_build(killed_in, out):
     calls = dict.fromkeys(functions, 0)
 
     def counted(name):
@@ -48,7 +48,7 @@ def build(killed_in, out):
 results = []
 for killed_in in json.loads(sys.argv[3]):
     if (child := os.fork()) == 0:
-        os._exit(100 + build(killed_in, Path(sys.argv[2])))
+        os._exit(100 + run_build(killed_in, Path(sys.argv[2])))
     results.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(json.dumps(results))
 """
