@@ -36,7 +36,7 @@ EVERYBODYS = [
     "leaving",
 ]  # imported by every folder
 
-DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""
 
 IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib"}

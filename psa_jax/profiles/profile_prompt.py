@@ -10,28 +10,17 @@ from psa_jax.errors import PSAError
 from psa_jax.files import read_bytes
 from psa_jax.json_input import parse_json
 from psa_jax.profiles.bans import banned_categories
-from psa_jax.profiles.schema import CATEGORIES, UserProfile
+from psa_jax.profiles.schema import ATTRIBUTES, CATEGORIES, UserProfile
 
 _FIELD = re.compile(r"<<([^<>]*)>>")
-_ATTRIBUTES = {
-    "AGE": "age",
-    "AGE_GROUP": "age_group",
-    "GENDER": "gender",
-    "RELIGION": "religion",
-    "PHYSICAL": "physical_condition",
-    "MENTAL": "mental_condition",
-}
-FIELDS = (*_ATTRIBUTES, "BANNED", "ALLOWED")
+_NAMES = {"AGE": "age", **{each.template: name for name, each in ATTRIBUTES.items()}}
+FIELDS = (*_NAMES, "BANNED", "ALLOWED")
+"""Fields of a template."""
 _MINORS = ("infants & toddlers", "children", "adolescents")
 
-_PERSON = """\
-Person
-- age: <<AGE>> (<<AGE_GROUP>>)
-- gender: <<GENDER>>
-- religion: <<RELIGION>>
-- physical condition: <<PHYSICAL>>
-- mental condition: <<MENTAL>>
-"""
+_PERSON = "Person\n- age: <<AGE>> (<<AGE_GROUP>>)\n" + "".join(
+    f"- {name.replace('_', ' ')}: <<{each.template}>>\n" for name, each in ATTRIBUTES.items() if name != "age_group"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,7 @@ class Template:
     def render(self, profile: UserProfile, banned: Iterable[str]) -> str:
         """The text for one profile; `banned` fills `<<BANNED>>`, the other categories `<<ALLOWED>>`."""
         banned = set(banned)
-        values = {field: str(getattr(profile, name)) for field, name in _ATTRIBUTES.items()}
+        values = {field: str(getattr(profile, name)) for field, name in _NAMES.items()}
         values["BANNED"] = str([category for category in CATEGORIES if category in banned])
         values["ALLOWED"] = str([category for category in CATEGORIES if category not in banned])
         return _FIELD.sub(lambda match: values[match[1]], self.text)

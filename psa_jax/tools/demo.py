@@ -46,7 +46,7 @@ from psa_jax.training.settings import validate, validate_devices
 
 COMMAND = "psa-jax demo --workdir=runs/demo"
 # Not every split has somebody without bans.
-_ADULT = UserProfile(None, 44, "middle-aged", "female", "None", "healthy", "healthy")
+_ADULT = UserProfile.from_mapping({"age": 44, "gender": "female"})
 
 
 def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_collections.ConfigDict:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from psa_jax.errors import PSAError
 from psa_jax.files import check_new
-from psa_jax.profiles.encoders import Encoder, get_encoder
+from psa_jax.profiles.encoder_registry import ENCODERS
+from psa_jax.profiles.encoders import Encoder, load_encoder
 from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.table import EmbeddingTable
 
@@ -49,15 +50,12 @@ def run(args: Namespace) -> int:
 
 
 def _encoder(args: Namespace) -> Encoder:
-    if args.encoder != "qwen":
-        if args.model is not None or args.template is not None or args.ask_model:
-            raise PSAError(f"--model, --template and --ask-model are for --encoder=qwen, not {args.encoder}")
-        return get_encoder(args.encoder)
-    if args.model is None:
-        raise PSAError("--encoder=qwen needs --model DIR, a Qwen2.5 folder in transformers' layout")
-    from psa_jax.profiles.qwen_encoder import load_qwen_encoder  # imported late: brings the language model
-
-    return load_qwen_encoder(
+    given = args.model is not None or args.template is not None or args.ask_model
+    if given and ENCODERS[args.encoder].model is None:
+        able = ", ".join(name for name, entry in ENCODERS.items() if entry.model is not None)
+        raise PSAError(f"--model, --template and --ask-model are for --encoder={able}, not {args.encoder}")
+    return load_encoder(
+        args.encoder,
         args.model,
         template=args.template,
         pooling=args.pooling,

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from psa_jax.data.pipeline import BALANCES
+from psa_jax.data.balancing import BALANCES
 from psa_jax.data.shards import INFO_FILE
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.errors import PSAError
