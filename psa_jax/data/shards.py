@@ -169,7 +169,8 @@ def preprocess_of(info: Mapping[str, Any]) -> Preprocess:
 def _is_preprocess(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"resolution", "resample"}:
         return False
-    return type(value["resolution"]) is int and value["resolution"] > 0 and value["resample"] in RESAMPLE
+    resolution, resample = value["resolution"], value["resample"]
+    return type(resolution) is int and resolution > 0 and isinstance(resample, str) and resample in RESAMPLE
 
 
 def read_empty_prompt(out: Path) -> dict[str, Float32[np.ndarray, "..."]] | None:

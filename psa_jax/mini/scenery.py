@@ -17,7 +17,7 @@ SUBJECT_COLOURS: tuple[Colour, ...] = (
 )
 _DARK, _LIGHT = (45, 40, 50), (255, 246, 214)
 
-_DRAWN = """
+_BITMAPS = """
 house          | tree           | car            | boat
 ...d...        | ..###..        | .......        | ...d...
 ..ddd..        | .#####.        | .####..        | ..wd...
@@ -37,8 +37,8 @@ cat            | robot          | mushroom       | rocket
 .#.#.#.        | .##.##.        | ...ww..        | ...w...
 """
 
-SUBJECTS = parse(_DRAWN)
-"""Subject name -> its cells: `#` the subject's colour, `d` dark, `w` light, `.` what is behind."""
+SUBJECTS = parse(_BITMAPS)
+"""Subject name → its cells: `#` the subject's colour, `d` dark, `w` light, `.` the background."""
 
 
 def subject_sprite(name: str, colour: Colour) -> Image.Image:
@@ -105,7 +105,7 @@ BACKGROUNDS = {
     "snow": _snow,
     "room": _room,
 }
-"""Background name -> cells [16, 16, 3] of one of its VARIANTS."""
+"""Background name → cells [16, 16, 3] of one of its VARIANTS."""
 
 
 def background_picture(name: str, variant: int) -> Image.Image:
