@@ -120,7 +120,11 @@ def generate_cases(
 
 
 def generate_base(generator: Generator, cases: Sequence[Case], name: str = "base") -> UInt8[np.ndarray, "n h w 3"]:
-    """Generates the cases with the base model, which is exactly the adapter at scale 0."""
+    """Generates the cases with the base model, which is exactly the adapter at scale 0.
+
+    Args:
+      generator, cases, name: as in `generate_cases`.
+    """
     return generate_cases(generator, cases, np.zeros((len(cases), generator.user_dim), np.float32), 0.0, name)
 
 

@@ -123,7 +123,12 @@ GLYPHS = parse(_BITMAPS)
 
 
 def sprite(bitmap: tuple[str, ...], colours: dict[str, Colour]) -> Image.Image:
-    """RGBA picture of a bitmap, with CELL pixels along a letter; letters without a colour are transparent."""
+    """Renders a bitmap as RGBA, with CELL x CELL pixels for each letter.
+
+    Args:
+      bitmap: rows of letters.
+      colours: letter → colour; other letters are transparent.
+    """
     cells: UInt8[np.ndarray, "7 7 4"] = np.zeros((len(bitmap), len(bitmap[0]), 4), np.uint8)
     for y, row in enumerate(bitmap):
         for x, letter in enumerate(row):
@@ -133,5 +138,10 @@ def sprite(bitmap: tuple[str, ...], colours: dict[str, Colour]) -> Image.Image:
 
 
 def pictogram_sprite(name: str, colour: Colour) -> Image.Image:
-    """A plate with one glyph on it: RGBA, 28 x 28."""
+    """Renders a pictogram: one glyph on a plate, RGBA, 28 x 28.
+
+    Args:
+      name: key of GLYPHS.
+      colour: of the glyph.
+    """
     return sprite(GLYPHS[name], {"#": colour, ".": PLATE})

@@ -137,6 +137,10 @@ def _name(path: tuple[Any, ...]) -> str:
 def save_oracle(net: OracleNet, path: Path) -> None:
     """Writes the weights in float16 with the names of the pictograms.
 
+    Args:
+      net: trained weights.
+      path: the safetensors file; its folder is made where it is missing.
+
     Raises:
       PSAError: the file cannot be written.
     """

@@ -42,7 +42,12 @@ SUBJECTS = parse(_BITMAPS)
 
 
 def subject_sprite(name: str, colour: Colour) -> Image.Image:
-    """A subject: RGBA, 28 x 28."""
+    """Renders a subject: RGBA, 28 x 28.
+
+    Args:
+      name: key of SUBJECTS.
+      colour: of its main part.
+    """
     return sprite(SUBJECTS[name], {"#": colour, "d": _DARK, "w": _LIGHT})
 
 
@@ -109,5 +114,10 @@ BACKGROUNDS = {
 
 
 def background_picture(name: str, variant: int) -> Image.Image:
-    """One background without its random tint: RGB, 64 x 64."""
+    """Renders a background without its random tint: RGB, 64 x 64.
+
+    Args:
+      name: key of BACKGROUNDS.
+      variant: from 0 to VARIANTS − 1.
+    """
     return Image.fromarray(BACKGROUNDS[name](variant).repeat(CELL, axis=0).repeat(CELL, axis=1))

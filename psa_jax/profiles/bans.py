@@ -48,7 +48,11 @@ def allowed_categories(profile: UserProfile) -> tuple[str, ...]:
 
 
 def is_banned(profile: UserProfile, category: str) -> bool:
-    """Whether `category` is banned for this profile.
+    """Whether a category is banned for a profile.
+
+    Args:
+      profile: the user.
+      category: one of CATEGORIES.
 
     Raises:
       PSAError: no such category. A misspelt one must not pass for allowed.

@@ -93,6 +93,10 @@ def _is_plausible(age: int, age_group: str, religion: str, mental: str) -> bool:
 def write_users_csv(path: str | Path, profiles: Sequence[UserProfile]) -> None:
     """Writes users.csv with mode 0600: id, attributes, and the categories banned and allowed.
 
+    Args:
+      path: the file, in an existing folder.
+      profiles: the users, with ids.
+
     Raises:
       PSAError: a profile without an id, an id given twice, or a file that cannot be written.
     """

@@ -131,7 +131,11 @@ def parse_categories(reply: str) -> tuple[str, ...] | None:
 
 
 def decide(profile: UserProfile, reply: str) -> Answer:
-    """The bans of a profile after a model's reply.
+    """Decides the bans of a profile from a model's reply.
+
+    Args:
+      profile: the user.
+      reply: the model's text.
 
     A reply that cannot be parsed bans all categories. For minors the bans of the ban rules are always added.
     """

@@ -161,7 +161,14 @@ class QwenEncoder:
 def pooled_states(
     model: Qwen2, input_ids: Int[Array | np.ndarray, "b s"], mask: Bool[Array | np.ndarray, "b s"], pooling: str
 ) -> Float32[Array, "b d"]:
-    """Mean or sum of the last hidden states where the mask is True, in float32."""
+    """Pools the last hidden states over the tokens where the mask is True, in float32.
+
+    Args:
+      model: the language model.
+      input_ids: tokens, padded on the left.
+      mask: True for real tokens.
+      pooling: "mean" or "sum".
+    """
     states = model(jnp.asarray(input_ids), jnp.asarray(mask)).last.astype(jnp.float32)
     total = jnp.where(mask[..., None], states, 0.0).sum(axis=1)
     return total / mask.sum(axis=1, keepdims=True).astype(jnp.float32) if pooling == "mean" else total
