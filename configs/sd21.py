@@ -12,7 +12,7 @@ of SAGE_DIR.
 for SD2.x. --config=configs/sd21.py:smoke is three steps of one pair.
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
-its learning rate and β are untried on real weights. Time of a step: not measured; psa-jax fit tells its memory. The
+its learning rate and β are untried on real weights. Time of a step: not measured; psa-jax memory tells its memory. The
 frozen UNet and text encoder have 1,206 million parameters, 2.41 GB in bfloat16.
 """
 

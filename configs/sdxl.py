@@ -15,7 +15,7 @@ psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=qwen.safetensors
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
 its learning rate and β are untried on real weights. A step of 4 pairs on one H100, random weights: 0.53 s and 41.1 GB
-(psa-jax bench step --pairs=4). psa-jax fit tells the memory on other devices. The frozen UNet and text encoders have
+(psa-jax bench step --pairs=4). psa-jax memory tells the memory on other devices. The frozen UNet and text encoders have
 3,385 million parameters, 6.77 GB in bfloat16.
 """
 

@@ -45,7 +45,9 @@ COMMANDS = {
     "build": Command("encode a SAGE folder as shards for a base model", arguments.build, "build"),
     "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, "pretrain"),
     "train": Command("train an adapter on preference pairs", arguments.train, "train"),
-    "fit": Command("compute the memory of a training step, also on TPUs that are not here", arguments.fit, "fit"),
+    "memory": Command(
+        "compute the memory of a training step, also on TPUs that are not here", arguments.memory, "memory"
+    ),
     "generate": Command("generate pictures for a user", arguments.generate, "generate"),
     "export": Command("write a trained adapter as a file", arguments.export, "export"),
     "import": Command("read an adapter file for a base model", arguments.import_, "import_"),

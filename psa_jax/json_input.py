@@ -1,7 +1,7 @@
-"""JSON from outside: one reader, bounded in size and depth, for which every doubt is one clear line.
+"""Strict JSON reader with limits on size and depth. Imports only the standard library.
 
-Imports nothing but the standard library, so that everything may use it. What is written by others is text to check:
-Python's own reader keeps the last of two equal keys, takes NaN for a number and fails deep inside on deep nesting.
+Files come from other people. Python's own reader keeps the last of two equal keys, accepts NaN and raises
+RecursionError on deep nesting; here each of these is an error of one line.
 """
 
 import functools
@@ -15,9 +15,9 @@ from typing import Any
 from psa_jax.errors import PSAError
 
 MAX_BYTES = 16 << 20
-"""More than any configuration, index or report has; the tokenizer files of language models have 11 MB."""
+"""Largest file. The largest real ones, tokenizers of language models, have 11 MB."""
 MAX_DEPTH = 100
-"""Levels of lists and objects. Configurations have under 10; Python itself fails somewhere below 1,000."""
+"""Deepest nesting of lists and objects. Configurations have under 10 levels; Python fails somewhere below 1,000."""
 MAX_DIGITS = 1000
 
 _BOM = b"\xef\xbb\xbf"
@@ -26,7 +26,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class _Refused(ValueError):
-    """The reason, in words that follow "not usable JSON"."""
+    """The reason why a text is not valid JSON, for the parentheses of the message."""
 
 
 def read_json(
@@ -38,18 +38,21 @@ def read_json(
     constants: bool = False,
     hint: str = "check the path",
 ) -> Any:
-    """The JSON value in a file.
+    """Reads a JSON file.
 
     Args:
       path: a file in UTF-8.
-      kind: `dict` or `list`, what the value must be; None takes any.
-      limit: most bytes.
-      bom: takes a byte order mark at the start, which diffusers, transformers and safetensors refuse.
-      constants: takes NaN and infinities, which diffusers writes in scheduler configurations.
-      hint: what to do where there is no such file.
+      kind: required type of the value, `dict` or `list`; None accepts any.
+      limit: largest size in bytes.
+      bom: accepts a byte order mark at the start, which diffusers, transformers and safetensors refuse.
+      constants: accepts NaN and infinities, which diffusers writes in scheduler configurations.
+      hint: advice in the error for a missing file.
+
+    Returns:
+      The value.
 
     Raises:
-      PSAError: missing, too large, or anything that `parse_json` refuses.
+      PSAError: the file is missing or too large, or `parse_json` refuses its text.
     """
     try:
         if not path.is_file():
@@ -71,16 +74,23 @@ def parse_json(
     constants: bool = False,
     quote: bool = True,
 ) -> Any:
-    """The JSON value of a text.
+    """Parses JSON text.
 
     Args:
-      where: the file, or what of it this is, for errors.
-      kind, limit, bom, constants: as for `read_json`.
-      quote: an error may quote from the text; not where the text may tell about a person.
+      text: the text, or its bytes in UTF-8.
+      where: the file, or the part of it, for errors.
+      kind: required type of the value, `dict` or `list`; None accepts any.
+      limit: largest size in bytes.
+      bom: accepts a byte order mark at the start.
+      constants: accepts NaN and infinities.
+      quote: whether an error may quote the text; False for text about a person.
+
+    Returns:
+      The value.
 
     Raises:
-      PSAError: not UTF-8, not JSON, another kind of value, too large, nested too deep, a key twice in one object,
-        a number that is no finite float, half of a surrogate pair.
+      PSAError: the text is not UTF-8, not JSON, too large or nested too deep, the value has another type, an object has
+        a key twice, a number is not a finite float, or a string has a lone surrogate.
     """
     try:
         if len(text) > limit:
@@ -92,7 +102,7 @@ def parse_json(
             _check_surrogates(value)
     except RecursionError:
         raise PSAError(f"{where}: not valid JSON (nested deeper than {MAX_DEPTH} levels)") from None
-    except ValueError as error:  # what is no JSON
+    except ValueError as error:  # also json.JSONDecodeError
         raise PSAError(f"{where}: not valid JSON ({error})") from error
     if kind is not None and not isinstance(value, kind):
         raise PSAError(f"{where}: expected a JSON {_NAMES[kind]}, found {_describe(value, quote)}")

@@ -1,4 +1,4 @@
-"""Paths as users give them: what would be another place than they meant is refused. Imports nothing heavy."""
+"""Checks of paths that users give. Imports nothing heavy."""
 
 import os
 import re
@@ -10,11 +10,11 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/(?=/)")
 
 
 def local_path(text: str) -> Path:
-    """The path that a text names.
+    """Converts text to a path on this machine.
 
     Raises:
-      PSAError: an empty text, a zero byte, bytes that are no UTF-8, or an address such as gs://bucket/x, for which
-        pathlib would make a folder here.
+      PSAError: the text is empty, holds a zero byte, is not UTF-8, or is an address such as gs://bucket/x, of which
+        pathlib would make a local folder.
     """
     if not text:
         raise PSAError("an empty path; give one, such as . for the folder you are in")
@@ -22,7 +22,7 @@ def local_path(text: str) -> Path:
         raise PSAError(f"{text!r}: a path cannot hold a zero byte")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # Python hands over such bytes as halves of surrogate pairs
+    except UnicodeEncodeError as error:  # such bytes arrive as lone surrogates
         raise PSAError(
             f"{ascii(text)}: a path that is not UTF-8, which neither JSON nor a model card can hold; rename it"
         ) from error
@@ -32,7 +32,11 @@ def local_path(text: str) -> Path:
 
 
 def check_workdir(path: Path) -> None:
-    """Raises PSAError for a path in which checkpoints would be written somewhere else, or that cannot be a folder."""
+    """Checks that a working folder can be made and used.
+
+    Raises:
+      PSAError: the path or a part of it is a file, or it holds a backslash, which TensorStore would read as a slash.
+    """
     there = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
     if there is not None and not there.is_dir():
         raise PSAError(f"{there}: not a folder; give a --workdir that is one, or is not there yet")

@@ -1,7 +1,7 @@
-"""What a command is doing and how long it still takes, on stderr: stdout is for results.
+"""Progress of a command on stderr: what it does and how long it still takes. Results go to stdout.
 
-In a terminal a bar, elsewhere (a log file, a pipe) whole lines, some seconds apart. Of several processes that work
-together one speaks: `hush` silences the others.
+A terminal gets a bar; a log file or a pipe gets a line every few seconds. In a group of processes only the main one
+prints: the others call `silence`.
 """
 
 import os
@@ -15,47 +15,48 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 EVERY = 10.0
-"""Seconds between two lines where there is no terminal."""
-_REDRAW = 0.2  # seconds between two looks of a bar
-_COLUMNS, _ROWS = 80, 24  # of a terminal that does not know its size
+"""Seconds between two lines when stderr is no terminal."""
+_REDRAW = 0.2  # seconds between two updates of a bar
+_COLUMNS, _ROWS = 80, 24  # for a terminal that does not report its size
 
-_hushed = False
-
-
-def hush() -> None:
-    """From here on this process says nothing: another one does."""
-    global _hushed
-    _hushed = True
+_silenced = False
 
 
-def say(text: str) -> None:
-    """One line, above a bar where there is one."""
-    if not _hushed:
+def silence() -> None:
+    """Stops all output of this process: another process of the group prints."""
+    global _silenced
+    _silenced = True
+
+
+def print_on_main(text: str) -> None:
+    """Prints one line on stderr, above the bar if there is one; prints nothing after `silence`."""
+    if not _silenced:
         tqdm.write(f"psa-jax: {text}", file=sys.stderr)
         sys.stderr.flush()
 
 
-def stage(what: str, about: str = "") -> None:
-    """One line before something that takes a while.
+def print_stage(what: str, about: str = "") -> None:
+    """Prints one line before work that takes a while.
 
     Args:
-      about: how long, where that is known: measured on the machine that it names, or counted.
+      what: the work.
+      about: its duration or size, if known; shown in parentheses.
     """
-    say(f"{what} ({about})" if about else what)
+    print_on_main(f"{what} ({about})" if about else what)
 
 
 class Progress:
-    """How many of `total` steps are done, how fast they go and how long the rest takes.
+    """Counter of finished steps that shows speed and remaining time.
 
-    The first step compiles: its time is not counted in the pace, and no time left is said before the second one.
+    The first step compiles. Its time does not count in the speed, and no remaining time is shown before the second.
 
     Args:
-      total: steps in all; where none is to be done, nothing is said.
-      unit: what a step is, in the singular, such as "picture".
-      desc: what is being done.
-      first: steps that were done before.
-      every: seconds between two lines where there is no terminal. The last line, total/total, always comes.
-      clock: seconds from any start.
+      total: number of steps; if none are left, nothing is shown.
+      unit: name of a step in the singular, such as "picture".
+      desc: name of the work.
+      first: steps finished earlier.
+      every: seconds between two lines when stderr is no terminal. The last line, total/total, is always shown.
+      clock: returns seconds since any fixed time.
     """
 
     def __init__(
@@ -70,9 +71,9 @@ class Progress:
     ):
         self._total, self._unit, self._desc, self._done = total, unit, desc, first
         self._every, self._clock = every, clock
-        self._start = self._said = clock()
+        self._start = self._last_line = clock()
         self._warm: tuple[int, float] | None = None
-        self._silent = _hushed or first >= total
+        self._silent = _silenced or first >= total
         self._bar = None
         if not self._silent and sys.stderr.isatty():
             width = _columns()
@@ -90,10 +91,11 @@ class Progress:
             )
 
     def step(self, count: int = 1, note: str = "") -> None:
-        """So many more are done.
+        """Counts finished steps and updates the display.
 
         Args:
-          note: what else is worth saying.
+          count: steps finished since the last call.
+          note: text after the numbers.
         """
         now = self._clock()
         self._done += count
@@ -107,9 +109,9 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(words, refresh=False)
             self._bar.update(count)
-        elif self._done >= self._total or now - self._said >= self._every:
+        elif self._done >= self._total or now - self._last_line >= self._every:
             print(words, file=sys.stderr, flush=True)
-            self._said = now
+            self._last_line = now
 
     def _words(self, now: float, note: str) -> str:
         parts = [f"{self._desc}: {self._done}/{self._total} {self._unit}s"]
@@ -132,7 +134,7 @@ class Progress:
 
 
 def track(items: Iterable[Item], total: int, unit: str, desc: str) -> Iterator[Item]:
-    """The items, each counted when the next one is asked for: they must be read to their end."""
+    """Yields the items and shows progress. An item counts as finished when the next one is requested."""
     with Progress(total, unit, desc) as progress:
         for item in items:
             yield item
@@ -140,7 +142,7 @@ def track(items: Iterable[Item], total: int, unit: str, desc: str) -> Iterator[I
 
 
 def duration(seconds: float) -> str:
-    """Such as 0:42 or 1:02:03."""
+    """Formats seconds as 0:42 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 UNTIL = "0.3.0"
 """First version without the old names."""
 
-COMMANDS: dict[str, str] = {}
+COMMANDS = {"fit": "memory"}
 """Commands: old -> new."""
 KEYS = {"objective.anchor_weight": "objective.reference_kl_weight"}
 """Keys `group.name` of configurations, checkpoints and adapter metadata: old -> new, in the same group."""

@@ -1,7 +1,7 @@
-"""Seeds: every one draws something of its own, or is refused.
+"""Seeds of random numbers: two different seeds never give the same numbers.
 
-Noise of pictures takes 0 to 2^64 − 1, as torch's pipelines and their user interfaces do; everything else, whose
-generators are fed one word, 0 to 2^32 − 1.
+Seeds of pictures are 0 to 2^64 − 1, as in torch's pipelines and their user interfaces. All other seeds are 0 to
+2^32 − 1, because their generators take one 32-bit word.
 """
 
 from numbers import Integral
@@ -12,24 +12,30 @@ PICTURE_BITS = 64
 
 
 def check_seed(seed: object, what: str = "seed", bits: int = 32) -> int:
-    """The seed as it was given.
+    """Checks a seed and returns it as an int.
+
+    Args:
+      seed: a whole number of Python or numpy.
+      what: its name, for the error.
+      bits: size of the allowed range.
 
     Raises:
-      PSAError: no whole number from 0 to 2^bits − 1.
+      PSAError: it is no whole number from 0 to 2^bits − 1.
     """
-    whole = isinstance(seed, Integral) and not isinstance(seed, bool)  # Integral: also numpy's
+    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
     if not whole or not 0 <= seed < 1 << bits:
         raise PSAError(f"{what} is {seed!r}; give a whole number from 0 to {(1 << bits) - 1} (2^{bits} - 1)")
     return int(seed)
 
 
 def seed_words(seed: object) -> tuple[int, int]:
-    """The key (upper, lower 32 bits) of a picture's noise: what JAX makes of the seed where its integers have 64 bits.
+    """Splits a picture's seed into the two words of a JAX key: the upper and the lower 32 bits.
 
-    With 32 bits, as everywhere here, `jax.random.key` keeps the lower word alone: below 2^32 that is the same key.
+    This is the key that `jax.random.key` makes of the seed with 64-bit integers. Without them, as here, it would
+    keep only the lower word; for seeds below 2^32 the keys are equal.
 
     Raises:
-      PSAError: as `check_seed`.
+      PSAError: the seed is no whole number from 0 to 2^64 − 1.
     """
     number = check_seed(seed, bits=PICTURE_BITS)
     return number >> 32, number & 0xFFFFFFFF

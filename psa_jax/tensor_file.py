@@ -1,8 +1,8 @@
-"""safetensors files before and after their numbers are read: one header, checked; one way to floats.
+"""safetensors files: a checked header, and tensors as float32.
 
-Imports neither JAX nor torch nor ml_dtypes, so that what is refused does not depend on who reads. The safetensors
-library checks that a file is whole. It keeps the last of two tensors of one name, and its numpy side knows neither
-bfloat16 nor float8: both are dealt with here.
+Imports neither JAX nor torch nor ml_dtypes, so that all of them refuse the same files. The safetensors library checks
+that a file is complete, but keeps the last of two tensors of one name and reads neither bfloat16 nor float8 into numpy;
+this module handles these cases.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,17 @@ _BITS = {
     "float16": (np.uint16, 0x7C00),
     "bfloat16": (np.uint16, 0x7F80),
 }
-_PIECE = 1 << 16  # numbers at a time, which stay in a processor's cache
+_PIECE = 1 << 16  # numbers at a time, which fit a processor's cache
 
 
 class Entry(NamedTuple):
-    """Where a tensor is in its file. `dtype` is safetensors' word, such as "BF16"; `start` counts bytes."""
+    """Place of a tensor in its file.
+
+    Attributes:
+      dtype: safetensors' name, such as "BF16".
+      shape: its shape.
+      start: offset of its first byte in the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,22 +46,27 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file says of itself: its metadata, which are texts, and its tensors by name."""
+    """Header of a file.
+
+    Attributes:
+      metadata: texts by key.
+      tensors: the tensors' places by name.
+    """
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, Entry]
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file; no number is read.
+    """Reads the header of a safetensors file, and no tensor.
 
     Raises:
-      PSAError: not a whole safetensors file, or one with two tensors, or two metadata, of one name.
+      PSAError: the file is missing or incomplete, or two tensors or metadata keys have the same name.
     """
     if not Path(path).is_file():
         raise PSAError(f"{path}: file not found; check the path")
     try:
-        with safe_open(path, framework="numpy"):  # checks the header's types, every offset and the file's length
+        with safe_open(path, framework="numpy"):  # checks types, offsets and file length
             pass
         with Path(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -78,10 +89,10 @@ def read_header(path: Path) -> Header:
 
 
 def require_floats(path: Path, name: str, dtype: str) -> None:
-    """Refuses a tensor that is not of one of the types in which weights are read.
+    """Checks that a tensor has a dtype in which weights are read: float64, float32, float16 or bfloat16.
 
     Raises:
-      PSAError: of whole numbers, booleans, complex numbers, or floats of 8 bits or fewer, whose scales are elsewhere.
+      PSAError: it holds integers, booleans, complex numbers, or floats of 8 or fewer bits, whose scales are elsewhere.
     """
     if dtype not in _FLOATS:
         raise PSAError(
@@ -91,13 +102,19 @@ def require_floats(path: Path, name: str, dtype: str) -> None:
 
 
 def read_float32(path: Path, name: str, entry: Entry, *, finite: bool = True) -> np.ndarray:
-    """A tensor in float32, a copy.
+    """Reads a tensor as float32.
 
     Args:
-      finite: refuses NaN and infinities; else the caller looks for them.
+      path: the file.
+      name: of the tensor, for errors.
+      entry: its place, of `read_header`.
+      finite: refuses NaN and infinities.
+
+    Returns:
+      A new array.
 
     Raises:
-      PSAError: of another type, or with numbers that are not finite in float32.
+      PSAError: the dtype is not supported, there are no numbers or too many axes, or a number is not finite in float32.
     """
     require_floats(path, name, entry.dtype)
     size = int(np.prod(entry.shape, dtype=object))
@@ -106,7 +123,7 @@ def read_float32(path: Path, name: str, entry: Entry, *, finite: bool = True) ->
     raw = np.fromfile(path, _FLOATS[entry.dtype], size, offset=entry.start)
     if entry.dtype == "BF16":  # the upper half of a float32
         raw = (raw.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):  # beyond float32: infinite, and refused
+    with np.errstate(over="ignore"):  # larger than float32: infinite, refused below
         values = raw.astype(np.float32, copy=False)
     if finite:
         require_finite(path, name, values)
@@ -117,10 +134,10 @@ def read_float32(path: Path, name: str, entry: Entry, *, finite: bool = True) ->
 
 
 def require_finite(where: Path, name: str, values: np.ndarray) -> None:
-    """Refuses NaN and infinity.
+    """Checks that a tensor has neither NaN nor infinities.
 
     Raises:
-      PSAError: one of the numbers is not finite.
+      PSAError: a number is not finite.
     """
     if not all_finite(values):
         raise PSAError(
@@ -130,12 +147,12 @@ def require_finite(where: Path, name: str, values: np.ndarray) -> None:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether every number is finite: whether no exponent is all ones.
+    """Whether every number is finite, that is, no exponent has all bits set.
 
-    By the bits: `np.isfinite` takes ten times as long in float16, and an array of booleans as large as the weights.
+    `np.isfinite` would take ten times as long in float16 and allocate a boolean for every number.
     """
     unsigned, infinity = _BITS[values.dtype.name]
-    flat = values.ravel(order="K")  # a copy only of what is in no order
+    flat = values.ravel(order="K")  # copies only a non-contiguous array
     bits = flat.view(unsigned)
     sign = unsigned(1 << (8 * values.itemsize - 1))
     return all((bits[start : start + _PIECE] & ~sign).max() < infinity for start in range(0, bits.size, _PIECE))

@@ -16,11 +16,11 @@ from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pair_loss import batch_arrays
 from psa_jax.tools.configs import read_config
+from psa_jax.training.lowered import lower_step
 from psa_jax.training.optimizer import make_optimizer
-from psa_jax.training.sharding import by_rows, check_batch, make_mesh, replicated, shardings
-from psa_jax.training.step import init_state, make_step
+from psa_jax.training.setup import Setup
+from psa_jax.training.sharding import check_batch, make_mesh
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RELEASED = ("sd15", "sd21", "sdxl")
@@ -115,10 +115,6 @@ def full_size(name: str, dtype) -> StableDiffusion:
     )
 
 
-def shapes(tree, where):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
-
-
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("sd15", "")]
@@ -133,37 +129,18 @@ def test_the_full_step_can_be_traced(name, mode):
         f"{CONFIGS / name}.py" + (f":{mode}" if mode else ""), [("mesh.fsdp", "4"), ("mesh.frozen", "split")]
     )
     model, side = full_size(name, jnp.dtype(config.dtype)), MODELS[name][2]
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **config.adapter)
-    step, frozen = make_step(
-        model,
-        adapter,
-        Objective(**config.objective),
-        optimizer,
-        mesh,
+    setup = Setup(
+        model=model,
+        mesh=make_mesh(config.mesh.data, config.mesh.fsdp),
+        adapter=AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **config.adapter),
+        objective=Objective(**config.objective),
+        optimizer=make_optimizer(config.optimizer, config.steps),
         accumulate=config.accumulate,
         remat=config.remat,
-        frozen=config.mesh.frozen,
+        frozen_sharding=config.mesh.frozen,
     )
-    state = jax.eval_shape(lambda: init_state(adapter, optimizer, 0))
-    state = shapes(state, shardings(state, mesh))
-    of_pairs, of_all = batch_arrays(len(model.text_encoders))
-    sizes = {"chosen": (side, side, 8), "rejected": (side, side, 8), "user": (USER_DIM,)}
-    sizes |= {"input_ids": (77,), "input_ids_2": (77,), "original_size": (2,), "crop": (2,), "banned": (), "unsafe": ()}
-    kinds = {
-        "chosen": jnp.float16,
-        "rejected": jnp.float16,
-        "user": jnp.float32,
-        "banned": jnp.bool_,
-        "unsafe": jnp.bool_,
-    }
-    batch = {
-        n: jax.ShapeDtypeStruct((config.batch_size, *sizes[n]), kinds.get(n, jnp.int32), sharding=by_rows(mesh))
-        for n in of_pairs
-    } | {n: jax.ShapeDtypeStruct((77,), jnp.int32, sharding=replicated(mesh)) for n in of_all}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = step.lower(state, frozen, batch, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)))
+    lowered = lower_step(setup, config.batch_size, side * model.vae.config.downscale)
+    state, frozen, adapter = setup.abstract_state(), setup.frozen(), setup.adapter
 
     after, metrics = lowered.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from psa_jax import progress
-from psa_jax.progress import Progress, duration, say, stage, track
+from psa_jax.progress import Progress, duration, print_on_main, print_stage, track
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,17 +93,17 @@ def test_tracked_items_are_all_counted(capfd):
 
 
 def test_a_process_that_does_not_lead_is_silent(clock, capfd, monkeypatch):
-    monkeypatch.setattr(progress, "_hushed", False)
-    progress.hush()
-    say("one line")
-    stage("compiling", "a minute")
+    monkeypatch.setattr(progress, "_silenced", False)
+    progress.silence()
+    print_on_main("one line")
+    print_stage("compiling", "a minute")
     steps(clock, [20.0] * 3)
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_stage_says_how_long_where_that_is_known(capfd):
-    stage("compiling the step")
-    stage("compiling the step", "about 20 s")
+    print_stage("compiling the step")
+    print_stage("compiling the step", "about 20 s")
     assert capfd.readouterr() == ("", "psa-jax: compiling the step\npsa-jax: compiling the step (about 20 s)\n")
 
 
@@ -116,8 +116,8 @@ def test_durations(seconds, said):
 def test_a_bar_in_a_terminal_of_any_size(columns):
     """Of size 0 (as under some job runners) it was blank."""
     code = (
-        "from psa_jax.progress import Progress, stage\n"
-        "stage('drawing pictures', 'half a minute')\n"
+        "from psa_jax.progress import Progress, print_stage\n"
+        "print_stage('drawing pictures', 'half a minute')\n"
         "with Progress(3, 'picture', 'drawing') as bar:\n"
         "    for _ in range(3):\n"
         "        bar.step()\n"

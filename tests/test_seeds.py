@@ -13,13 +13,13 @@ from psa_jax.errors import PSAError
 from psa_jax.evaluation.protocol import select_cases
 from psa_jax.mini.oracle import render_pairs
 from psa_jax.mini.world import render_mini, sample_scenes
+from psa_jax.preference.draws import fixed_draws_or_none
 from psa_jax.preference.objective import Objective
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.levels import find_levels
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.seeds import check_seed, seed_words
-from psa_jax.training.reference import stored_or_none
 
 SEEDS = [0, 7, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 7 + 2**32, 7 + 2**40, 2**63 - 1, 2**63, 2**64 - 1]
 
@@ -84,7 +84,7 @@ TABLE = EmbeddingTable.from_profiles(PROFILES, get_encoder("features"))
         lambda seed, _: next(sample_scenes(1, seed)),
         lambda seed, _: render_pairs(1, seed),
         lambda seed, _: select_cases([], 1, seed),
-        lambda seed, _: stored_or_none(1, seed, Objective(), flips=False),
+        lambda seed, _: fixed_draws_or_none(1, seed, Objective(), flips=False),
         lambda seed, _: next(validation_batches(OneRow(), TABLE, batch_size=1, seed=seed)),
     ],
     ids=["population", "levels", "mini", "scenes", "pairs", "cases", "reference", "validation"],

@@ -143,7 +143,7 @@ def _main(
     import jax
 
     from psa_jax import cli
-    from psa_jax.tools import train
+    from psa_jax.mini import prepare
     from psa_jax.training import step, step_timer
 
     for name, value in flags.items():
@@ -154,10 +154,10 @@ def _main(
         finished = step_timer.StepClock.step
         step_timer.StepClock.step = lambda clock: (time.sleep(pause), finished(clock))
     if slow_data:
-        prepare = train.prepare
-        train.prepare = lambda *given, **named: (
+        made = prepare.prepare
+        prepare.prepare = lambda *given, **named: (
             (given[0] / "shards").exists() or time.sleep(slow_data),
-            prepare(*given, **named),
+            made(*given, **named),
         )
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
@@ -166,7 +166,7 @@ def _main(
     sys.exit(code)
 
 
-def _cheap_losses(objective, adapter, base, batch, draws, stored=None):
+def _cheap_losses(objective, adapter, model, batch, draws, reference_errors=None):
     """Stands in for `pair_losses`, which takes seconds to trace: depends on batch, noise and adapter alone."""
     import jax.numpy as jnp
 
@@ -187,7 +187,7 @@ def _cheap_losses(objective, adapter, base, batch, draws, stored=None):
         "margin": aims,
         "winner_gap": gaps[0],
     }
-    return PairLosses(values, memberships(draws.timesteps, base.schedule.steps, batch["banned"], batch["unsafe"]))
+    return PairLosses(values, memberships(draws.timesteps, model.schedule.steps, batch["banned"], batch["unsafe"]))
 
 
 def rows(workdir: Path) -> list[dict[str, float]]:

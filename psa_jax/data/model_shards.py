@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from psa_jax.data.batched import on_devices
-from psa_jax.data.builder import Tokenizer, build_shards
+from psa_jax.data.build import Tokenizer, build_shards
 from psa_jax.data.encoding import TextCache
 from psa_jax.data.fingerprints import text_fingerprint, vae_fingerprint
 from psa_jax.data.preprocess import Preprocess
@@ -16,7 +16,7 @@ from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import truncation
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
-from psa_jax.progress import say
+from psa_jax.progress import print_on_main
 
 
 def build_for_model(
@@ -61,7 +61,6 @@ def build_for_model(
         vae_fingerprint=vae_fingerprint(model.vae_tensors, preprocess),
         latent_shape=(side, side, 2 * model.vae.config.latent_channels),
         tokenizer=tokenizers,
-        resolution=resolution,
         family=family,
         splits=splits,
         preprocess=preprocess,
@@ -98,7 +97,7 @@ def _reporting_truncation(model: StableDiffusion) -> Tokenizer:
         if lost:
             length = model.text_encoder.config.max_position_embeddings
             first = truncation("caption", lost[0][0], length, lost[0][1])
-            say(f"{len(lost)} of {len(distinct)} captions are too long; {first}")
+            print_on_main(f"{len(lost)} of {len(distinct)} captions are too long; {first}")
         return model.tokenize(captions)
 
     return tokenize

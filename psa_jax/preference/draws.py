@@ -1,23 +1,32 @@
-"""What a batch of pairs draws at random: anew in every step, or one of a few draws that each row has for good."""
+"""Random inputs of a preference batch: fresh in every step, or one of K fixed draws per row."""
 
 import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.errors import PSAError
 from psa_jax.models.vae import latent_noise
+from psa_jax.preference.batch import Batch
 from psa_jax.preference.objective import Objective
+from psa_jax.seeds import check_seed
 
-Batch = dict[str, Shaped[Array, "..."]]
-
-_STORED = 0x5707ED  # parts the keys of stored draws from those of steps
+_FIXED = 0x5707ED  # folded into the keys of fixed draws, so that they differ from the keys of steps
 
 
 class Draws(NamedTuple):
-    """Everything random in a step, a row for each pair; drawn for the whole batch, whatever part of it is worked on."""
+    """Random inputs of b pairs. Drawn for the whole batch, so that `accumulate` does not change them.
+
+    Attributes:
+      no_text: where the empty prompt replaces the prompt.
+      no_user: where zeros replace the user's embedding.
+      vae_noise_w, vae_noise_l: standard normal noise of the VAE's sample, for winner and loser.
+      noise: standard normal diffusion noise, shared by winner and loser.
+      timesteps: shared by winner and loser.
+    """
 
     no_text: Bool[Array, "b 1"]
     no_user: Bool[Array, "b 1"]
@@ -28,8 +37,8 @@ class Draws(NamedTuple):
 
 
 def draw(objective: Objective, schedule: NoiseSchedule, batch: Batch, key: PRNGKeyArray) -> Draws:
-    """What a batch needs at random: dropouts, the VAE's noise for either side, noise and timestep of each pair."""
-    pairs = batch["input_ids"].shape[0]
+    """Fresh random inputs for every pair of a batch."""
+    pairs = batch["user"].shape[0]
     drop_text, drop_user, vae_noise_w, vae_noise_l, noise_key, time_key = jax.random.split(key, 6)
     low, high = _range(objective, schedule)
     chosen, rejected = (batch[side].astype(jnp.float32) for side in ("chosen", "rejected"))
@@ -44,8 +53,8 @@ def draw(objective: Objective, schedule: NoiseSchedule, batch: Batch, key: PRNGK
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """A few draws that each row has for good, so that the reference's errors can be stored.
+class FixedDraws:
+    """K draws that each row keeps through training, so that the reference's errors can be computed once.
 
     Attributes:
       count: draws of a row, K.
@@ -56,23 +65,51 @@ class Stored:
     seed: int = 0
 
 
-def draw_stored(
-    stored: Stored, objective: Objective, schedule: NoiseSchedule, batch: Batch, key: PRNGKeyArray
+def fixed_draws_or_none(count: int, seed: int, objective: Objective, *, flips: bool) -> FixedDraws | None:
+    """The fixed draws of a configuration (`reference.draws`, `reference.seed`); None where `count` is 0.
+
+    Args:
+      flips: whether the shards hold mirrored pictures.
+
+    Raises:
+      PSAError: an objective or shards for which stored errors do not suffice.
+    """
+    if count == 0:
+        return None
+    if count < 0:
+        raise PSAError(f"reference.draws is {count}; give a number of draws for each pair, or 0 to store nothing")
+    if not objective.needs_reference:
+        raise PSAError(f"reference.draws is {count}, but {objective.loss} runs no reference; set it to 0")
+    if objective.reference_kl_weight > 0.0:
+        raise PSAError(
+            f"reference.draws is {count}, but objective.reference_kl_weight compares predictions, and only errors "
+            "are stored; set one of the two to 0"
+        )
+    if flips:
+        raise PSAError(
+            f"reference.draws is {count}, but these shards hold mirrored pictures, too; build shards without --flips"
+        )
+    return FixedDraws(count, check_seed(seed, "reference.seed"))
+
+
+def draw_fixed(
+    fixed_draws: FixedDraws, objective: Objective, schedule: NoiseSchedule, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Draws, Int[Array, " b"]]:
-    """For each pair of a step one of its row's draws, and that draw's number; for the rest as `draw`."""
+    """For each pair one of its row's fixed draws, and the number of that draw; user dropout is fresh."""
     pairs = batch["row"].shape[0]
     drop_user, which = jax.random.split(key)
-    number = spread_timesteps(which, pairs, 0.0, float(stored.count))  # so that the batch covers the timesteps evenly
+    # Spread, so that the batch covers the timesteps evenly.
+    number = spread_timesteps(which, pairs, 0.0, float(fixed_draws.count))
     no_user = jax.random.bernoulli(drop_user, objective.user_dropout, (pairs, 1))
-    return of_rows(stored, objective, schedule, batch, number)._replace(no_user=no_user), number
+    return draws_of_rows(fixed_draws, objective, schedule, batch, number)._replace(no_user=no_user), number
 
 
-def of_rows(
-    stored: Stored, objective: Objective, schedule: NoiseSchedule, batch: Batch, number: Int[Array, " b"]
+def draws_of_rows(
+    fixed_draws: FixedDraws, objective: Objective, schedule: NoiseSchedule, batch: Batch, number: Int[Array, " b"]
 ) -> Draws:
-    """The draw `number` of each row: the same whenever the row comes, whoever asks, in whatever batch.
+    """The fixed draw `number` of each row: a function of seed, row and number alone.
 
-    Nobody's user is dropped, which the reference would not see.
+    There is no user dropout here: the reference does not depend on the user.
 
     Args:
       batch: with `row`, and `swapped` where the row's own rejected picture is the chosen one of this pair.
@@ -81,12 +118,12 @@ def of_rows(
     low, high = _range(objective, schedule)
     *size, moments = batch["chosen"].shape[1:]
     latent = (*size, moments // 2)
-    key = jax.random.fold_in(jax.random.key(stored.seed), _STORED)
+    key = jax.random.fold_in(jax.random.key(fixed_draws.seed), _FIXED)
 
     def of_row(row, number):
         key_here = jax.random.fold_in(jax.random.fold_in(key, row), number)
         drop_text, first, second, noise, time = jax.random.split(key_here, 5)
-        share = (number.astype(jnp.float32) + jax.random.uniform(time)) / stored.count
+        share = (number.astype(jnp.float32) + jax.random.uniform(time)) / fixed_draws.count
         return (
             jax.random.bernoulli(drop_text, objective.text_dropout, (1,)),
             *(jax.random.normal(each, latent) for each in (first, second, noise)),

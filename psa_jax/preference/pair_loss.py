@@ -1,4 +1,4 @@
-"""Preference learning on a batch of pairs: policy, reference, errors, loss, and what to log about them."""
+"""The preference loss on a batch of pairs: inputs, predictions of policy and reference, errors, loss, metrics."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from psa_jax.diffusion.conditioning import encode_text
+from psa_jax.diffusion.conditioning import TextConditions, encode_text
 from psa_jax.diffusion.predictions import prediction_of
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.models.adapter import Adapter
@@ -16,44 +16,30 @@ from psa_jax.models.config import VAEConfig
 from psa_jax.models.unet import AddedConditions, PrefixState, UNet
 from psa_jax.models.vae import sample_latents
 from psa_jax.preference import losses, metrics
-from psa_jax.preference.draws import Batch, Draws
+from psa_jax.preference.batch import EMPTY_TOKENS, TOKENS, Batch
+from psa_jax.preference.draws import Draws
 from psa_jax.preference.losses import LOSSES, PerPair
 from psa_jax.preference.objective import Objective
 
-_TOKENS = ("input_ids", "input_ids_2")
-_EMPTY = ("empty_ids", "empty_ids_2")
 
-
-def batch_arrays(text_encoders: int, stored: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the arrays of a batch: those with a row for each pair, and those without.
-
-    Args:
-      stored: whether draws are stored.
-    """
-    sizes = () if text_encoders == 1 else ("original_size", "crop")
-    of_rows = ("row", "swapped") if stored else ()
-    of_pairs = ("chosen", "rejected", "user", "banned", "unsafe", *_TOKENS[:text_encoders], *sizes, *of_rows)
-    return of_pairs, _EMPTY[:text_encoders]
-
-
-class Base(NamedTuple):
-    """The base model, as far as pairs are asked of it; nothing of it is trained."""
+class FrozenModel(NamedTuple):
+    """The parts of a base model that a preference loss runs; none of them is trained."""
 
     unet: UNet
-    text_encoders: tuple[CLIPText, ...]  # one, or SDXL's two
+    text_encoders: tuple[CLIPText, ...]  # one, or SDXL's two; none where text states come with the batch
     schedule: NoiseSchedule
     vae: VAEConfig
 
 
 class PairLosses(NamedTuple):
-    """What a step finds out about each of its pairs.
+    """Loss and metrics of each pair.
 
     Attributes:
-      values: `loss` (with everything that is added to it, times the weight of the pair), `dpo_loss` (the chosen loss
-        alone), `accuracy` (1, 0, ½ for a tie), `margin`; with the reference's errors `winner_gap` = pw − rw,
-        `loser_gap` = pl − rl, both not weighted by timestep; with its predictions `colour_drift`
+      values: `loss` (with all added terms, times the weight of the pair), `dpo_loss` (the preference loss alone),
+        `accuracy` (1, 0, ½ for a tie), `margin`; with the reference's errors `winner_gap` = pw − rw and
+        `loser_gap` = pl − rl, both not weighted by timestep; with the reference's predictions `colour_drift`
         (`metrics.colour_drift`).
-      parts: which pairs belong to each of `metrics.PARTS`.
+      parts: for each of `metrics.PARTS`, whether a pair belongs to it.
     """
 
     values: dict[str, PerPair]
@@ -63,35 +49,42 @@ class PairLosses(NamedTuple):
 def pair_losses(
     objective: Objective,
     adapter: Adapter,
-    base: Base,
+    model: FrozenModel,
     batch: Batch,
     draws: Draws,
-    stored: Float[Array, "b 2"] | None = None,
+    reference_errors: Float[Array, "b 2"] | None = None,
 ) -> PairLosses:
-    """The loss of each pair and what else is known about it.
+    """Loss and metrics of each pair of a batch.
 
     Args:
+      objective: the loss and its weights.
+      adapter: the policy is the base model with it, the reference the base model without.
+      model: the base model.
       batch: `chosen`, `rejected` moments [b, h, w, 2c] of any float type; `user` [b, D]; `banned` [b], whether the user
         bans the prompt's category; `unsafe` [b], whether the prompt is the unsafe one; for each text encoder
-        `input_ids`, `input_ids_2` [b, s] and `empty_ids`, `empty_ids_2` [s]; for SDXL `original_size` and
-        `crop` [b, 2] in pixels.
-      draws: of these pairs.
-      stored: (rw, rl) if `reference_errors` has found them for these draws; the reference is then not run.
+        `input_ids`, `input_ids_2` [b, s] and `empty_ids`, `empty_ids_2` [s], or in their place cached text:
+        `text_states` [b, s, c] and `empty_states` [s, c], for SDXL `text_pooled` [b, p] and `empty_pooled` [p]; for
+        SDXL `original_size` and `crop` [b, 2] in pixels. See `psa_jax.preference.batch`.
+      draws: random inputs of these pairs.
+      reference_errors: (rw, rl) for these draws (`compute_reference_errors`); the reference is then not run.
     """
-    unet, schedule = base.unet, base.schedule
-    pairs = batch["input_ids"].shape[0]
-    inputs = _noised(base, batch, draws)
+    unet, schedule = model.unet, model.schedule
+    pairs = batch["user"].shape[0]
+    inputs = _noised_inputs(model, batch, draws)
     user = jnp.where(draws.no_user, 0.0, batch["user"])
-    adapted = adapter(unet, inputs.text, user, jnp.ones(pairs), inputs.base)
-    run = objective.needs_reference and stored is None
-    reference = jax.lax.stop_gradient(_predict(unet, inputs, inputs.base)) if run else None
-    policy = _predict(unet, inputs, adapted)
+    adapted = adapter(unet, inputs.text, user, jnp.ones(pairs), inputs.contexts)
+    reference = None
+    if objective.needs_reference and reference_errors is None:
+        with jax.named_scope("reference"):
+            reference = jax.lax.stop_gradient(_predict(unet, inputs, inputs.contexts))
+    with jax.named_scope("policy"):
+        policy = _predict(unet, inputs, adapted)
 
     unsafe = batch["unsafe"]
-    errors = Errors.of(policy, reference, inputs.target, stored)
+    errors = Errors.from_predictions(policy, reference, inputs.target, reference_errors)
     snr = schedule.signal_to_noise()[draws.timesteps]
     weight = losses.timestep_weight(objective.timestep_weight, snr, schedule.prediction, objective.snr_gamma)
-    family, each = compose(objective, errors.scaled(weight))
+    preference, each = compose(objective, errors.scaled(weight))
     per_pair = losses.pair_weight(
         batch["banned"],
         unsafe,
@@ -100,7 +93,7 @@ def pair_losses(
         of_safe=objective.safe_weight,
     )
     z = margins(objective, errors.scaled(weight))
-    values = {"loss": per_pair * each, "dpo_loss": family, "accuracy": metrics.wins(z), "margin": z}
+    values = {"loss": per_pair * each, "dpo_loss": preference, "accuracy": metrics.wins(z), "margin": z}
     if errors.rw is not None:
         values |= {"winner_gap": errors.pw - errors.rw, "loser_gap": errors.pl - errors.rl}
     if reference is not None:
@@ -109,30 +102,29 @@ def pair_losses(
     return PairLosses(values, metrics.memberships(draws.timesteps, schedule.steps, batch["banned"], unsafe))
 
 
-def reference_errors(base: Base, batch: Batch, draws: Draws) -> Float[Array, "b 2"]:
-    """(rw, rl) of each pair, which no adapter changes: see `pair_losses`."""
-    inputs = _noised(base, batch, draws)
-    errors = losses.mean_over_latent((_predict(base.unet, inputs, inputs.base) - inputs.target) ** 2)
-    return jnp.stack(jnp.split(errors, 2), axis=-1)
+def compute_reference_errors(model: FrozenModel, batch: Batch, draws: Draws) -> Float[Array, "b 2"]:
+    """The reference's errors (rw, rl) of each pair; they do not depend on the adapter.
+
+    Args:
+      model, batch, draws: as in `pair_losses`.
+    """
+    inputs = _noised_inputs(model, batch, draws)
+    squared = (_predict(model.unet, inputs, inputs.contexts) - inputs.target) ** 2
+    return jnp.stack(jnp.split(losses.mean_over_latent(squared), 2), axis=-1)
 
 
-class _Noised(NamedTuple):
-    """What policy and reference are asked, winners before losers, as far as neither differs from the other."""
+class _NoisedInputs(NamedTuple):
+    """UNet inputs that policy and reference share; of 2b rows, winners are first."""
 
     text: Float[Array, "b s c"]
-    base: tuple[CrossContext, ...]
-    prefix: PrefixState  # the layers that no user reaches
+    contexts: tuple[CrossContext, ...]  # of the base model
+    prefix: PrefixState  # after the layers in front of the first cross-attention
     target: Float[Array, "two_b h w c"]
 
 
-def _noised(base: Base, batch: Batch, draws: Draws) -> _Noised:
-    unet, text_encoders, schedule, vae = base
-    pairs = batch["input_ids"].shape[0]
-    ids = tuple(
-        jnp.where(draws.no_text, batch[empty][None, :], batch[tokens])
-        for empty, tokens, _ in zip(_EMPTY, _TOKENS, text_encoders, strict=False)
-    )
-    text = encode_text(text_encoders, ids)
+def _noised_inputs(model: FrozenModel, batch: Batch, draws: Draws) -> _NoisedInputs:
+    unet, schedule, vae = model.unet, model.schedule, model.vae
+    text = _text_of(model, batch, draws.no_text)
 
     def twice(x):
         return jnp.concatenate([x, x])
@@ -145,20 +137,38 @@ def _noised(base: Base, batch: Batch, draws: Draws) -> _Noised:
     noisy = schedule.add_noise(clean, noise, timesteps)
     added = None
     if text.pooled is not None:
+        pairs = text.pooled.shape[0]
         target_size = jnp.tile(vae.downscale * jnp.asarray([clean.shape[1:3]], jnp.int32), (pairs, 1))
         sizes = jnp.concatenate([batch["original_size"], batch["crop"], target_size], axis=1).astype(jnp.float32)
         added = AddedConditions(twice(text.pooled), twice(sizes))
     prefix = unet.run_prefix(noisy.astype(text.states.dtype), timesteps.astype(jnp.float32), added)
-    return _Noised(text.states, unet.context(text.states), prefix, schedule.target(clean, noise, timesteps))
+    return _NoisedInputs(text.states, unet.context(text.states), prefix, schedule.target(clean, noise, timesteps))
 
 
-def _predict(unet: UNet, inputs: _Noised, contexts: tuple[CrossContext, ...]) -> Float[Array, "two_b h w c"]:
+def _text_of(model: FrozenModel, batch: Batch, no_text: Bool[Array, "b 1"]) -> TextConditions:
+    """Text states of a batch, with the empty prompt's where `no_text`; encoded here unless they are cached."""
+    if "text_states" in batch:
+        dtype = model.unet.conv_in.kernel.dtype
+        states, empty = batch["text_states"].astype(dtype), batch["empty_states"].astype(dtype)
+        states = jnp.where(no_text[..., None], empty[None], states)
+        if "text_pooled" not in batch:
+            return TextConditions(states, None)
+        pooled, empty = batch["text_pooled"].astype(dtype), batch["empty_pooled"].astype(dtype)
+        return TextConditions(states, jnp.where(no_text, empty[None], pooled))
+    ids = tuple(
+        jnp.where(no_text, batch[empty][None, :], batch[tokens])
+        for empty, tokens, _ in zip(EMPTY_TOKENS, TOKENS, model.text_encoders, strict=False)
+    )
+    return encode_text(model.text_encoders, ids)
+
+
+def _predict(unet: UNet, inputs: _NoisedInputs, contexts: tuple[CrossContext, ...]) -> Float[Array, "two_b h w c"]:
     pairs = len(inputs.text)
     return unet.run_suffix(inputs.prefix, jax.tree.map(lambda x: _repeat(x, pairs), contexts)).astype(jnp.float32)
 
 
 class Errors(NamedTuple):
-    """What the losses see of the predictions for b pairs; None where that takes a reference and none is run."""
+    """Errors of b pairs, from which the losses are made; None where they need a reference and none is run."""
 
     pw: PerPair  # mean over the latent of (prediction − target)², of the policy on the winner
     pl: PerPair
@@ -168,22 +178,28 @@ class Errors(NamedTuple):
     reference_kl: PerPair | None  # mean over the latent of (ε_θ − ε_ref)²
 
     @classmethod
-    def of(
+    def from_predictions(
         cls,
         policy: Float[Array, "two_b h w c"],
         reference: Float[Array, "two_b h w c"] | None,
         target: Float[Array, "two_b h w c"],
-        stored: Float[Array, "b 2"] | None = None,
+        reference_errors: Float[Array, "b 2"] | None = None,
     ) -> "Errors":
-        """From predictions for the winners and then the losers, in float32; `stored` as in `pair_losses`."""
+        """Mean squared errors of float32 predictions, winners first.
+
+        Args:
+          policy, reference: predictions; the reference's may be absent.
+          target: what they should be (noise, velocity or clean latents).
+          reference_errors: (rw, rl) of fixed draws, in place of the reference's predictions.
+        """
 
         def squared(predicted):
             return jnp.split(losses.mean_over_latent((predicted - target) ** 2), 2)
 
         winner, loser = jnp.split(policy - target, 2)
         cross = losses.mean_over_latent(winner * loser)
-        if stored is not None:
-            return cls(*squared(policy), *jnp.unstack(stored, axis=-1), cross, None)
+        if reference_errors is not None:
+            return cls(*squared(policy), *jnp.unstack(reference_errors, axis=-1), cross, None)
         if reference is None:
             return cls(*squared(policy), None, None, cross, None)
         return cls(*squared(policy), *squared(reference), cross, losses.reference_kl(policy, reference))
@@ -194,7 +210,7 @@ class Errors(NamedTuple):
 
 
 def compose(objective: Objective, errors: Errors) -> tuple[PerPair, PerPair]:
-    """For each pair: the loss of the family (with dpop and sdpo inside), and that with what is added to it."""
+    """For each pair the preference loss (with dpop and sdpo inside), and its sum with the added terms."""
     pw, pl, rw, rl, cross, reference_kl = errors
     if objective.sdpo_mu is not None:
         pl = losses.sdpo(pw, pl, cross, objective.sdpo_mu)
@@ -202,24 +218,25 @@ def compose(objective: Objective, errors: Errors) -> tuple[PerPair, PerPair]:
         pw = losses.dpop(pw, rw, objective.dpop_weight)
     entry = LOSSES[objective.loss]
     parameters = {name: getattr(objective, name) for name in entry.parameters}
-    family = entry.function(pw, pl, rw, rl, **parameters) if entry.reference else entry.function(pw, pl, **parameters)
-    each = family
+    arguments = (pw, pl, rw, rl) if entry.reference else (pw, pl)
+    preference = entry.function(*arguments, **parameters)
+    each = preference
     if objective.sft_weight:
         each = each + objective.sft_weight * losses.sft(errors.pw, rw)
     if objective.reference_kl_weight:
         each = each + objective.reference_kl_weight * reference_kl
-    return family, each
+    return preference, each
 
 
 def margins(objective: Objective, errors: Errors) -> PerPair:
-    """z of each pair; without a reference z = (β/2)·(pl − pw)."""
+    """Margin z of each pair; without a reference z = (β/2)·(pl − pw)."""
     pw, pl, rw, rl, *_ = errors
     none = jnp.zeros_like(pw)
     return losses.margin(pw, pl, *((none, none) if rw is None else (rw, rl)), objective.beta)
 
 
 def summarise(found: PairLosses) -> dict[str, Float[Array, ""]]:
-    """Is it learning? Means over a batch, the largest |margin|, and for each part sums and a number of pairs.
+    """Metrics of a batch: means, the largest |margin|, and for each part sums and the number of pairs.
 
     An accuracy near 1 with a `winner_gap` above 0 is a winner that got worse.
     """
@@ -230,5 +247,5 @@ def summarise(found: PairLosses) -> dict[str, Float[Array, ""]]:
 
 
 def _repeat(x: Array, pairs: int) -> Array:
-    """Per-pair context for winner and loser; weights that a context carries are not per pair and stay."""
+    """A per-pair array for winners and losers; weights that a context carries have no row per pair and stay."""
     return jnp.concatenate([x, x]) if x.ndim == 3 else x

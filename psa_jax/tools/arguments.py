@@ -1,11 +1,12 @@
 """The flags of every command. Imports nothing heavy: `psa-jax COMMAND --help` must answer at once."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, _ArgumentGroup
 from pathlib import Path
 
 from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras
 from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.profiles import schema
+from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.tools.flags import (
     count,
     finite,
@@ -110,7 +111,7 @@ def encode(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--encoder",
         default="features",
-        choices=["features", "features-no-bans", "qwen"],
+        choices=list(ENCODERS),
         help="encoder of the profiles (default: features)",
     )
     parser.add_argument("--standardise", action="store_true", help="scale every column to mean 0 and deviation 1")
@@ -178,8 +179,8 @@ def build(parser: ArgumentParser) -> None:
     hosts.add_argument("--hosts", type=workers, metavar="N", help="number of hosts")
 
 
-def fit(parser: ArgumentParser) -> None:
-    """Flags of `psa-jax fit`."""
+def memory(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax memory`."""
     parser.set_defaults(takes_config=True)
     parser.add_argument("--config", type=place, required=True, metavar=_CONFIG, help="training configuration")
     base_model_of_config(parser)
@@ -187,6 +188,14 @@ def fit(parser: ArgumentParser) -> None:
         "--topology", metavar="SLICE", help="TPU slice, such as v5e:2x4 or v5p:2x2x1 (default: this machine)"
     )
     parser.add_argument("--resolution", type=side, metavar="PX", help="resolution of the shards (default: the model's)")
+    cached_text(parser)
+
+
+def cached_text(parser: ArgumentParser | _ArgumentGroup) -> None:
+    """A flag of the commands that compile a step without data."""
+    parser.add_argument(
+        "--cached-text", action="store_true", help="as with shards built with --text-embeddings: no text encoder"
+    )
 
 
 def bench(parser: ArgumentParser) -> None:
@@ -209,6 +218,7 @@ def bench(parser: ArgumentParser) -> None:
     )
     training.add_argument("--against", choices=["torch"], help="also measure this implementation and print the ratios")
     training.add_argument("--pairs", type=count, metavar="N", help="pairs per step (default: as configured)")
+    cached_text(training)
     base_model(parser, "step: override the configuration keys of the same names", required=False)
     sampling = parser.add_argument_group("generate")
     sampling.add_argument("--size", type=side_64, default=128, metavar="PX", help="side of the picture (default: 128)")

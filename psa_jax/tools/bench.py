@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from psa_jax.data.builder import build_shards
+from psa_jax.data.build import build_shards
 from psa_jax.data.pipeline import make_pipeline
+from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.sage import read_split
 from psa_jax.data.shards import Shards, open_shards
 from psa_jax.files import check_new
 from psa_jax.mini.world import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.progress import stage
+from psa_jax.progress import print_stage
 from psa_jax.tools import bench_generate, bench_step
 from psa_jax.tools.turns import Load, spread, take_turns
 
@@ -38,7 +39,7 @@ def run(args: Namespace) -> int:
 def input_(args: Namespace) -> int:
     """Pairs a second of the input pipeline alone, and of decoding JPEG pairs as the torch original does."""
     args.resolution, load = args.resolution or 512, Load()
-    stage("making small shards and JPEGs", f"then {2 * args.seconds:g} s of measuring")
+    print_stage("making small shards and JPEGs", f"then {2 * args.seconds:g} s of measuring")
     with tempfile.TemporaryDirectory() as folder:
         shards, table, pairs = _input_data(Path(folder), args)
         batches = iter(
@@ -56,7 +57,7 @@ def input_(args: Namespace) -> int:
         result |= spread(f"{name}_pairs_per_second", [turn[name] for turn in turns], 1)
     result |= spread("ratio", [turn["ours"] / turn["original"] for turn in turns], 2)
     settings = ("resolution", "picture_size", "batch_size", "threads", "seconds")
-    result |= {name: getattr(args, name) for name in settings} | load.told()
+    result |= {name: getattr(args, name) for name in settings} | load.summary()
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
@@ -120,7 +121,7 @@ def _input_data(folder: Path, args: Namespace) -> tuple[Shards, EmbeddingTable, 
         vae_fingerprint="none: random moments",
         latent_shape=(side, side, 8),
         tokenizer=lambda captions: rng.integers(0, 49408, (len(captions), _TOKENS)),
-        resolution=64,
+        preprocess=Preprocess(64),
         family="bench",
         splits=("train",),
     )

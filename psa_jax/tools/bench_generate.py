@@ -24,7 +24,7 @@ from psa_jax.models.adapter import Adapter
 from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
-from psa_jax.progress import stage, track
+from psa_jax.progress import print_stage, track
 from psa_jax.tools.turns import Load, spread, take_turns
 
 USER_DIM = 3584
@@ -37,9 +37,11 @@ BATCH = 2  # one picture, both sides of guidance
 def run(args: Namespace) -> int:
     """Measures an SD1.5-sized UNet; prints the result as JSON and writes it where `--json` says."""
     load = Load()
-    stage(f"an SD1.5-sized UNet of random weights, in JAX and then in torch; {args.steps} turns each, after compiling")
+    print_stage(
+        f"an SD1.5-sized UNet of random weights, in JAX and then in torch; {args.steps} turns each, after compiling"
+    )
     result = ratios(UNetConfig(), args.size // 8, args.steps)
-    result |= {"size": args.size, "steps": args.steps, **load.told()}
+    result |= {"size": args.size, "steps": args.steps, **load.summary()}
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
@@ -59,9 +61,9 @@ def ratios(config: UNetConfig, side: int, steps: int) -> dict[str, Any]:
       All are medians over the turns; `quartiles` has those of every ratio in `jax` and `torch`.
     """
     adapters = {kind: _adapter(config, kind) for kind in ADAPTER_KINDS}
-    stage("JAX: weights, compiling and a first step of each way")
+    print_stage("JAX: weights, compiling and a first step of each way")
     in_jax, jax_quartiles = _measured(_jax_ways(config, side, adapters), steps)
-    stage("torch: weights and a first step of each way")
+    print_stage("torch: weights and a first step of each way")
     in_torch, torch_quartiles = _measured(_torch_ways(config, side, adapters), steps)
     return {
         "jax_ratio": in_jax[DEFAULT_KIND],

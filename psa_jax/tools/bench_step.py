@@ -21,19 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from psa_jax.errors import PSAError
-from psa_jax.progress import stage
+from psa_jax.progress import print_stage
 from psa_jax.tools.turns import Load, spread, take_turns
-
-USER_DIM = 35  # of the `features` encoder
 
 
 def run(args: Namespace) -> int:
     """Measures both ways and prints the ratios: how many times faster, and which share of the memory."""
     from psa_jax.interop.base_model import EMBEDDED, BaseModel
-    from psa_jax.training.settings import validate  # not above: the process that measures torch loads no JAX
+    from psa_jax.training.settings import user_dim, validate  # not above: the process for torch loads no JAX
 
     config = args.config
     validate(config, "bench step")
@@ -41,15 +37,11 @@ def run(args: Namespace) -> int:
         raise PSAError("bench step compares with torch and diffusers; pip install 'psa_jax[torch]'")
     spec = {
         **dataclasses.asdict(BaseModel.from_config(config)),
-        "adapter": config.adapter.to_dict(),
-        "objective": config.objective.to_dict(),
-        "optimizer": config.optimizer.to_dict(),
-        "dtype": config.dtype,
-        "remat": config.remat,
-        "draws": config.reference.draws,
+        "config": json.loads(config.to_json()),
+        "user_dim": user_dim(config),
+        "cached_text": args.cached_text,
         "pairs": args.pairs or config.batch_size,
         "resolution": args.resolution,
-        "steps": args.steps,
     }
     if args.against == "torch" and (spec["vae"] or (spec["model"] != EMBEDDED and not Path(spec["model"]).is_dir())):
         raise PSAError("bench step --against=torch takes a model's folder, with its own VAE; leave --against out")
@@ -57,7 +49,7 @@ def run(args: Namespace) -> int:
     with contextlib.ExitStack() as stack:
         workers = {}
         for way in ways:
-            stage(f"{way}: reading the model, compiling and a first step of {spec['pairs']} pairs")
+            print_stage(f"{way}: reading the model, compiling and a first step of {spec['pairs']} pairs")
             workers[way] = stack.enter_context(_Worker(way, spec))
         devices = {way: worker.device for way, worker in workers.items()}
         if len(set(devices.values())) > 1:
@@ -75,13 +67,17 @@ def run(args: Namespace) -> int:
             "ratio_time", [turn["torch"] / turn["ours"] for turn in turns], 3
         )  # above 1: faster than torch
         result["ratio_memory"] = round(peaks["ours"] / peaks["torch"], 3)  # below 1: lighter than torch
-    result |= {name: spec[name] for name in ("model", "pairs", "resolution", "steps", "dtype", "remat")}
+    result |= {name: spec[name] for name in ("model", "pairs", "resolution", "cached_text")}
+    result |= {name: config[name] for name in ("dtype", "remat", "accumulate")}
     result |= {
+        "steps": args.steps,
+        "ema": config.optimizer.ema,
+        "mesh": config.mesh.to_dict(),
         "kind": config.adapter.kind,
         "stored_draws": config.reference.draws,
         "first_loss": workers["ours"].first_loss,  # ln 2 for the sigmoid: an untrained adapter changes nothing
         "device": devices["ours"],
-        **load.told(),
+        **load.summary(),
     }
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -186,34 +182,17 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     import jax
     import ml_collections
 
-    from psa_jax.interop.base_model import BaseModel
-    from psa_jax.models.adapter_config import AdapterConfig
-    from psa_jax.preference.objective import Objective
-    from psa_jax.preference.pair_loss import batch_arrays
-    from psa_jax.training.optimizer import make_optimizer
-    from psa_jax.training.reference import stored_or_none
-    from psa_jax.training.sharding import by_rows, make_mesh, replicated, shardings
-    from psa_jax.training.step import compiled, init_state, make_step
+    from psa_jax.training.lowered import compile_step
+    from psa_jax.training.setup import Setup
+    from psa_jax.training.step import make_step
 
-    model, mesh = BaseModel.from_config(spec).load(dtype=spec["dtype"], abstract=("vae",)), make_mesh(1)
-    adapter = AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, **spec["adapter"])
-    optimizer = make_optimizer(ml_collections.ConfigDict(spec["optimizer"]), 10_000)
-    objective = Objective(**spec["objective"])
-    stored = stored_or_none(spec["draws"], 0, objective, flips=False)
-    step, frozen = make_step(model, adapter, objective, optimizer, mesh, remat=spec["remat"], stored=stored)
-    if stored is not None:
-        frozen = frozen._replace(
-            reference=jax.device_put(np.ones((spec["pairs"], stored.count, 2), np.float32), replicated(mesh))
-        )
-    state = init_state(adapter, optimizer, 0)
-    state = jax.device_put(state, shardings(state, mesh))
-    of_pairs, of_all = batch_arrays(len(model.text_encoders), stored is not None)
-    rows = random_rows(model, spec["pairs"], spec["resolution"])
-    batch = jax.device_put({name: rows[name] for name in of_pairs}, by_rows(mesh))
-    empty = (ids[0] for ids in model.token_ids([""]))
-    batch |= jax.device_put(dict(zip(of_all, empty, strict=True)), replicated(mesh))
-    key = jax.device_put(jax.random.key(0), replicated(mesh))
-    step = compiled(step, state, frozen, batch, key)
+    config, pairs = ml_collections.ConfigDict(spec["config"]), spec["pairs"]
+    unused = ("vae", "text_encoder", "text_encoder_2") if spec["cached_text"] else ("vae",)
+    setup = Setup.from_config(config, user_dim=spec["user_dim"], cached_text=spec["cached_text"], abstract=unused)
+    state, key, frozen = setup.init_state(config.seed), setup.key(config.seed), setup.random_frozen(pairs)
+    batch = setup.batch.random(pairs, spec["resolution"] or setup.model.square_side)
+    batch = jax.device_put(batch, setup.batch_sharding)
+    step = compile_step(make_step(setup), state, frozen, batch, key)
 
     def run() -> float:
         nonlocal state
@@ -223,44 +202,24 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     return run
 
 
-def random_rows(model: Any, pairs: int, resolution: int | None = None) -> dict[str, np.ndarray]:
-    """What shards would give: so many pairs of pictures of so many pixels on a side (default: the model's own)."""
-    rng, factor = np.random.default_rng(0), model.vae.config.downscale
-    side = (resolution or model.square_side) // factor
-    moments = (pairs, side, side, 2 * model.vae.config.latent_channels)
-    ids = model.token_ids(["a picture"] * pairs)
-    return {
-        "chosen": rng.normal(size=moments).astype(np.float16),
-        "rejected": rng.normal(size=moments).astype(np.float16),
-        "user": rng.normal(size=(pairs, USER_DIM)).astype(np.float32),
-        "banned": rng.integers(2, size=pairs).astype(bool),
-        "unsafe": rng.integers(2, size=pairs).astype(np.bool_),
-        "row": np.arange(pairs, dtype=np.int32),
-        "swapped": np.zeros(pairs, bool),
-        "original_size": np.full((pairs, 2), side * factor, np.int32),
-        "crop": np.zeros((pairs, 2), np.int32),
-        **dict(zip(("input_ids", "input_ids_2"), ids, strict=False)),
-    }
-
-
 def _torch_step(spec: dict[str, Any]) -> Callable[[], float]:
     from psa_jax.interop.diffusers import TINY
     from psa_jax.interop.folder import read_folder
     from psa_jax.interop.parts import square_side
     from psa_jax.tools.bench_torch import make_step
 
-    folder = TINY if spec["model"] == "tiny" else Path(spec["model"])
+    config, folder = spec["config"], TINY if spec["model"] == "tiny" else Path(spec["model"])
     configs = read_folder(folder).configs
     return make_step(
         folder,
         variant=spec.get("variant"),
-        dtype=spec["dtype"],
+        dtype=config["dtype"],
         pairs=spec["pairs"],
         resolution=spec["resolution"] or square_side(configs["unet"], configs["vae"], folder),
-        user_dim=USER_DIM,
-        tokens=spec["adapter"]["tokens"],
-        beta=spec["objective"]["beta"],
-        sft_weight=spec["objective"]["sft_weight"],
+        user_dim=spec["user_dim"],
+        tokens=config["adapter"]["tokens"],
+        beta=config["objective"]["beta"],
+        sft_weight=config["objective"]["sft_weight"],
     )
 
 

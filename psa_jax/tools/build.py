@@ -1,4 +1,4 @@
-"""`psa-jax build`: a SAGE folder to shards for a base model. The last line on stdout is JSON."""
+"""`psa-jax build`: encodes a SAGE folder as shards for a base model. The last line on stdout is JSON."""
 
 import json
 from argparse import Namespace
@@ -7,7 +7,7 @@ from psa_jax.data.model_shards import build_for_model
 from psa_jax.data.shards import read_info
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import EMBEDDED, BaseModel
-from psa_jax.progress import stage
+from psa_jax.progress import print_stage
 
 
 def run(args: Namespace) -> int:
@@ -16,7 +16,7 @@ def run(args: Namespace) -> int:
         raise PSAError("--host=I and --hosts=N belong together; give both or neither")
     if args.host is not None and args.host >= args.hosts:
         raise PSAError(f"--host={args.host} of --hosts={args.hosts}: count from 0")
-    stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
+    print_stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
     model = BaseModel.from_config(vars(args)).load()
     folder = build_for_model(
         model,

@@ -1,6 +1,6 @@
-"""Ways that take turns, so that what disturbs for a while meets all of them, and how far to trust what comes out.
+"""Benchmark turns: implementations are measured alternately, so that a temporary disturbance meets all of them.
 
-Turns do not help on a machine that is busy all the time: ways whose threads wait for each other lose more than others.
+This does not help on a machine that is always busy, which slows implementations with waiting threads more than others.
 """
 
 import os
@@ -10,14 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from psa_jax.progress import Progress, say
+from psa_jax.progress import Progress, print_on_main
 
 
 def take_turns(ways: Mapping[str, Callable[[], float]], turns: int, *, rotate: bool = False) -> list[dict[str, float]]:
-    """What each way gives in each turn, such as its seconds: A B A B …
+    """Runs implementations alternately: A B A B …
 
     Args:
-      rotate: each way is the first of a turn as often as the others: A B B A …, where what ran before may matter.
+      ways: implementations by name; each returns what it measured, such as seconds.
+      turns: how often each runs.
+      rotate: lets each be first equally often, A B B A …, for when an earlier run influences the next.
+
+    Returns:
+      For each turn, the measurement of each implementation.
     """
     names, found = list(ways), []
     with Progress(turns, "turn", f"measuring {', '.join(names)}") as progress:
@@ -29,35 +34,35 @@ def take_turns(ways: Mapping[str, Callable[[], float]], turns: int, *, rotate: b
 
 
 def spread(name: str, values: Sequence[float], digits: int = 4) -> dict[str, Any]:
-    """`name`, the median, and `name_quartiles`, between which half of the turns lie."""
+    """Median of the values as `name`, and their first and third quartile as `name_quartiles`."""
     low, high = (round(float(value), digits) for value in np.quantile(values, (0.25, 0.75)))
     return {name: round(statistics.median(values), digits), f"{name}_quartiles": [low, high]}
 
 
 class Load:
-    """How many processes want to run, beside what is measured: made before that starts, asked when it has ended."""
+    """Load of the machine around a measurement: create it before, call `summary` after."""
 
     def __init__(self) -> None:
         self._before = _load()
 
-    def told(self) -> dict[str, Any]:
-        """`load` before and after, `cores` and `busy`; where the machine is busy, a line says so.
+    def summary(self) -> dict[str, Any]:
+        """Returns `load` before and after, `cores` and `busy`; prints a line if the machine is busy.
 
-        Until the measuring starts this process needs one core, and while it lasts all of them. A quarter of the cores
-        more is let pass. Of a machine that does not tell its load nothing is known: `load` and `busy` are None.
+        This process needs one core before the measurement and all of them during it; a quarter of the cores more is
+        tolerated. `load` and `busy` are None on a machine that does not report its load.
         """
         cores, before, after = os.cpu_count() or 1, self._before, _load()
         if before is None or after is None:
             return {"load": None, "cores": cores, "busy": None}
         busy = before > 1 + cores / 4 or after > cores + 1 + cores / 4
         if busy:
-            say(
+            print_on_main(
                 f"the machine is busy: load {before:.1f} before measuring and {after:.1f} after it, on {cores} cores; "
-                "measure again when it is idle: this slows one way more than another, and ratios say little"
+                "measure again when it is idle: the load slows one implementation more than another"
             )
         return {"load": [round(before, 2), round(after, 2)], "cores": cores, "busy": busy}
 
 
 def _load() -> float | None:
-    """Over the last minute."""
+    """Average number of runnable processes over the last minute; None if unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -24,10 +24,10 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from psa_jax.errors import PeerLost, PSAError
 from psa_jax.paths import check_workdir
-from psa_jax.progress import say
+from psa_jax.progress import print_on_main
 from psa_jax.renamed import renamed_keys
 from psa_jax.training.distributed import any_process, first_line, is_main_process, is_peer_lost
-from psa_jax.training.step import TrainState
+from psa_jax.training.state import TrainState
 
 
 class Checkpoints:
@@ -193,7 +193,7 @@ class Checkpoints:
         """Renames what cannot be read, so that the run can write these steps again."""
         for number, reason in damaged.items():
             aside = self._folder / f"damaged_{number}"
-            say(
+            print_on_main(
                 f"{self._folder}: checkpoint {number} cannot be read ({reason}), now {aside.name}; going on from {step}"
             )
             self._held_out.pop(number, None)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from psa_jax.errors import PeerLost, PSAError
-from psa_jax.progress import hush
+from psa_jax.progress import silence
 
 # What says that this process is one of several; jax.distributed reads the rest of it by itself.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
@@ -74,7 +74,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             f"the processes did not meet ({first_line(error)}); is every one started, with one address?"
         ) from error
     if not is_main_process():
-        hush()
+        silence()
 
 
 def require_joined() -> None:

@@ -14,9 +14,9 @@ from psa_jax.errors import PSAError
 from psa_jax.files import write
 from psa_jax.json_input import parse_json
 from psa_jax.preference.metrics import part_means
-from psa_jax.progress import say
+from psa_jax.progress import print_on_main
 from psa_jax.training.distributed import in_global_order, is_main_process
-from psa_jax.training.step import Metrics
+from psa_jax.training.state import Metrics
 
 Row = dict[str, int | float]
 
@@ -66,7 +66,7 @@ class MetricsWriter:
         if alarm is not None:
             row["alarm_winner_worse"] = float(alarm > 0)
             if alarm > 0:
-                say(
+                print_on_main(
                     f"alarm winner_worse at step {step}: the winners' error exceeds the base model's, "
                     f"pw - rw = {alarm:.3g} on average over {self._window} steps; raise objective.sft_weight or "
                     "lower objective.beta"

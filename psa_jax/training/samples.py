@@ -1,10 +1,8 @@
 """Pictures drawn during training: the same few prompts, seeds and users every time."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 from PIL import Image
 
@@ -12,7 +10,7 @@ from psa_jax.data.shards import RowColumns, open_shards
 from psa_jax.diffusion.generate import Generator, picture_grid
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter import Adapter
-from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.training.prepare import Run
 
 _PROMPTS, _USERS = 4, 4
 
@@ -23,17 +21,17 @@ class Samples:
     Drawn by the process that makes it, on one of its devices.
 
     Args:
-      model: on the devices that train, whole on each (`settings.validate`).
+      run: its base model is on the devices that train, whole on each (`settings.validate`).
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, model: StableDiffusion, table: EmbeddingTable, workdir: Path):
-        shards = open_shards(Path(config.data.shards), "val")
-        rng = np.random.default_rng(config.seed)
+    def __init__(self, run: Run):
+        shards = open_shards(run.shards.folder, "val")
+        rng = np.random.default_rng(run.config.seed)
         unsafe = np.flatnonzero(shards.columns.unsafe)
         rows = [shards[int(i)] for i in rng.choice(unsafe, size=min(_PROMPTS, len(unsafe)), replace=False)]
         self._prompts = [row["caption"].decode() for row in rows]
-        self._users = table.lookup(by_strictness(shards.columns, _USERS))
-        self._model, self._folder = _on_one_device(model), workdir / "samples"
+        self._users = run.table.lookup(by_strictness(shards.columns, _USERS))
+        self._model, self._folder = _on_one_device(run.setup.model), run.workdir / "samples"
         self._generator = None
 
     def draw(self, adapter: Adapter, step: int) -> None:

@@ -10,15 +10,19 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from psa_jax.data.pipeline import BALANCES
+from psa_jax.data.balancing import BALANCES
 from psa_jax.data.shards import INFO_FILE
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
-from psa_jax.models.adapter_config import ADAPTER_KINDS, check_kind
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig, check_kind
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
+from psa_jax.preference.draws import fixed_draws_or_none
+from psa_jax.preference.losses import LOSSES
 from psa_jax.preference.objective import Objective
+from psa_jax.profiles.encoders import get_encoder
+from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.rules import (
     COUNT,
     COUNT_OR_NONE,
@@ -38,9 +42,7 @@ from psa_jax.rules import (
     whole,
 )
 from psa_jax.training.optimizer import DECAYED, OPTIMIZERS, SCHEDULES, make_optimizer
-from psa_jax.training.reference import stored_or_none
 from psa_jax.training.sharding import REPLICATED, RULES, check_batch, make_mesh
-from psa_jax.training.step import check_parts
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -97,7 +99,6 @@ TRAINING: dict[str, Rule] = {
     "adapter.kind": any_of(ADAPTER_KINDS),
     "adapter.tokens": SIZE,
     "adapter.qk_dim": optional(SIZE),
-    **{f"objective.{field.name}": _OF_OBJECTIVE[_type_name(field)] for field in dataclasses.fields(Objective)},
     "reference.draws": COUNT_OR_NONE,
     "reference.seed": SEED,
     "reference.folder": PLACE,
@@ -118,6 +119,10 @@ TRAINING: dict[str, Rule] = {
     "data.mini.users": COUNT_OR_NONE,
     "data.mini.seed": SEED,
 }
+OBJECTIVE: dict[str, Rule] = {
+    f"objective.{field.name}": _OF_OBJECTIVE[_type_name(field)] for field in dataclasses.fields(Objective)
+}
+"""A configuration may leave these out: `Objective` has defaults, and a later version may have more of them."""
 EVALUATION: dict[str, Rule] = {
     "evaluate.per_rate.unseen": COUNT,
     "evaluate.per_rate.seen": COUNT,
@@ -151,19 +156,19 @@ BASE_MODEL: dict[str, Rule] = {"variant": NAME, **dict.fromkeys(("vae", "tokeniz
 """What may stand beside `model`; a configuration without these keys is one that leaves them empty."""
 RULES_OF: dict[str, dict[str, Rule]] = {
     "train": TRAINING,
-    "fit": TRAINING,
+    "memory": TRAINING,
     "bench step": TRAINING,
     "demo": TRAINING | EVALUATION,
     "pretrain": PRETRAINING,
 }
 """What a command asks of a configuration. What else is in it is checked where this file knows it."""
-EVERY_RULE = TRAINING | BASE_MODEL | EVALUATION | PRETRAINING
+EVERY_RULE = TRAINING | OBJECTIVE | BASE_MODEL | EVALUATION | PRETRAINING
 PATHS = tuple(key for key, rule in EVERY_RULE.items() if rule is PLACE)
 _ABSENT = object()
 
 
 def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | None = None) -> None:
-    """Checks every value, and that they fit together; neither data nor weights are read, no device is asked.
+    """Checks every value, and that they fit together, without reading data or weights or starting a device.
 
     Args:
       command: a key of `RULES_OF`.
@@ -190,8 +195,8 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     _require_known(config.adapter, "adapter", ["kind", "tokens", "qk_dim"])
     check_kind(config.adapter.kind, config.adapter.qk_dim)
     objective = Objective(**config.objective)
-    stored_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
-    check_parts(objective, config.accumulate)
+    fixed_draws_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
+    check_accumulate(objective, config.accumulate)
     make_optimizer(config.optimizer, config.steps)
     if config.sample_every and config.mesh.frozen != REPLICATED and config.mesh.fsdp != 1:
         raise PSAError(
@@ -205,7 +210,10 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
         )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise PSAError("wandb is asked for and not installed; pip install wandb, or --config.wandb=false")
-    BaseModel.from_config(config).check()
+    base = BaseModel.from_config(config)
+    base.check()
+    if config.adapter.qk_dim is not None:  # must suit the heads of the base model, whose weights take long to read
+        AdapterConfig.for_unet(base.unet_config(), user_dim=1, **config.adapter)
     if command in ("train", "demo"):
         _check_data(config, command)
 
@@ -234,6 +242,23 @@ def validate_devices(config: ml_collections.ConfigDict, devices: Sequence[jax.De
             f"validate.batch_size is {config.validate.batch_size}; give a multiple of the {mesh.size} devices"
         )
     return mesh
+
+
+def user_dim(config: ml_collections.ConfigDict) -> int:
+    """D of the profile embeddings: of the table that a configuration names, else of the `features` encoder.
+
+    Raises:
+      PSAError: a table that is named and cannot be read.
+    """
+    if config.data.table:
+        return EmbeddingTable.load(Path(config.data.table)).dim
+    return get_encoder("features").dim
+
+
+def check_accumulate(objective: Objective, accumulate: int) -> None:
+    """Raises PSAError where a step is worked on in parts and the loss compares all pairs of a batch."""
+    if accumulate > 1 and LOSSES[objective.loss].whole_batch:
+        raise PSAError(f"accumulate = {accumulate}: {objective.loss} compares pairs of a batch; set accumulate to 1")
 
 
 def _value(config: ml_collections.ConfigDict, key: str) -> Any:

@@ -1,7 +1,7 @@
 """Where arrays live: a mesh (data, fsdp), batches split over both axes, everything else by a table of rules."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,29 +66,29 @@ def array_name(path: tuple[Any, ...]) -> str:
     return "/".join(step for step in steps if step != "value")
 
 
-def placement(name: str, shape: tuple[int, ...], mesh: Mesh, frozen: str = REPLICATED) -> NamedSharding:
+def placement(name: str, shape: tuple[int, ...], mesh: Mesh, frozen_sharding: str = REPLICATED) -> NamedSharding:
     """Where an array lives.
 
     Args:
       name: its path in the state (`params/…`, `ema/…`, `opt_state/…`) or in the frozen weights.
-      frozen: a key of `RULES`.
+      frozen_sharding: a key of `RULES`.
     """
-    if frozen not in RULES:
-        raise PSAError(f"mesh.frozen = {frozen!r} is unknown; use one of {', '.join(RULES)}")
-    rule = next(rule for pattern, rule in RULES[frozen] if re.search(pattern, name))
+    if frozen_sharding not in RULES:
+        raise PSAError(f"mesh.frozen = {frozen_sharding!r} is unknown; use one of {', '.join(RULES)}")
+    rule = next(rule for pattern, rule in RULES[frozen_sharding] if re.search(pattern, name))
     return NamedSharding(mesh, _split(shape, mesh.shape[FSDP]) if rule == SPLIT else PartitionSpec())
 
 
-def shardings(tree: Any, mesh: Mesh, frozen: str = REPLICATED) -> Any:
+def shardings(tree: Any, mesh: Mesh, frozen_sharding: str = REPLICATED) -> Any:
     """`placement` of every array of a tree, which may be abstract."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: placement(array_name(path), np.shape(leaf), mesh, frozen), tree
+        lambda path, leaf: placement(array_name(path), np.shape(leaf), mesh, frozen_sharding), tree
     )
 
 
-def of_file(mesh: Mesh, frozen: str):
-    """`placement` as `load_stable_diffusion` asks for it: each process reads only what its devices hold."""
-    return lambda path, shape: placement("/".join(map(str, path)), shape, mesh, frozen)
+def weight_sharding(mesh: Mesh, frozen_sharding: str) -> Callable[[tuple[Any, ...], tuple[int, ...]], NamedSharding]:
+    """`placement` as `load_stable_diffusion` takes it: each process reads only what its devices hold."""
+    return lambda path, shape: placement("/".join(map(str, path)), shape, mesh, frozen_sharding)
 
 
 def _split(shape: tuple[int, ...], parts: int) -> PartitionSpec:

@@ -84,7 +84,7 @@ def test_a_pickle_of_the_variant_is_not_passed_over(mixed):
 
 
 def test_the_advice_for_a_folder_of_a_variant(mixed, capsys):
-    words = ["fit", f"{TINY}:smoke", f"--model={mixed}"]
+    words = ["memory", f"{TINY}:smoke", f"--model={mixed}"]
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "but those of the variant fp16 are there; give --variant=fp16\n" in error
@@ -109,7 +109,7 @@ def flags_of(name: str) -> dict[str, argparse.Action]:
     return {action.dest: action for action in parser._actions}
 
 
-@pytest.mark.parametrize("name", ["build", "train", "fit", "bench", "demo", "generate", "export", "import"])
+@pytest.mark.parametrize("name", ["build", "train", "memory", "bench", "demo", "generate", "export", "import"])
 def test_every_command_that_opens_a_base_model_has_all_its_flags(name):
     assert set(arguments.BASE_MODEL) <= set(flags_of(name))
     assert list(arguments.BASE_MODEL) == list(BaseModel.__dataclass_fields__)
@@ -128,9 +128,9 @@ def test_flags_and_keys_say_the_same(sd1, single, capsys):
     lines = []
     for start in ("--", "--config."):
         words = [f"{start}{name.replace('_', '-') if start == '--' else name}={value}" for name, value in said.items()]
-        assert main(["fit", f"{TINY}:smoke", *words]) == 0
+        assert main(["memory", f"{TINY}:smoke", *words]) == 0
         lines.append(json.loads(capsys.readouterr().out) | {"compile_seconds": 0})
-    assert main(["fit", f"{TINY}:smoke", f"--model={sd1[0]}"]) == 0
+    assert main(["memory", f"{TINY}:smoke", f"--model={sd1[0]}"]) == 0
     lines.append(json.loads(capsys.readouterr().out) | {"compile_seconds": 0})
     assert lines[0] == lines[1] == lines[2]
 
@@ -174,5 +174,5 @@ def test_the_unet_of_a_single_file_without_its_weights(sd1, single):
 
 
 def test_no_model_is_named(capsys):
-    assert main(["fit", f"--config={arguments.CONFIGS / 'sd15.py'}"]) == 1
+    assert main(["memory", f"--config={arguments.CONFIGS / 'sd15.py'}"]) == 1
     assert "no base model is named; give --model=PATH" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from psa_jax.preference.draws import draw, spread_timesteps
 from psa_jax.preference.losses import LOSSES
 from psa_jax.preference.metrics import part_means
 from psa_jax.preference.objective import Objective, describe_beta, effective_beta
-from psa_jax.preference.pair_loss import Base, Errors, compose, pair_losses, summarise
+from psa_jax.preference.pair_loss import Errors, FrozenModel, compose, pair_losses, summarise
 from psa_jax.tools.configs import read_config
 
 PAIRS, USER_DIM, FACTOR = 3, 6, 0.18215
@@ -43,7 +43,7 @@ PROMPTS = {"banned": jnp.asarray([True, False, True]), "unsafe": jnp.asarray([Tr
 def preference_loss(objective, adapter, unet, text_encoders, schedule, vae, batch, key):
     """Mean loss of a batch and what is logged, as the training step has them."""
     draws = draw(objective, schedule, batch, key)
-    found = pair_losses(objective, adapter, Base(unet, text_encoders, schedule, vae), batch, draws)
+    found = pair_losses(objective, adapter, FrozenModel(unet, text_encoders, schedule, vae), batch, draws)
     return jnp.mean(found.values["loss"]), summarise(found)
 
 
@@ -308,7 +308,7 @@ def test_every_loss_has_a_finite_value_and_gradient(name):
     objective = Objective(loss=name, dpop_weight=1.0, sdpo_mu=0.5, reference_kl_weight=1.0)
 
     def loss(policy):
-        return jnp.mean(compose(objective, Errors.of(policy, reference, target))[1])
+        return jnp.mean(compose(objective, Errors.from_predictions(policy, reference, target))[1])
 
     value, slope = jax.value_and_grad(loss)(policy)
     assert np.isfinite(value)

@@ -20,9 +20,10 @@ TINY = f"--config={CONFIGS}/tiny.py"
 
 @pytest.mark.parametrize(("way", "dtype"), [("ours", "float32"), ("torch", "float32"), ("torch", "bfloat16")])
 def test_the_step_is_one_of_dpo(sd1, way, dtype):
-    config = read_config(f"{CONFIGS}/tiny.py", [("optimizer.warmup_steps", "0"), ("adapter.tokens", "2")])
-    spec = {name: config[name].to_dict() for name in ("adapter", "objective", "optimizer")}
-    spec |= {"model": str(sd1[0]), "dtype": dtype, "remat": "none", "draws": 0, "pairs": 2, "resolution": None}
+    changes = {"optimizer.warmup_steps": 0, "adapter.tokens": 2, "dtype": dtype, "model": sd1[0], "mesh.data": 1}
+    config = read_config(f"{CONFIGS}/tiny.py", [(key, str(value)) for key, value in changes.items()])
+    spec = {"config": json.loads(config.to_json()), "model": str(sd1[0]), "user_dim": 5, "cached_text": False}
+    spec |= {"pairs": 2, "resolution": None}
     step = {"ours": bench_step._our_step, "torch": bench_step._torch_step}[way](spec)
     with torch.enable_grad():  # torch_models turns it off
         assert step() == pytest.approx(math.log(2), abs=1e-5)

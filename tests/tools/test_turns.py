@@ -41,14 +41,14 @@ def test_a_busy_machine_is_named(before, after, busy, capsys, monkeypatch):
     loads = iter([before, after])
     monkeypatch.setattr(os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    assert Load().told() == {"load": [before, after], "cores": 4, "busy": busy}
+    assert Load().summary() == {"load": [before, after], "cores": 4, "busy": busy}
     said = capsys.readouterr().err
     assert said.count("\n") == busy and (f"busy: load {before} before measuring and {after} after it" in said) == busy
 
 
 def test_a_machine_that_does_not_tell(monkeypatch):
     monkeypatch.delattr(os, "getloadavg")
-    assert Load().told().items() >= {"load": None, "busy": None}.items()
+    assert Load().summary().items() >= {"load": None, "busy": None}.items()
 
 
 def test_bench_input_alternates_and_tells_its_spread(capsys, monkeypatch):

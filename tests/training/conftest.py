@@ -20,8 +20,9 @@ from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
 from psa_jax.preference.objective import Objective
 from psa_jax.tools.configs import read_config
-from psa_jax.training.sharding import REPLICATED, by_rows, make_mesh, replicated, shardings
-from psa_jax.training.step import init_state, make_step
+from psa_jax.training.setup import Setup
+from psa_jax.training.sharding import by_rows, make_mesh
+from psa_jax.training.step import make_step
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
 
@@ -55,8 +56,9 @@ def training_config(small_pipeline, training_data):
 
 
 class Training(NamedTuple):
-    """A step and what it takes."""
+    """A set-up, its step and what that takes."""
 
+    setup: Setup
     step: Any
     state: Any
     frozen: Any
@@ -88,7 +90,7 @@ UNET = UNetConfig(
 
 @pytest.fixture(scope="session")
 def make_training(small_pipeline):
-    """Returns a function: mesh and options of `make_step` -> a `Training` on the first of the same 32 pairs."""
+    """Returns a function: mesh and options of `Setup` -> a `Training` on the first of the same 32 pairs."""
     model = dataclasses.replace(small_pipeline[1], unet=UNet(UNET, rngs=nnx.Rngs(0)))
     rng, most, user_dim = np.random.default_rng(0), 32, 5
     side, channels = UNET.sample_size, model.vae.config.latent_channels
@@ -100,28 +102,25 @@ def make_training(small_pipeline):
         "banned": np.arange(most) % 2 == 0,
         "unsafe": np.arange(most) % 3 > 0,
     }
-    empty = {"empty_ids": model.tokenize([""])[0]}
-    adapter_config = AdapterConfig.for_unet(model.unet.config, user_dim=user_dim)
 
     def make(data=1, fsdp=1, *, optimizer=None, trained=False, dtype=jnp.float32, pairs=8, **options):
-        mesh = make_mesh(data, fsdp)
-        cast = dataclasses.replace(
-            model, **{n: jax.tree.map(lambda x: x.astype(dtype), getattr(model, n)) for n in ("unet", "text_encoder")}
+        cast = {n: jax.tree.map(lambda x: x.astype(dtype), getattr(model, n)) for n in ("unet", "text_encoder")}
+        setup = Setup(
+            model=dataclasses.replace(model, **cast),
+            mesh=make_mesh(data, fsdp),
+            adapter=AdapterConfig.for_unet(model.unet.config, user_dim=user_dim),
+            # A random model's errors are near 2, so a large β would magnify the last digit of float32 past any
+            # tolerance.
+            objective=Objective(beta=20.0, sft_weight=2.0, text_dropout=0.2),
+            optimizer=optax.adamw(3e-3) if optimizer is None else optimizer,
+            **options,
         )
-        # A random model's errors are near 2, so a large β would magnify the last digit of float32 past any tolerance.
-        objective = Objective(beta=20.0, sft_weight=2.0, text_dropout=0.2)
-        optimizer = optax.adamw(3e-3) if optimizer is None else optimizer
-        step, frozen = make_step(cast, adapter_config, objective, optimizer, mesh, **options)
-        state = init_state(adapter_config, optimizer, 0, ema=options.get("ema", 0.0))
+        state = setup.init_state(0)
         if trained:
-            state = state._replace(params=adapter_arrays(random_adapter(adapter_config)))
-        rows = jax.device_put({name: array[:pairs] for name, array in batch.items()}, by_rows(mesh))
-        return Training(
-            step,
-            jax.device_put(state, shardings(state, mesh, options.get("frozen", REPLICATED))),
-            frozen,
-            rows | jax.device_put(empty, replicated(mesh)),
-            jax.device_put(jax.random.key(1), replicated(mesh)),
-        )
+            params = adapter_arrays(random_adapter(setup.adapter))
+            state = state._replace(params=jax.device_put(params, setup.state_sharding.params))
+        rows = jax.device_put({name: array[:pairs] for name, array in batch.items()}, by_rows(setup.mesh))
+        shared = setup.shared_arrays()
+        return Training(setup, make_step(setup), state, setup.frozen(), rows | shared, setup.key(1))
 
     return make

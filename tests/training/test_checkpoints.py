@@ -13,7 +13,7 @@ from etils import epath
 
 from psa_jax.errors import PSAError
 from psa_jax.training.checkpoints import Checkpoints, differences
-from psa_jax.training.step import TrainState
+from psa_jax.training.state import TrainState
 
 IDENTITY = {"base_model": "abc", "objective": {"beta": 60.0, "shape": (1, 2)}, "seed": 0}
 

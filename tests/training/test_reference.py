@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -21,17 +22,17 @@ from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.interop.diffusers import StableDiffusion, weights_hash
 from psa_jax.mini.prepare import prepare
 from psa_jax.models.adapter_config import AdapterConfig
-from psa_jax.preference.draws import Stored, draw_stored, of_rows
+from psa_jax.preference.draws import FixedDraws, draw_fixed, draws_of_rows, fixed_draws_or_none
 from psa_jax.preference.objective import Objective
-from psa_jax.preference.pair_loss import Base, pair_losses, reference_errors
+from psa_jax.preference.pair_loss import FrozenModel, compute_reference_errors, pair_losses
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training import reference
 from psa_jax.training.loop import train
-from psa_jax.training.reference import reference_table, stored_or_none
-from psa_jax.training.sharding import make_mesh, replicated
-from psa_jax.training.step import Frozen
+from psa_jax.training.reference import reference_table
+from psa_jax.training.setup import Setup
+from psa_jax.training.sharding import make_mesh
 
-STORED, TWO = Stored(4, seed=7), Stored(2, seed=1)
+FOUR, TWO = FixedDraws(4, seed=7), FixedDraws(2, seed=1)
 OBJECTIVE = Objective(beta=50.0, sft_weight=5.0, timestep_low=0.2, timestep_high=0.8)
 SCHEDULE = NoiseSchedule(jnp.linspace(0.999, 0.01, 1000), "epsilon")
 SIDE, CHANNELS, USER_DIM = 8, 4, 5
@@ -48,8 +49,8 @@ def rows(numbers, swapped=False) -> dict[str, jax.Array]:
     }
 
 
-def draws_of(numbers, which, swapped=False, stored=STORED, objective=OBJECTIVE):
-    return of_rows(stored, objective, SCHEDULE, rows(numbers, swapped), jnp.asarray(which, jnp.int32))
+def draws_of(numbers, which, swapped=False, fixed_draws=FOUR, objective=OBJECTIVE):
+    return draws_of_rows(fixed_draws, objective, SCHEDULE, rows(numbers, swapped), jnp.asarray(which, jnp.int32))
 
 
 def test_a_draw_belongs_to_its_row():
@@ -74,7 +75,7 @@ def test_draws_are_standard_normal_and_all_different():
     correlation = np.corrcoef(noises)
     np.fill_diagonal(correlation, 0.0)
     assert np.abs(correlation).max() < 0.5  # of 256 numbers each: 8 standard deviations
-    other = draws_of(numbers, which, stored=Stored(4, seed=8))
+    other = draws_of(numbers, which, fixed_draws=FixedDraws(4, seed=8))
     assert np.abs(np.asarray(other.noise - found.noise)).reshape(200, -1).max(axis=1).min() > 0.1
 
 
@@ -91,12 +92,12 @@ def test_a_step_covers_all_draws_evenly_and_drops_users_anew():
     objective = dataclasses.replace(OBJECTIVE, user_dropout=0.5, text_dropout=0.5)
     batch = rows(range(64))
     (first, numbers), (second, _) = (
-        draw_stored(STORED, objective, SCHEDULE, batch, jax.random.key(seed)) for seed in (0, 1)
+        draw_fixed(FOUR, objective, SCHEDULE, batch, jax.random.key(seed)) for seed in (0, 1)
     )
     assert np.bincount(np.asarray(numbers)).tolist() == [16] * 4
     assert not np.array_equal(first.no_user, second.no_user)
     assert 16 <= int(first.no_user.sum()) <= 48
-    again = of_rows(STORED, objective, SCHEDULE, batch, numbers)
+    again = draws_of_rows(FOUR, objective, SCHEDULE, batch, numbers)
     np.testing.assert_array_equal(first.noise, again.noise)
     np.testing.assert_array_equal(first.no_text, again.no_text)
     assert 16 <= int(first.no_text.sum()) <= 48
@@ -114,7 +115,7 @@ def test_loss_and_gradient_are_those_of_a_reference_that_runs(small_pipeline):
         "rejected": moments[1],
         "user": jnp.asarray(rng.normal(size=(pairs, USER_DIM)), jnp.float32),
         "banned": jnp.asarray([True, False, True, False]),
-        "unsafe": jnp.ones(pairs, jnp.bool_),
+        "unsafe": jnp.ones(pairs, bool),
         "input_ids": jnp.asarray(model.tokenize(["a cat", "at", "cat", "a"])),
         "empty_ids": jnp.asarray(model.tokenize([""])[0]),
     }
@@ -123,25 +124,27 @@ def test_loss_and_gradient_are_those_of_a_reference_that_runs(small_pipeline):
     for side, other in ((0, 1), (1, 0)):
         asked[("chosen", "rejected")[side]] = jnp.where(swapped[:, None, None, None], moments[other], moments[side])
     adapter = random_adapter(AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, tokens=2))
-    base = Base(model.unet, model.text_encoders, schedule, model.vae.config)
+    base = FrozenModel(model.unet, model.text_encoders, schedule, model.vae.config)
 
     @jax.jit
     def errors(number):
-        return reference_errors(base, own, of_rows(STORED, objective, schedule, own, jnp.full(pairs, number)))
+        return compute_reference_errors(
+            base, own, draws_of_rows(FOUR, objective, schedule, own, jnp.full(pairs, number))
+        )
 
-    table = jnp.stack([errors(number) for number in range(STORED.count)], axis=1)
+    table = jnp.stack([errors(number) for number in range(FOUR.count)], axis=1)
 
     @jax.jit
     def both(adapter):
-        draws, number = draw_stored(STORED, objective, schedule, asked, jax.random.key(5))
+        draws, number = draw_fixed(FOUR, objective, schedule, asked, jax.random.key(5))
         known = table[jnp.arange(pairs), number]
         known = jnp.where(swapped[:, None], known[:, ::-1], known)
 
-        def loss(adapter, stored):
-            found = pair_losses(objective, adapter, base, asked, draws, stored)
+        def loss(adapter, errors):
+            found = pair_losses(objective, adapter, base, asked, draws, errors)
             return jnp.mean(found.values["loss"]), found.values
 
-        return [nnx.value_and_grad(loss, has_aux=True)(adapter, stored) for stored in (known, None)]
+        return [nnx.value_and_grad(loss, has_aux=True)(adapter, errors) for errors in (known, None)]
 
     ((loss, values), gradient), ((expected, run), slope) = both(adapter)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
@@ -170,28 +173,18 @@ def table_of(small_pipeline, training_data):
     shards = First(whole.folder, whole.split, whole.source, columns, whole.info)
     table = EmbeddingTable.load(training_data / "table.safetensors")
 
-    def make(folder, stored=TWO, *, devices=1, batch_size=4, between=lambda: None):
-        mesh = make_mesh(devices)
-        _, weights = nnx.split((model.unet, model.text_encoders))
-        schedule = NoiseSchedule.from_config(model.scheduler_config)
-        frozen = jax.device_put(Frozen(weights, schedule.alphas_cumprod), replicated(mesh))
-        empty = jax.device_put({"empty_ids": model.token_ids([""])[0][0]}, replicated(mesh))
-        return np.asarray(
-            reference_table(
-                folder,
-                stored,
-                model,
-                OBJECTIVE,
-                frozen,
-                shards,
-                table,
-                mesh,
-                empty=empty,
-                batch_size=batch_size,
-                base_hash=weights_hash(model.folder),
-                between=between,
-            )
+    def make(folder, fixed_draws=TWO, *, devices=1, batch_size=4, between=lambda: None):
+        setup = Setup(
+            model=model,
+            mesh=make_mesh(devices),
+            adapter=AdapterConfig.for_unet(model.unet.config, user_dim=table.dim),
+            objective=OBJECTIVE,
+            optimizer=optax.sgd(1.0),
+            fixed_draws=fixed_draws,
         )
+        frozen, shared = setup.frozen(), setup.shared_arrays()
+        found = reference_table(setup, frozen, shared, shards, table, folder, batch_size=batch_size, between=between)
+        return np.asarray(found)
 
     return make, shards
 
@@ -217,7 +210,7 @@ def test_errors_as_in_torch(table_of, small_pipeline, tmp_path):
     ids = torch.from_numpy(np.stack([row["input_ids"] for row in raw]))
     states = theirs.text_encoder(ids).last_hidden_state
     for number in range(2):
-        draws = of_rows(TWO, OBJECTIVE, schedule, batch, jnp.full(3, number))
+        draws = draws_of_rows(TWO, OBJECTIVE, schedule, batch, jnp.full(3, number))
         noise, times = to_torch(draws.noise), torch.from_numpy(np.array(draws.timesteps))
         for side, sampled in (("chosen", draws.vae_noise_w), ("rejected", draws.vae_noise_l)):
             mean, log_variance = to_torch(batch[side]).chunk(2, dim=1)
@@ -251,13 +244,13 @@ def test_a_pass_that_was_stopped_goes_on_and_is_shared(table_of, tmp_path, monke
         raise AssertionError("it is there already")
 
     np.testing.assert_array_equal(resumed, make(folder, between=never))
-    other = make(folder, Stored(2, seed=2))  # other draws are other files
+    other = make(folder, FixedDraws(2, seed=2))  # other draws are other files
     assert np.abs(other - resumed).min() > 0 and len(list(folder.iterdir())) == 6
 
     files = sorted(folder.iterdir())
     files[0].write_bytes(files[0].read_bytes()[:-3])
     with pytest.raises(PSAError, match=re.escape(f"{files[0]}: work file cannot be read")):
-        make(folder), make(folder, Stored(2, seed=2))
+        make(folder), make(folder, FixedDraws(2, seed=2))
 
 
 def test_training_with_stored_errors(training_config, small_pipeline, tmp_path, monkeypatch):
@@ -306,5 +299,5 @@ def test_training_with_stored_errors(training_config, small_pipeline, tmp_path, 
 )
 def test_what_cannot_be_stored_is_refused(count, objective, flips, says):
     with pytest.raises(PSAError, match=re.escape(says)):
-        stored_or_none(count, 0, objective, flips=flips)
-    assert stored_or_none(0, 0, objective, flips=flips) is None
+        fixed_draws_or_none(count, 0, objective, flips=flips)
+    assert fixed_draws_or_none(0, 0, objective, flips=flips) is None

@@ -13,11 +13,11 @@ from psa_jax.cli import main
 from psa_jax.data.shards import INFO_FILE
 from psa_jax.errors import PSAError
 from psa_jax.interop import diffusers
-from psa_jax.mini import prepare
+from psa_jax.mini import prepare as mini_prepare
 from psa_jax.preference.objective import Objective
-from psa_jax.tools import demo, fit, pretrain, train
+from psa_jax.tools import demo, memory, pretrain, train
 from psa_jax.tools.configs import read_config
-from psa_jax.training import loop
+from psa_jax.training import loop, lowered, prepare, setup
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.settings import EVERY_RULE, PATHS, validate, validate_devices
 
@@ -41,7 +41,7 @@ def no_work(monkeypatch):
     def refuse(*args, **kwargs):
         pytest.fail("work was begun")
 
-    for module in (diffusers, demo, fit, loop, prepare, pretrain, train):
+    for module in (diffusers, demo, memory, loop, lowered, prepare, setup, mini_prepare, pretrain, train):
         for name in ("load_stable_diffusion", "render_mini", "build_for_model", "MiniSet", "make_step", "open_shards"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, refuse)
@@ -136,7 +136,7 @@ def test_paths_are_of_this_machine(complete, key: str, value: str):
         validate(changed(complete("tiny", ""), key, value), "train")
 
 
-@pytest.mark.parametrize("command", ["train", "demo", "fit", "bench"])
+@pytest.mark.parametrize("command", ["train", "demo", "memory", "bench"])
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -172,7 +172,7 @@ def test_paths_are_of_this_machine(complete, key: str, value: str):
     ],
 )
 def test_a_command_says_it_first(no_work, capsys, tmp_path, command: str, setting: str, said: str):
-    workdir = [] if command in ("fit", "bench") else [f"--workdir={tmp_path / 'run'}"]
+    workdir = [] if command in ("memory", "bench") else [f"--workdir={tmp_path / 'run'}"]
     what = ["step"] if command == "bench" else []
     assert main([command, *what, f"--config={TINY}:smoke", *workdir, f"--config.{setting}"]) == 1
     written, error = capsys.readouterr()
@@ -190,6 +190,7 @@ def test_a_command_says_it_first(no_work, capsys, tmp_path, command: str, settin
         (["sample_every=1", "mesh.fsdp=2", "mesh.frozen=split"], "sample_every = 1 draws on one device, and with "),
         (["accumulate=2", "objective.loss=kto"], "accumulate = 2: kto compares pairs of a batch; set accumulate to 1"),
         (["adapter.kind=published", "adapter.qk_dim=4"], "adapter.qk_dim is 4, which does not apply to the published"),
+        (["adapter.qk_dim=3"], "qk_dim 3 is no positive multiple of the heads of every layer ([4])"),
         (["reference.draws=1", "objective.loss=mapo"], "reference.draws is 1, but mapo runs no reference; set it to 0"),
     ],
 )
@@ -241,7 +242,7 @@ def test_data_that_is_named_is_what_is_trained_on(complete, no_work, tmp_path):
     config = complete("tiny", "smoke")
     named = changed(changed(config, "data.shards", str(tmp_path)), "data.table", str(tmp_path / "table.safetensors"))
     validate(named, "train")
-    assert named.data.mini.users and train.with_mini(named, tmp_path / "data") is named
+    assert named.data.mini.users and prepare.with_mini(named, tmp_path / "data") is named
 
 
 @pytest.mark.parametrize("key", ["shards", "table"])

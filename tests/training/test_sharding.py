@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_stable_diffusion
-from psa_jax.training.sharding import array_name, check_batch, make_mesh, of_file, placement, shardings
+from psa_jax.training.sharding import array_name, check_batch, make_mesh, placement, shardings, weight_sharding
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_model_is_read_in_parts(small_pipeline):
     """Each device holds about a quarter, under the same names as in the step, and the values are those of the files."""
     mesh = make_mesh(2, 4)
     whole = small_pipeline[1]
-    parts = load_stable_diffusion(whole.folder, sharding=of_file(mesh, "split"))
+    parts = load_stable_diffusion(whole.folder, sharding=weight_sharding(mesh, "split"))
     wanted = jax.tree.leaves_with_path(whole.unet)
     total = held = 0
     for (path, value), part in zip(wanted, jax.tree.leaves(parts.unet), strict=True):

@@ -49,7 +49,7 @@ def test_the_loss_falls(one_device):
     [(4, 2, 1, "split"), pytest.param(1, 2, 4, "split", marks=pytest.mark.slow)],  # the slow table has all
 )
 def test_losses_depend_on_neither_mesh_nor_parts(make_training, one_device, data, fsdp, accumulate, frozen):
-    history, _ = make_training(data, fsdp, accumulate=accumulate, frozen=frozen).run(STEPS)
+    history, _ = make_training(data, fsdp, accumulate=accumulate, frozen_sharding=frozen).run(STEPS)
     assert_same(history, one_device)
 
 
@@ -57,7 +57,7 @@ def test_losses_depend_on_neither_mesh_nor_parts(make_training, one_device, data
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
 def test_table_of_meshes(make_training, one_device_32, data, fsdp, accumulate):
-    history, _ = make_training(data, fsdp, accumulate=accumulate, frozen="split", pairs=32).run(STEPS)
+    history, _ = make_training(data, fsdp, accumulate=accumulate, frozen_sharding="split", pairs=32).run(STEPS)
     assert_same(history, one_device_32)
     difference = max(abs(ours["loss"] / one["loss"] - 1) for ours, one in zip(history, one_device_32[0], strict=True))
     print(f"\n{data}x{fsdp}, {accumulate} parts: the {STEPS} losses differ by {difference:.1e} at most")
@@ -108,7 +108,11 @@ def test_pairs_that_cannot_be_divided_are_refused(make_training):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"remat": "most"}, "remat = 'most' is unknown"), ({"ema": 1.0}, "ema = 1.0"), ({"frozen": "x"}, "mesh.frozen")],
+    [
+        ({"remat": "most"}, "remat = 'most' is unknown"),
+        ({"ema": 1.0}, "ema = 1.0"),
+        ({"frozen_sharding": "x"}, "mesh.frozen"),
+    ],
 )
 def test_options_that_do_not_exist_are_refused(make_training, options, message):
     with pytest.raises(PSAError, match=message):

@@ -1,0 +1,119 @@
+"""A training step that is compiled: from arrays, or from shapes alone and for devices that are not here."""
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.stages import Compiled, Lowered
+
+from psa_jax.errors import PSAError
+from psa_jax.training.setup import Setup
+from psa_jax.training.sharding import replicated
+from psa_jax.training.state import Frozen
+from psa_jax.training.step import Step, make_step
+
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+def compile_step(step: Step, *inputs: Any) -> Compiled:
+    """The step compiled for such inputs, arrays or shapes. Memory that compiling took is given back to the system."""
+    return compile_lowered(step.lower(*inputs))
+
+
+def lower_step(setup: Setup, pairs: int, resolution: int) -> Lowered:
+    """The step of a set-up, lowered from shapes alone: neither weights nor devices need be here.
+
+    Args:
+      pairs: in a batch.
+      resolution: side of the pictures, in pixels.
+
+    Raises:
+      PSAError: a batch that devices and parts cannot share evenly.
+    """
+    state = jax.tree.map(_shape, setup.abstract_state(), setup.state_sharding)
+    batch = setup.batch.abstract(pairs, resolution, setup.batch_sharding)
+    key = _shape(jax.eval_shape(lambda: jax.random.key(0)), replicated(setup.mesh))
+    return make_step(setup).lower(state, abstract_frozen(setup), batch, key)
+
+
+def abstract_frozen(setup: Setup, rows: int = 1) -> Frozen:
+    """Shapes of the frozen arrays, with reference errors for so many rows where a set-up stores them.
+
+    The number of rows is that of the data set, and is not known to a set-up; one row changes no time, and few bytes.
+    """
+    frozen = setup.frozen()
+    if setup.fixed_draws is not None:
+        errors = np.empty((rows, setup.fixed_draws.count, 2), np.float32)
+        frozen = frozen._replace(reference_errors=_shape(errors, replicated(setup.mesh)))
+    return frozen
+
+
+def compile_lowered(lowered: Lowered) -> Compiled:
+    """Compiles. glibc would keep what that took, 1 GB for SD1.5 on a CPU, so it is asked to give it back."""
+    compiled = lowered.compile()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    return compiled
+
+
+def compile_to_fit(lowered: Lowered, where: str) -> Compiled:
+    """Compiles, and says in one line when the step takes more memory than a device has.
+
+    Args:
+      where: the devices, in words.
+
+    Raises:
+      PSAError: the step does not fit.
+    """
+    try:
+        return compile_lowered(lowered)
+    except jax.errors.JaxRuntimeError as error:
+        if _OUT_OF_MEMORY not in str(error):
+            raise
+        raise PSAError(
+            f"this step does not fit {where}: {str(error).splitlines()[0]}; "
+            "raise accumulate, set remat to full, or divide the frozen weights (mesh.fsdp, mesh.frozen = split)"
+        ) from error
+
+
+def memory(compiled: Compiled) -> dict[str, int]:
+    """Bytes on each device: arguments (frozen weights, adapter, optimizer, batch), temporaries, program, and their sum.
+
+    The sum is an upper bound: donated arrays are written over, and not everything is held at one time. The temporaries
+    of a small step may all be in a TPU's on-chip memory, and then count as 0.
+    """
+    found = compiled.memory_analysis()
+    parts = {
+        "arguments_bytes": found.argument_size_in_bytes,
+        "temporaries_bytes": found.temp_size_in_bytes,
+        "program_bytes": found.generated_code_size_in_bytes,
+    }
+    return parts | {"total_bytes": sum(parts.values())}
+
+
+def topology_devices(name: str) -> Sequence[jax.Device]:
+    """The devices of a TPU slice such as v5e:2x4, none of which need be here.
+
+    Raises:
+      PSAError: libtpu is not installed, or knows no such slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise PSAError("--topology takes libtpu, whose compiler needs no TPU; pip install 'psa_jax[tpu]'")
+    jax.config.update("jax_platforms", "cpu")  # arrays that are made on the way live on this machine
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud service is asked which machine this is
+    try:
+        devices = topologies.get_topology_desc(name, platform="tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        raise PSAError(f"libtpu knows no slice {name!r} ({error}); give one such as v5e:2x4 or v5p:2x2x1") from error
+    one_each = name.startswith(("v2", "v3"))  # JAX sees the cores of later chips as one device
+    return [device for device in devices if one_each or device.core_on_chip == 0]
+
+
+def _shape(array: jax.typing.ArrayLike | jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)

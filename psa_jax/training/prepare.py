@@ -1,0 +1,161 @@
+"""What a training run is made of before its first step: data, base model, set-up, and what identifies the run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+import psa_jax
+from psa_jax.data.fingerprints import vae_fingerprint
+from psa_jax.data.pipeline import make_pipeline, to_devices
+from psa_jax.data.shards import Shards, open_shards, preprocess_of, read_info
+from psa_jax.errors import PSAError
+from psa_jax.preference.batch import Batch
+from psa_jax.preference.objective import Objective
+from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.progress import print_stage
+from psa_jax.training.distributed import connect, require_joined
+from psa_jax.training.held_out import HeldOut, held_out_batches
+from psa_jax.training.settings import validate, validate_devices
+from psa_jax.training.setup import Setup
+from psa_jax.training.sharding import by_rows
+from psa_jax.training.state import Frozen
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A training run that is ready for its first step.
+
+    Attributes:
+      config, workdir: as given.
+      setup: of the training step.
+      frozen: the frozen arrays, without reference errors.
+      info: of the shards (`read_info`).
+      shards: the rows to train on.
+      table: embeddings of their users.
+      iterator: of the batches; `rows` of each are the row numbers on the host, for error reports.
+      shared: the shared columns of a batch.
+      key: of the run.
+      held_out: measures on held-out rows; None where it is not asked for.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    setup: Setup
+    frozen: Frozen
+    info: dict[str, Any]
+    shards: Shards
+    table: EmbeddingTable
+    iterator: Any
+    shared: Batch
+    key: jax.Array
+    held_out: HeldOut | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON values that must be equal for a run to continue from a checkpoint."""
+        config, objective = self.config, dataclasses.asdict(self.setup.objective)
+        return {
+            "base_model": self.setup.model.base_hash,
+            "shards": self.info["inputs"],
+            "encoder": self.table.fingerprint,
+            "objective": objective,
+            **{group: config[group].to_dict() for group in ("adapter", "optimizer")},
+            "order": {name: config.data[name] for name in ("balance", "safe_share")},
+            "reference": {name: config.reference[name] for name in ("draws", "seed")},
+            **{name: config[name] for name in ("seed", "batch_size", "steps", "dtype")},
+        }
+
+    def renewed_identity(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The identity in a checkpoint, perhaps of an earlier version, as it is written today."""
+        model = self.setup.model
+        # A field that the objective did not have then acts as its default, which changes nothing.
+        defaults = dataclasses.asdict(Objective())
+        renewed = saved | {"objective": defaults | saved.get("objective", {})}
+        # Earlier versions knew the base model by the bytes of its files.
+        return renewed | ({"base_model": model.base_hash} if model.is_base_of(saved) else {})
+
+    def adapter_metadata(self, steps: int) -> dict[str, Any]:
+        """What a user of the adapter file must know: base model, encoder, recipe, versions.
+
+        Args:
+          steps: that the adapter was trained for.
+        """
+        config, table = self.config, self.table
+        return {
+            "base_model": self.setup.model.base_hash,
+            "family": self.setup.model.family,
+            "encoder": table.encoder,
+            "encoder_fingerprint": table.fingerprint,
+            "standardised": table.mean is not None,
+            "objective": config.objective.to_dict(),
+            "ema": config.optimizer.ema,
+            "dtype": config.dtype,
+            "steps": steps,
+            "seed": config.seed,
+            "versions": {"psa_jax": psa_jax.__version__, "jax": jax.__version__},
+        }
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: Path) -> Run:
+    """Checks a configuration, opens the data, reads the base model. All processes of a group call it.
+
+    Raises:
+      PSAError: the first mistake; what can be wrong with the data is said before the weights are read.
+    """
+    validate(config, "train", workdir)
+    require_joined()
+    connect(validate_devices(config))
+    folder, table = Path(config.data.shards), EmbeddingTable.load(Path(config.data.table))
+    info = read_info(folder)
+    for split in ("train", *(["val"] if config.validate.every or config.sample_every else [])):
+        if split not in info["splits"]:
+            raise PSAError(f"{folder}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
+    print_stage(f"reading the base model {config.model}")
+    unused = () if config.sample_every else ("vae",)  # samples are decoded; a step never is
+    setup = Setup.from_config(config, user_dim=table.dim, flips=info["flips"], abstract=unused)
+    vae = vae_fingerprint(setup.model.vae_tensors, preprocess_of(info))
+    shards = open_shards(folder, "train", vae)
+    shared, key = setup.shared_arrays(), setup.key(config.seed)
+    held_out = None
+    if config.validate.every:
+        batches = held_out_batches(setup, config, open_shards(folder, "val", vae), table)
+        held_out = HeldOut(setup, [batch | shared for batch in batches], key)
+    return Run(
+        config=config,
+        workdir=workdir,
+        setup=setup,
+        frozen=setup.frozen(),
+        info=info,
+        shards=shards,
+        table=table,
+        iterator=_batches(config, setup, shards, table, info["flips"]),
+        shared=shared,
+        key=key,
+        held_out=held_out,
+    )
+
+
+def _batches(config: ml_collections.ConfigDict, setup: Setup, shards: Shards, table: EmbeddingTable, flips: bool):
+    """The iterator over training batches, on their devices but for `rows`."""
+    place = to_devices(by_rows(setup.mesh), tuple(setup.batch.pair_columns))
+
+    def with_rows(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        return place(batch) | {"rows": batch["row"]}
+
+    pipeline = make_pipeline(
+        shards,
+        table,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        balance=config.data.balance,
+        safe_share=config.data.safe_share,
+        flips=flips,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        place=with_rows,
+    )
+    return iter(pipeline)

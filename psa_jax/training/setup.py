@@ -1,0 +1,227 @@
+"""The training set-up: everything that a configuration decides about a training step, put together once."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from psa_jax.diffusion.schedule import NoiseSchedule
+from psa_jax.errors import PSAError
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.diffusers import StableDiffusion
+from psa_jax.models.adapter_config import AdapterConfig
+from psa_jax.models.attention import REMAT, ComputeOptions
+from psa_jax.models.fused_attention import fused_attention
+from psa_jax.preference.batch import Batch, BatchSpec
+from psa_jax.preference.draws import FixedDraws, fixed_draws_or_none
+from psa_jax.preference.objective import Objective
+from psa_jax.preference.pair_loss import FrozenModel
+from psa_jax.training.optimizer import make_optimizer
+from psa_jax.training.settings import check_accumulate, validate_devices
+from psa_jax.training.sharding import REPLICATED, by_rows, replicated, shardings, weight_sharding
+from psa_jax.training.state import Frozen, TrainState, init_state
+
+# By default XLA keeps fused intermediates in float32. Policy and reference are fused differently (the policy needs
+# intermediates for its gradient), so their rounding errors would not cancel.
+NO_EXCESS_PRECISION = {"xla_allow_excess_precision": False}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """What a training step is made of.
+
+    Attributes:
+      model: the base model; its weights may be abstract (shapes), to compile a step that is not run.
+      mesh: the devices, with axes `data` and `fsdp`.
+      adapter: sizes of the adapter.
+      objective: the loss.
+      optimizer: of the adapter's arrays.
+      schedule: the base model's noise schedule.
+      fixed_draws: draws whose reference errors are stored; the step then runs no reference.
+      cached_text: whether text states come with the batch; the step then runs no text encoder.
+      accumulate: parts of a batch that are worked on one after the other; the result is that of the whole batch.
+      remat: what is stored for the backward pass, a key of `psa_jax.models.attention.REMAT`.
+      ema: decay of the moving average of the adapter; 0 for none.
+      frozen_sharding: where the frozen weights live, a key of `psa_jax.training.sharding.RULES`.
+
+    Raises:
+      PSAError: an option that does not exist, or that does not go with the loss.
+    """
+
+    model: StableDiffusion
+    mesh: Mesh
+    adapter: AdapterConfig
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    fixed_draws: FixedDraws | None = None
+    cached_text: bool = False
+    accumulate: int = 1
+    remat: str = "none"
+    ema: float = 0.0
+    frozen_sharding: str = REPLICATED
+    schedule: NoiseSchedule = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        # Made here and not where it is used: inside jit it would be made of tracers.
+        object.__setattr__(self, "schedule", NoiseSchedule.from_config(self.model.scheduler_config))
+        if self.remat not in REMAT:
+            raise PSAError(f"remat = {self.remat!r} is unknown; use one of {', '.join(REMAT)}")
+        if not 0.0 <= self.ema < 1.0:
+            raise PSAError(f"optimizer.ema = {self.ema}; give a decay from 0 (none) to below 1")
+        check_accumulate(self.objective, self.accumulate)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ml_collections.ConfigDict,
+        *,
+        user_dim: int,
+        flips: bool = False,
+        cached_text: bool = False,
+        devices: Sequence[jax.Device] | None = None,
+        abstract: Collection[str] = (),
+    ) -> "Setup":
+        """Reads the base model and puts together what a configuration asks for.
+
+        Args:
+          config: see `configs/common.py`; checked before (`psa_jax.training.settings.validate`).
+          user_dim: D of the profile embeddings.
+          flips: whether the shards hold mirrored pictures.
+          cached_text: whether the shards hold text states that are to be used.
+          devices: to train on; by default those of all processes.
+          abstract: models whose weights are not read (`load_stable_diffusion`); the VAE's never are needed.
+        """
+        mesh = validate_devices(config, devices)
+        objective = Objective(**config.objective)
+        fixed_draws = fixed_draws_or_none(config.reference.draws, config.reference.seed, objective, flips=flips)
+        model = BaseModel.from_config(config).load(
+            dtype=config.dtype, sharding=weight_sharding(mesh, config.mesh.frozen), abstract=abstract
+        )
+        return cls(
+            model=model,
+            mesh=mesh,
+            adapter=AdapterConfig.for_unet(model.unet.config, user_dim=user_dim, **config.adapter),
+            objective=objective,
+            optimizer=make_optimizer(config.optimizer, config.steps),
+            fixed_draws=fixed_draws,
+            cached_text=cached_text,
+            accumulate=config.accumulate,
+            remat=config.remat,
+            ema=config.optimizer.ema,
+            frozen_sharding=config.mesh.frozen,
+        )
+
+    @property
+    def dtype(self) -> Any:
+        """The type that the UNet computes in: that of its weights."""
+        return self.model.unet.conv_in.kernel.dtype
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """Of XLA, for everything in which policy and reference are compared."""
+        return None if self.dtype == jnp.float32 else NO_EXCESS_PRECISION
+
+    @property
+    def batch(self) -> BatchSpec:
+        """The arrays that the step takes."""
+        return BatchSpec.of_model(
+            self.model,
+            self.adapter.user_dim,
+            fixed_draws=self.fixed_draws is not None,
+            cached_text=self.cached_text,
+        )
+
+    @property
+    def batch_sharding(self) -> dict[str, NamedSharding]:
+        """Where each array of a batch lives."""
+        return self.batch.places(by_rows(self.mesh), replicated(self.mesh))
+
+    @property
+    def state_sharding(self) -> TrainState:
+        """Where each array of the state lives."""
+        return shardings(self.abstract_state(), self.mesh)
+
+    @property
+    def frozen_model_sharding(self) -> Frozen:
+        """Where each of the frozen arrays lives."""
+        whole = replicated(self.mesh)
+        weights = shardings(self._weights(), self.mesh, self.frozen_sharding)
+        return Frozen(weights, whole, None if self.fixed_draws is None else whole)
+
+    def init_state(self, seed: int) -> TrainState:
+        """The state before the first step, on its devices."""
+        state = init_state(self.adapter, self.optimizer, seed, ema=self.ema)
+        return jax.device_put(state, self.state_sharding)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes of the state."""
+        return jax.eval_shape(lambda: init_state(self.adapter, self.optimizer, 0, ema=self.ema))
+
+    def key(self, seed: int) -> jax.Array:
+        """The key of a run, on all devices; each step folds its number into it."""
+        return jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(self.mesh))()
+
+    def frozen(self) -> Frozen:
+        """The frozen arrays on their devices, without reference errors; shapes where the model is abstract."""
+        weights, alphas = self._weights(), self.schedule.alphas_cumprod
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weights)):
+            alphas = jax.ShapeDtypeStruct(alphas.shape, alphas.dtype)
+        where = self.frozen_model_sharding._replace(reference_errors=None)
+        return jax.tree.map(_place, Frozen(weights, alphas), where)
+
+    def random_frozen(self, rows: int) -> Frozen:
+        """The frozen arrays with reference errors of 1 where the set-up has fixed draws: for measuring.
+
+        Args:
+          rows: of the data set.
+        """
+        if self.fixed_draws is None:
+            return self.frozen()
+        errors = np.ones((rows, self.fixed_draws.count, 2), np.float32)
+        return self.frozen()._replace(reference_errors=jax.device_put(errors, replicated(self.mesh)))
+
+    def shared_arrays(self) -> Batch:
+        """The arrays of a batch that all pairs share, on all devices: the empty prompt's tokens.
+
+        Raises:
+          PSAError: text states are cached; those of the empty prompt lie with the shards.
+        """
+        if self.cached_text:
+            raise PSAError("the empty prompt's text states are read from the shards, not made of tokens")
+        ids = self.model.token_ids([""])
+        empty = {name: each[0] for name, each in zip(self.batch.shared_columns, ids, strict=True)}
+        return jax.device_put(empty, replicated(self.mesh))
+
+    def frozen_model(self, frozen: Frozen, remat: str | None = None) -> FrozenModel:
+        """Rebuilds the base model from its frozen weights; call it inside jit.
+
+        Args:
+          frozen: as `frozen()` gives it.
+          remat: in place of the set-up's own, such as "none" where there is no backward pass.
+        """
+        attention = fused_attention(self.mesh, by_rows(self.mesh).spec)
+        graph, _ = nnx.split(self._modules())
+        unet, text_encoders = nnx.merge(graph, frozen.weights)
+        unet.compute = ComputeOptions(self.remat if remat is None else remat, attention)
+        schedule = dataclasses.replace(self.schedule, alphas_cumprod=frozen.alphas_cumprod)
+        return FrozenModel(unet, text_encoders, schedule, self.model.vae.config)
+
+    def _modules(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.model.unet, () if self.cached_text else self.model.text_encoders
+
+    def _weights(self) -> nnx.State:
+        return nnx.state(self._modules())
+
+
+def _place(leaf: Any, where: NamedSharding) -> Any:
+    """An array on its devices; a shape with its sharding."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.device_put(leaf, where)
