@@ -18,8 +18,9 @@ def one_step(make_training):
     def run(remat):
         training = make_training(optimizer=optax.sgd(1.0), trained=True, remat=remat)
         before = jax.device_get(training.state.params)
-        compiled = training.step.lower(*training[1:]).compile()
-        state, _ = compiled(*training[1:])
+        arguments = training.state, training.frozen, training.batch, training.key
+        compiled = training.step.lower(*arguments).compile()
+        state, _ = compiled(*arguments)
         memory = compiled.memory_analysis().temp_size_in_bytes
         return {name: before[name] - np.asarray(value) for name, value in state.params.items()}, memory
 
