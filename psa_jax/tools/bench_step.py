@@ -183,11 +183,11 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     import ml_collections
 
     from psa_jax.training.lowered import compile_step
-    from psa_jax.training.setup import Setup
+    from psa_jax.training.setup import TEXT_ENCODERS, Setup
     from psa_jax.training.step import make_step
 
     config, pairs = ml_collections.ConfigDict(spec["config"]), spec["pairs"]
-    unused = ("vae", "text_encoder", "text_encoder_2") if spec["cached_text"] else ("vae",)
+    unused = ("vae", *(TEXT_ENCODERS if spec["cached_text"] else ()))
     setup = Setup.from_config(config, user_dim=spec["user_dim"], cached_text=spec["cached_text"], abstract=unused)
     state, key, frozen = setup.init_state(config.seed), setup.key(config.seed), setup.random_frozen(pairs)
     batch = setup.batch.random(pairs, spec["resolution"] or setup.model.square_side)
