@@ -2,8 +2,8 @@
 
 Each way runs in a process of its own on the same device, so that its peak memory is its own: of the process on a CPU,
 of the allocator on an accelerator. The processes take turns, a step each, so that what disturbs for a while meets both.
-Here a step starts from cached VAE moments and holds one UNet; the torch way (`bench_torch`) encodes pictures anew and
-holds two.
+A step of psa_jax starts from cached VAE moments and holds one UNet; the torch way (`bench_torch`) encodes pictures in
+every step and holds two UNets.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What a training run is made of before its first step: data, base model, set-up, and what identifies the run."""
+"""A training run before its first step: data, base model, set-up, and the identity of the run."""
 
 import dataclasses
 from pathlib import Path
@@ -83,7 +83,7 @@ class Run:
         return renewed | ({"base_model": model.base_hash} if model.is_base_of(saved) else {})
 
     def adapter_metadata(self, steps: int) -> dict[str, Any]:
-        """What a user of the adapter file must know: base model, encoder, recipe, versions.
+        """Metadata of the adapter file: base model, encoder, recipe, versions.
 
         Args:
           steps: that the adapter was trained for.

@@ -38,7 +38,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """What a training step is made of.
+    """Everything that a training step is made from.
 
     Attributes:
       model: the base model; its weights may be abstract (shapes), to compile a step that is not run.
@@ -128,7 +128,7 @@ class Setup:
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
-        """Of XLA, for everything in which policy and reference are compared."""
+        """Options of XLA for programs in which policy and reference are compared."""
         return None if self.dtype == jnp.float32 else NO_EXCESS_PRECISION
 
     @property
