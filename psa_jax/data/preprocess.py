@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from psa_jax.diffusion.pixels import from_bytes
 from psa_jax.errors import PSAError
 
 RESAMPLE = {
@@ -63,5 +64,4 @@ class Preprocess:
         resized = Image.fromarray(image).resize((new_width, new_height), RESAMPLE[self.resample])
         top, left = (new_height - side) // 2, (new_width - side) // 2
         pixels = np.asarray(resized)[top : top + side, left : left + side]
-        scaled = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
-        return Prepared(scaled, (height, width), (top, left))
+        return Prepared(from_bytes(pixels), (height, width), (top, left))

@@ -1,4 +1,4 @@
-"""From prompts, seeds and users to pictures: text, guidance, the sampler's loop and decoding in one jitted call."""
+"""Generation of pictures from prompts, seeds and users: text, guidance, sampler and decoding in one jitted call."""
 
 import copy
 import functools
@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from psa_jax.diffusion.conditioning import encode_text, size_ids
+from psa_jax.diffusion.pixels import to_bytes
 from psa_jax.diffusion.samplers import Sampler, guide, sample
 from psa_jax.diffusion.scheduler_config import sampler_from_config
 from psa_jax.errors import PSAError
@@ -27,45 +28,50 @@ from psa_jax.seeds import PICTURE_BITS, check_seed, seed_words
 _log = logging.getLogger(__name__)
 
 
-def to_bytes(pixels: Float[np.ndarray, "*s"]) -> UInt8[np.ndarray, "*s"]:
-    """[−1, 1] to bytes, clipped and rounded as diffusers does.
-
-    Raises:
-      PSAError: a pixel is not finite: as a byte it would be black, and nobody would know.
-    """
-    if not np.isfinite(pixels).all():
-        raise PSAError(
-            "a picture is not finite and was not made: numbers went beyond their type while it was drawn; draw in "
-            "float32 (--dtype=float32), or with a smaller --scale or --guidance"
-        )
-    return (np.clip(pixels * 0.5 + 0.5, 0.0, 1.0) * 255.0).round().astype(np.uint8)
-
-
 def picture_keys(seeds: list[int]) -> Key[Array, " b"]:
-    """A key for each seed from 0 to 2^64 − 1, none like another's.
+    """A random key for each seed; different seeds give different keys.
+
+    Args:
+      seeds: whole numbers from 0 to 2^64 − 1.
 
     Raises:
-      PSAError: another seed.
+      PSAError: a seed outside that range.
     """
     words = np.asarray([seed_words(seed) for seed in seeds], np.uint32)
-    # Named, as the default may be set to another generator, and a seed is to mean the same noise everywhere.
+    # The generator is named: JAX's default can be changed, and a seed must give the same noise everywhere.
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
 def truncation(kind: str, prompt: str, length: int, lost: str) -> str:
-    """What is said of a prompt that is too long, in diffusers' words."""
+    """Warning about a prompt that is too long, in diffusers' words.
+
+    Args:
+      kind: "prompt" or "negative prompt".
+      prompt: the whole text.
+      length: tokens of the text encoder.
+      lost: the truncated part.
+    """
     known = f"{kind} {prompt[:40] + ('…' if len(prompt) > 40 else '')!r}"
     because = f"CLIP can only handle sequences up to {length} tokens"
     return f"{known}: the following part of your input was truncated because {because}: {lost}"
 
 
 def initial_latents(seeds: list[int], shape: tuple[int, int, int]) -> Float[Array, "b h w c"]:
-    """Standard normal latents, one key a seed, so that a picture does not depend on its batch."""
+    """Standard normal latents of shape (height, width, channels), one key a seed: no picture depends on its batch.
+
+    Raises:
+      PSAError: as `picture_keys`.
+    """
     return jnp.stack([jax.random.normal(key, shape) for key in picture_keys(seeds)])
 
 
 def picture_grid(pictures: UInt8[np.ndarray, "n h w 3"], columns: int, gap: int = 2) -> UInt8[np.ndarray, "gh gw 3"]:
-    """Pictures in rows of `columns` on white."""
+    """Pictures side by side on white.
+
+    Args:
+      columns: pictures in a row.
+      gap: pixels between pictures.
+    """
     count, height, width, _ = pictures.shape
     rows = -(-count // columns)
     grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
@@ -76,22 +82,30 @@ def picture_grid(pictures: UInt8[np.ndarray, "n h w 3"], columns: int, gap: int 
 
 
 class Generator:
-    """Draws pictures with a base model and, if given, an adapter.
+    """Picture generator: a base model and, optionally, an adapter, compiled once.
 
     Args:
       model: the base model, of any family. Its UNet and text encoders run in the type of their parameters, the VAE and
-        the sampler in float32 (SDXL's VAE is not safe in float16).
-      adapter: None draws with the base model alone.
+        the sampler in float32 (SDXL's VAE overflows in float16).
+      adapter: None for the base model alone.
       steps: sampler steps.
-      guidance: classifier-free guidance w in ε_∅ + w·(ε − ε_∅); 1 or less leaves the unconditional side out, as
-        diffusers does (the turbo models want 0).
+      guidance: classifier-free guidance w in ε_∅ + w·(ε − ε_∅). 1 or less skips the unconditional side, as in
+        diffusers (turbo models use 0).
       rescale: φ of guidance rescale (`samplers.guide`).
       sampler: a name of `sampler_registry.SAMPLERS`; None for the folder's own.
       eta: DDIM's η.
-      karras: Karras' noise levels; None for what the folder says.
-      unconditional: what the adapter does on the ε_∅ side: "off", "zeros" (user embedding zeros), "same" (the user).
+      karras: Karras' noise levels; None for the folder's setting.
+      unconditional: adapter on the ε_∅ side: "off", "zeros" (an embedding of zeros), "same" (the user's embedding).
       size: height and width in pixels; None for the model's own.
-      batch_size: prompts a call; a last smaller batch is padded, so there is one compilation.
+      batch_size: prompts a call. The last batch is padded, so that one compilation serves all.
+
+    Attributes:
+      size: height and width of pictures in pixels.
+      latent_shape: height, width and channels of one picture's latents.
+      user_dim: length of a user embedding; None without an adapter.
+
+    Raises:
+      PSAError: an unknown option, a size that the VAE cannot make, or settings that the sampler does not support.
     """
 
     def __init__(
@@ -120,7 +134,7 @@ class Generator:
         self._model, self._batch, self.size = model, batch_size, (height, width)
         self.latent_shape = (height // factor, width // factor, model.unet.config.in_channels)
         self.user_dim = None if adapter is None else adapter.config.user_dim
-        # Weights and the sampler are arguments: closed over, they would become constants of the executable.
+        # Weights and sampler are arguments of the jitted function: closed over, they would be compiled in as constants.
         self._sampler = sampler_from_config(
             model.scheduler_config, steps, sampler, eta=eta, karras=karras, where=f"{model.folder}: scheduler"
         )
@@ -141,7 +155,11 @@ class Generator:
         )
 
     def with_adapter(self, adapter: Adapter) -> "Generator":
-        """The same generator with another adapter of the same configuration; nothing is compiled again."""
+        """The same generator with another adapter of the same configuration, without a new compilation.
+
+        Raises:
+          PSAError: another configuration, or a generator without an adapter.
+        """
         other = copy.copy(self)
         graph, other._params = nnx.split((*self._parts, adapter))
         if graph != self._graph:
@@ -161,7 +179,11 @@ class Generator:
         latents: Float[np.ndarray, "n h w c"] | None = None,
         drawn: Callable[[int], None] | None = None,
     ) -> UInt8[np.ndarray, "n height width 3"]:
-        """Pictures as bytes. See `pixels`."""
+        """Pictures as bytes; arguments and errors as `pixels`.
+
+        Raises:
+          PSAError: also a picture that is not finite.
+        """
         options = {"negative": negative, "scale": scale, "latents": latents, "drawn": drawn}
         return to_bytes(self.pixels(prompts, seeds, users, **options))
 
@@ -176,16 +198,24 @@ class Generator:
         latents: Float[np.ndarray, "n h w c"] | None = None,
         drawn: Callable[[int], None] | None = None,
     ) -> Float[np.ndarray, "n height width 3"]:
-        """Pictures in [−1, 1], not clipped.
+        """Pictures as pixels in [−1, 1], not clipped.
 
         Args:
-          seeds: one a prompt, 0 to 2^64 − 1: of the first noise (unless `latents` are given) and of a stochastic
-            sampler's.
-          users: user embeddings, one a prompt: required exactly when there is an adapter.
-          negative: negative prompt, for all or one a prompt; None is "", or zeros where SDXL's folder says so.
-          scale: strength s of the adapter, for all prompts or for each; 0 is the base model.
+          prompts: one a picture.
+          seeds: one a picture, 0 to 2^64 − 1: of the initial noise (unless `latents` are given) and of a stochastic
+            sampler's noise.
+          users: user embeddings, one a picture. Required with an adapter, and not allowed without one.
+          negative: negative prompt, for all pictures or one for each. None is "", or zeros in place of text states
+            where SDXL's folder says so.
+          scale: strength s of the adapter, for all pictures or for each; 0 is the base model.
           latents: standard normal noise in place of the seeds'.
-          drawn: told after every batch how many pictures it had.
+          drawn: called after every batch with the number of its pictures.
+
+        Returns:
+          Pictures in the order of the prompts.
+
+        Raises:
+          PSAError: no prompt, or arguments whose lengths or shapes do not match the prompts or the adapter.
         """
         count = len(prompts)
         self._check(prompts, seeds, users, scale, latents)
@@ -219,7 +249,7 @@ class Generator:
         return np.concatenate(pictures)
 
     def truncated(self, prompts: list[str]) -> list[str]:
-        """A line for each prompt that is longer than the text encoders take, with what is lost; each once for all."""
+        """A warning for each prompt that the text encoders truncate. A generator warns of the same prompt once."""
         fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._told]
         self._told.update(fresh)
         lost = zip(fresh, self._model.truncated(fresh), strict=True) if fresh else ()
@@ -272,7 +302,7 @@ def _draw(
         scale = jnp.concatenate([jnp.zeros_like(scale) if unconditional == "off" else scale, scale])
     batch, dtype = len(text.states), unet.conv_in.kernel.dtype
     contexts = unet.context(text.states) if adapter is None else adapter(unet, text.states, users, scale)
-    contexts = jax.tree.map(lambda leaf: leaf.astype(dtype), contexts)  # an adapter is float32 beside any model
+    contexts = jax.tree.map(lambda leaf: leaf.astype(dtype), contexts)  # an adapter is always in float32
     added = None if text.pooled is None else AddedConditions(text.pooled, size_ids(size, batch))
 
     def predict(latents, timestep):

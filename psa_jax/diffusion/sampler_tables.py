@@ -1,7 +1,9 @@
-"""The samplers' tables. Keyword arguments carry the names and defaults of the keys in diffusers' configs.
+"""Tables of the samplers: one function each, from a noise schedule and settings to a `Sampler`.
 
-Throughout, latents are read as x = signal·x̂ + sigma·ε̂ with signal² + sigma² = 1: x̂ the clean latents, ε̂ the noise.
-Weights are worked out in float64 and kept in float32.
+Keyword arguments have the names and defaults of keys in diffusers' configs. `psa_jax.diffusion.sampler_registry` lists
+the functions. Latents are x = signal·x̂ + sigma·ε̂ with signal² + sigma² = 1, x̂ the clean latents and ε̂ the noise.
+Weights are computed in float64 and stored in float32. Every function raises PSAError for steps or settings for which
+it has no table.
 """
 
 import math
@@ -53,7 +55,7 @@ def _sampler(
 def _step_back(
     alphas: Float[np.ndarray, " t"], times: Float[np.ndarray, " n"], gap: int | np.ndarray, set_alpha_to_one: bool
 ) -> tuple[Weights, Weights]:
-    """ᾱ at the timesteps and `gap` before them; what lies before the first is 1 or ᾱ_0."""
+    """ᾱ at the timesteps and at `gap` before them; before the first timestep it is 1 or ᾱ_0."""
     now = times.astype(int)
     before = now - gap
     final = 1.0 if set_alpha_to_one else float(alphas[0])
@@ -71,7 +73,7 @@ def ddim(
     set_alpha_to_one: bool = True,
     eta: float = 0.0,
 ) -> Sampler:
-    """DDIM. x' = √ᾱ'·x̂ + √(1 − ᾱ' − s²)·ε̂ + s·noise, s = η·√((1 − ᾱ')/(1 − ᾱ)·(1 − ᾱ/ᾱ')).
+    """DDIM: x' = √ᾱ'·x̂ + √(1 − ᾱ' − s²)·ε̂ + s·noise with s = η·√((1 − ᾱ')/(1 − ᾱ)·(1 − ᾱ/ᾱ')).
 
     Args:
       eta: 0 is deterministic, 1 is as noisy as DDPM.
@@ -112,7 +114,7 @@ def _euler(
     towards: Weights,
     noise: Weights | float,
 ) -> Sampler:
-    """x' = (s'/s)·x + (1 − s'/s)·x̂ + noise, in latents whose signal is scaled to 1; s' is `towards`."""
+    """Table of x' = (s'/s)·x + (1 − s'/s)·x̂ + noise, in latents whose signal is scaled to 1; s' is `towards`."""
     now = sigmas[:-1].astype(float)
     signal = 1 / np.sqrt(now**2 + 1)
     clean_latents, clean_output = prediction_of(schedule.prediction).clean(signal, now * signal)
@@ -137,7 +139,7 @@ def euler(
     use_karras_sigmas: bool = False,
     final_sigmas_type: str = "zero",
 ) -> Sampler:
-    """Euler's method along dx/dσ = ε̂. Source: arXiv 2206.00364, algorithm 2 without churn."""
+    """Euler: Euler's method along dx/dσ = ε̂. Source: arXiv 2206.00364, algorithm 2 without churn."""
     table = noise_levels(_alphas(schedule))
     times, sigmas = euler_levels(table, timestep_spacing, steps, steps_offset, use_karras_sigmas, final_sigmas_type)
     return _euler(schedule, timestep_spacing, times, sigmas, sigmas[1:].astype(float), 0.0)
@@ -146,7 +148,7 @@ def euler(
 def euler_ancestral(
     schedule: NoiseSchedule, steps: int, *, timestep_spacing: str = "linspace", steps_offset: int = 0
 ) -> Sampler:
-    """Euler's method to below the next σ', then noise up to it: s' = σ'²/σ and noise of √(σ'² − s'²)."""
+    """Euler ancestral: a step to s' = σ'²/σ below the next level σ', then fresh noise of deviation √(σ'² − s'²)."""
     times, sigmas = euler_levels(noise_levels(_alphas(schedule)), timestep_spacing, steps, steps_offset)
     after = sigmas[1:].astype(float)
     towards = after**2 / sigmas[:-1]
@@ -169,7 +171,7 @@ def dpmsolver(
     lambda_min_clipped: float = -math.inf,
     beta_schedule: str = "linear",
 ) -> Sampler:
-    """DPM-Solver++, multistep, order 1 to 3, in x = signal·x̂ + sigma·ε̂.
+    """DPM-Solver++, multistep, of order 1 to 3.
 
     With s = sigma/signal, h = ln(s/s'), h₀ and h₁ the h of the steps before, φ = e^(−h) − 1,
     Δ₀ = (h/h₀)·(x̂ − x̂₀), Δ₁ = (h/h₁)·(x̂₀ − x̂₁):
@@ -229,7 +231,7 @@ def unipc(
     use_karras_sigmas: bool = False,
     final_sigmas_type: str = "zero",
 ) -> Sampler:
-    """UniPC, multistep, in x = signal·x̂ + sigma·ε̂: every output also corrects the latents that it was predicted from.
+    """UniPC, multistep: every output also corrects the latents that it was predicted from.
 
     A step from noise level s to s' goes x' = a·x + Σ p_j·m_j from the corrected x (UniP), m the x̂ or, without
     `predict_x0`, the ε̂ of this and earlier calls. The next call's m' corrects x' to a·x + q'·m' + Σ q_j·m_j (UniC):
@@ -281,11 +283,11 @@ def unipc(
 def _unified(
     start: float, end: float, before: np.ndarray, solver_type: str, predict_x0: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of m, newest first, over signal' (over sigma' without `predict_x0`): p of UniP, then q', q of UniC.
+    """Weights of m, newest first, as multiples of signal' (sigma' without `predict_x0`): p of UniP, then q', q of UniC.
 
     Args:
-      start, end: λ = −log s where the step starts and ends.
-      before: λ of the earlier calls that the order takes in, newest first.
+      start, end: λ = −log s at the start and the end of the step.
+      before: λ of the earlier calls that the order uses, newest first.
     """
     h = end - start
     signed = -h if predict_x0 else h
@@ -297,7 +299,7 @@ def _unified(
     for i in range(order):
         right[i] = term * math.factorial(i + 1) / base
         term = term / signed - 1 / math.factorial(i + 2)
-    # The orders 1 and 2 are solved approximately, as in the paper's code and in diffusers.
+    # Orders 1 and 2 are solved approximately, as in the paper's code and in diffusers.
     predicting = np.full(order - 1, 0.5) if order <= 2 else _solve(powers[:-1, :-1], right[:-1])
     correcting = np.full(1, 0.5) if order == 1 else _solve(powers, right)
     predictor, corrector = np.zeros(order), np.zeros(order + 1)
@@ -310,13 +312,13 @@ def _unified(
 
 
 def _solve(matrix: Float[np.ndarray, "n n"], right: Weights) -> Weights:
-    """The solution for powers of ratios, or NaN where there is none: a step of infinite or no length."""
+    """Solution for powers of ratios, or NaN where a step of infinite or zero length leaves none."""
     whole = np.isfinite(matrix).all() and np.isfinite(right).all() and len(np.unique(matrix[1])) == len(right)
     return np.linalg.solve(matrix, right) if whole else np.full(len(right), np.nan)
 
 
 # Adams–Bashforth weights of the outputs, newest first. The second call repeats the first step with the mean of both
-# outputs and counts no further: its output is passed over while the orders build up.
+# outputs; later calls skip its output while their order grows.
 _FOURTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 _PLMS = np.array(
     [
@@ -339,8 +341,10 @@ def pndm(
     set_alpha_to_one: bool = False,
     skip_prk_steps: bool = False,
 ) -> Sampler:
-    """PNDM: a fourth-order multistep rule in the outputs. With `skip_prk_steps` (PLMS) its order builds up in n + 1
-    calls; else the first three steps are of Runge and Kutta, and there are n + 9.
+    """PNDM: a fourth-order multistep rule in the outputs.
+
+    With `skip_prk_steps` (PLMS) the order grows over the first of n + 1 calls. Otherwise the first three steps are
+    Runge-Kutta steps, and there are n + 9 calls.
 
     x' = √(ᾱ'/ᾱ)·x − (ᾱ' − ᾱ)/(ᾱ·√(1 − ᾱ') + √(ᾱ·(1 − ᾱ)·ᾱ'))·ε̂. Source: arXiv 2202.09778, equations 9, 12 and 13.
     """
@@ -350,7 +354,7 @@ def pndm(
     if skip_prk_steps:
         times = np.concatenate([spaced[:1], spaced[1:2], spaced[1:]])
         weights = _PLMS[np.arange(len(times)).clip(max=5)]
-        # The second call takes the first step again, so it starts one gap above its own timestep.
+        # The second call repeats the first step, so it starts one gap above its own timestep.
         again = np.arange(len(times)) == 1
         starts, strides = times + gap * again, gap
     else:
@@ -365,14 +369,14 @@ def pndm(
     latents, history = whole.copy(), (slope * noise_output)[:, None] * weights
     step = history.copy()
     for k in np.flatnonzero(again):
-        # It starts where the call before did, at (x − Σ its history·m)/its latents.
+        # The call starts from the same latents as the one before: (x − Σ history·m)/latents of that call.
         latents[k] /= whole[k - 1]
         history[k, 1:] -= latents[k] * step[k - 1, :-1]
     return _sampler(times, keep=(0.0, 1.0), history=history, latents=latents)
 
 
 def _with_runge_kutta(spaced: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(timesteps of the calls, where they start, how far they go, weights of the outputs by lag) of PNDM."""
+    """Timesteps of PNDM's calls, the starts and lengths of their steps, and weights of the outputs by lag."""
     half, ends = gap // 2, np.repeat(spaced[1:4], 4)
     times = np.concatenate([ends + np.tile([0, half, half, 0], 3), spaced[3:]])
     times[0:12:4] = spaced[:3]

@@ -1,4 +1,4 @@
-"""Samplers as tables: one row a model call, one pure `step` for all of them, the loop in one `lax.scan`.
+"""Engine of the samplers: a table with one row a model call, one pure `step` for all, the loop in one `lax.scan`.
 
 Every sampler here is linear in the latents, the model's outputs and the noise. They differ only in their
 weights, which `psa_jax.diffusion.sampler_tables` computes before tracing: one compiled program serves all samplers.
@@ -17,7 +17,7 @@ from psa_jax.errors import PSAError
 
 
 class Row(NamedTuple):
-    """The weights of one model call; in `Sampler.rows` each has a leading axis of n calls."""
+    """Weights of one model call, as `Sampler` defines them; in `Sampler.rows` each has a leading axis of n calls."""
 
     timestep: Float[Array, "*n"]
     input_scale: Float[Array, "*n"]
@@ -32,13 +32,21 @@ class Row(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How to get from noise x_0 to a picture x_n, with outputs o_k of the model and standard normal noise ε_k:
+    """A sampler as a table: the way from noise x_0 to clean latents x_n.
+
+    With outputs o_k of the model and standard normal noise ε_k:
 
         o_k = model(input_scale_k·x_k, timestep_k)
         m_k = keep_latents_k·x_k + keep_output_k·o_k                          in ±clip where that is set
         x_{k+1} = latents_k·x_k + output_k·o_k + Σ_j history_{k,j}·m_{k−j} + noise_k·ε_k
 
-    `init_scale` is the standard deviation of x_0. A pytree: give it to jitted functions as an argument.
+    A pytree, passed to jitted functions as an argument.
+
+    Attributes:
+      rows: weights of the n calls.
+      init_scale: standard deviation of x_0.
+      clip: bound of |m_k|; None for no bound.
+      stochastic: whether some noise_k is not zero.
     """
 
     rows: Row
@@ -48,17 +56,23 @@ class Sampler:
 
     @property
     def timesteps(self) -> Float[Array, " n"] | Float[np.ndarray, " n"]:
-        """What the model is told, call by call; may have fractions."""
+        """Timesteps of the model calls, possibly with fractions."""
         return self.rows.timestep
 
     @property
     def calls(self) -> int:
-        """Number of model calls n (PNDM needs one more than its steps)."""
+        """Number of model calls n. PNDM makes more of them than its steps."""
         return self.rows.timestep.shape[0]
 
 
 class State(NamedTuple):
-    """What a sampler carries from call to call: x_k, the m_{k−1}, m_{k−2}, … still needed, and k."""
+    """State of a sampler before call k.
+
+    Attributes:
+      latents: x_k.
+      history: m_{k−1}, m_{k−2}, …, as many as the sampler needs.
+      index: k.
+    """
 
     latents: Float[Array, "b h w c"]
     history: Float[Array, "kept b h w c"]
@@ -70,14 +84,18 @@ def _row(sampler: Sampler, index: Int[Array, ""]) -> Row:
 
 
 def start(sampler: Sampler, noise: Float[Array, "b h w c"]) -> State:
-    """The state before the first call, from standard normal noise."""
+    """State before the first call.
+
+    Args:
+      noise: standard normal.
+    """
     latents = noise.astype(jnp.float32) * sampler.init_scale
     kept = sampler.rows.history.shape[-1] - 1
     return State(latents, jnp.zeros((kept, *latents.shape), jnp.float32), jnp.int32(0))
 
 
 def model_input(sampler: Sampler, state: State) -> tuple[Float[Array, "b h w c"], Float[Array, ""]]:
-    """What the model is called with: the scaled latents and the timestep."""
+    """Scaled latents and timestep for the next model call."""
     row = _row(sampler, state.index)
     return state.latents * row.input_scale, row.timestep
 
@@ -85,7 +103,15 @@ def model_input(sampler: Sampler, state: State) -> tuple[Float[Array, "b h w c"]
 def step(
     sampler: Sampler, state: State, output: Float[Array, "b h w c"], noise: Float[Array, "b h w c"] | None = None
 ) -> State:
-    """One step from the model's output (guidance included) and, for a stochastic sampler, standard normal noise."""
+    """State after a model call.
+
+    Args:
+      output: the model's, guidance included.
+      noise: standard normal, for a stochastic sampler.
+
+    Raises:
+      PSAError: a stochastic sampler without noise.
+    """
     if noise is None and sampler.stochastic:
         raise PSAError("this sampler is stochastic: give noise to its steps")
     row, output = _row(sampler, state.index), output.astype(jnp.float32)
@@ -103,7 +129,13 @@ def step(
 
 
 def step_noise(keys: Key[Array, " b"], index: Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
-    """Standard normal noise of step `index`, a key a picture: a picture does not depend on its batch."""
+    """Standard normal noise of one step.
+
+    Args:
+      keys: one a picture, so that no picture depends on its batch.
+      index: of the step.
+      shape: of one picture's latents.
+    """
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(keys)
 
 
@@ -113,12 +145,15 @@ def sample(
     noise: Float[Array, "b h w c"],
     keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "b h w c"]:
-    """From standard normal noise to clean latents.
+    """Clean latents, sampled from standard normal noise.
 
     Args:
       model: (scaled latents, timestep) -> prediction, guidance included.
-      noise: standard normal; scaled to the sampler's first noise level here.
-      keys: one a picture, needed by a stochastic sampler. The key that drew `noise` itself will do.
+      noise: standard normal; scaled here to the sampler's first noise level.
+      keys: one a picture, for a stochastic sampler. The key of `noise` itself can be used.
+
+    Raises:
+      PSAError: a stochastic sampler without keys.
     """
     if keys is None and sampler.stochastic:
         raise PSAError("this sampler is stochastic: give one key a picture")
@@ -140,10 +175,12 @@ def guide(
     """Classifier-free guidance g = ε_∅ + w·(ε − ε_∅), rescaled: φ·g·std(ε)/std(g) + (1 − φ)·g.
 
     Args:
+      without: unconditional output ε_∅.
+      with_prompt: output ε for the prompt.
       guidance: w; 1 is the prompt alone.
-      rescale: φ from 0 (left as it is) to 1 (each picture's output has the standard deviation of the prompt's alone).
+      rescale: φ from 0 (no change) to 1 (each picture's output gets the standard deviation of its ε).
 
-    Source: arXiv 2305.08891, section 3.4.
+    Source: arXiv 2207.12598, equation 6; arXiv 2305.08891, section 3.4.
     """
     guided = without + guidance * (with_prompt - without)
     axes = (1, 2, 3)

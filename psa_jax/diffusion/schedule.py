@@ -1,4 +1,4 @@
-"""The forward process: betas, cumulative products, noising. Arrays of T steps in float32."""
+"""Noise schedule of training: betas, their cumulative products, noising. Arrays of T steps in float32."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from psa_jax.diffusion.predictions import prediction_of
 from psa_jax.errors import PSAError
 
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
-# Keys of a scheduler's config that say what the noise is, with diffusers' defaults.
+# Keys of a scheduler's config that define the noise schedule, with diffusers' defaults.
 DEFAULTS = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -25,7 +25,16 @@ DEFAULTS = {
 
 
 def read_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of the keys in `defaults`, each of its default's type; raises PSAError naming one that is not."""
+    """Values of a scheduler config's keys.
+
+    Args:
+      config: content of `scheduler_config.json`.
+      defaults: key -> value for an absent key, whose type the file's value must have.
+      where: names the file in errors.
+
+    Raises:
+      PSAError: a value of another type.
+    """
     values = {}
     for key, default in defaults.items():
         value, kind = config.get(key, default), type(default)
@@ -42,7 +51,7 @@ def read_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str
 
 
 def linear_betas(kind: str, start: float, end: float, steps: int) -> Float[np.ndarray, " t"]:
-    """β_t at equal distances from start to end ("linear"), or the squares of equally distant √β_t ("scaled_linear")."""
+    """β_t equally spaced from start to end ("linear"), or squares of equally spaced √β_t ("scaled_linear")."""
     if kind == "scaled_linear":
         return np.linspace(start**0.5, end**0.5, steps, dtype=np.float32) ** 2
     return np.linspace(start, end, steps, dtype=np.float32)
@@ -67,14 +76,29 @@ def zero_terminal_snr(alphas_cumprod: Float[np.ndarray, " t"]) -> Float[np.ndarr
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε. `prediction` says what the UNet was trained to output."""
+    """Noise schedule x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε, and the UNet's kind of prediction.
+
+    Attributes:
+      alphas_cumprod: ᾱ_t of all T timesteps.
+      prediction: a key of `PREDICTIONS`.
+
+    Source: arXiv 2006.11239, equation 4.
+    """
 
     alphas_cumprod: Float[Array, " t"]
     prediction: str = dataclasses.field(default="epsilon", metadata={"static": True})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str = "scheduler_config.json") -> "NoiseSchedule":
-        """From diffusers' `scheduler_config.json`; raises PSAError for what is not implemented."""
+        """Schedule of diffusers' `scheduler_config.json`.
+
+        Args:
+          config: its content.
+          where: names the file in errors.
+
+        Raises:
+          PSAError: an unsupported or malformed value; the message names the key.
+        """
         values = read_keys(config, DEFAULTS, where)
         kind, start, end = values["beta_schedule"], values["beta_start"], values["beta_end"]
         steps, prediction = values["num_train_timesteps"], values["prediction_type"]
@@ -100,7 +124,7 @@ class NoiseSchedule:
         return self.alphas_cumprod.shape[0]
 
     def signal_to_noise(self) -> Float[Array, " t"]:
-        """ᾱ/(1 − ᾱ)."""
+        """Signal-to-noise ratio ᾱ/(1 − ᾱ) of every timestep."""
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
     def _factors(self, timesteps: Int[Array, " b"], rank: int) -> tuple[Array, Array]:
@@ -110,12 +134,18 @@ class NoiseSchedule:
     def add_noise(
         self, latents: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], timesteps: Int[Array, " b"]
     ) -> Float[Array, "b h w c"]:
-        """Noisy latents at the given timesteps."""
+        """Noisy latents x_t.
+
+        Args:
+          latents: clean, scaled latents x_0.
+          noise: standard normal ε.
+          timesteps: t of each row.
+        """
         signal, sigma = self._factors(timesteps, latents.ndim)
         return signal * latents + sigma * noise
 
     def target(
         self, latents: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], timesteps: Int[Array, " b"]
     ) -> Float[Array, "b h w c"]:
-        """The output that the UNet is trained towards: ε, v = √ᾱ·ε − √(1 − ᾱ)·x_0, or x_0."""
+        """Training target of the UNet for x_t: ε, v = √ᾱ·ε − √(1 − ᾱ)·x_0, or x_0; arguments as `add_noise`."""
         return prediction_of(self.prediction).target(latents, noise, *self._factors(timesteps, latents.ndim))

@@ -1,6 +1,6 @@
-"""The native adapter file: one safetensors with torch's names and orientation, and what is needed to use it rightly.
+"""The native adapter file: one safetensors file with torch's tensor names and orientation, and metadata.
 
-Imports neither JAX nor torch, so that what is refused does not depend on who reads.
+Imports neither JAX nor torch: both runtimes read files with the same checks.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ _FOREIGN = {
     "model_index.json": "a whole model; if it was made for one user (export --format=baked), draw with it as --model, "
     "without --adapter",
 }
-"""What a folder of another format has in place of the native file, and what to do with it."""
+"""Files of other formats that a folder may hold in place of the native file -> what they are and how to use them."""
 Tensors = dict[str, np.ndarray]
 
 
 class _Rule(NamedTuple):
-    """What a value of the metadata must be."""
+    """Requirement for a value of the metadata: a predicate, and its description in errors."""
 
     holds: Callable[[Any], bool]
     what: str
@@ -68,18 +68,24 @@ _METADATA = {
     "objective": _OBJECT,
     "versions": _OBJECT,
 }
-"""Keys that are read somewhere; others may be there."""
+"""Metadata keys that this package reads. Other keys are kept and not checked."""
 
 
 def tensor_name(projection: str, index: int, *, before_unet: bool) -> str:
-    """Name in the file of a projection's kernel in the adapter's place of this number."""
+    """Tensor name of a projection's kernel.
+
+    Args:
+      projection: a key of `AdapterConfig.projections`.
+      index: number of the adapter site.
+      before_unet: `AdapterConfig.before_unet`.
+    """
     if before_unet:
         return f"prompt_adapter.{projection if projection == 'to_out' else projection + '_user'}.weight"
     return f"psa_adapter.{index}.{projection}_user.0.weight"
 
 
 def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the file's tensors, which are [out, in]."""
+    """Shapes of the file's tensors by name; kernels are [out, in]."""
     width = config.cross_dim
     shapes = {
         "user_proj.proj.weight": (config.tokens * width, config.user_dim),
@@ -94,7 +100,7 @@ def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
 
 
 def constant_keys(config: AdapterConfig) -> dict[str, tuple[int, int]]:
-    """Shapes of the W_k that the torch original stores where one token needs none."""
+    """Shapes by name of the W_k that the torch original stores although a single token needs none."""
     if config.kind != "published" or config.tokens > 1:
         return {}
     return {
@@ -107,11 +113,13 @@ def write_native(tensors: Tensors, config: AdapterConfig, path: Path, metadata: 
     """Writes the native file, whole or not at all.
 
     Args:
-      tensors: float32, as `tensor_shapes` says, with or without `constant_keys`.
-      metadata: JSON values: how it was trained, for which base model and encoder. No profile attributes.
+      tensors: in float32, with the names and shapes of `tensor_shapes`, with or without `constant_keys`.
+      config: the adapter's sizes, stored in the metadata.
+      path: of the file.
+      metadata: JSON values about training, base model and encoder. No profile attributes.
 
     Raises:
-      PSAError: a tensor is not finite, or the path is named as a pickle is.
+      PSAError: a tensor is not finite, or the path has a pickle's ending.
     """
     if path.suffix in PICKLES:
         raise PSAError(f"{path}: the native format is no pickle; name it .safetensors")
@@ -135,10 +143,13 @@ def write_native(tensors: Tensors, config: AdapterConfig, path: Path, metadata: 
 
 
 def find_adapter(path: Path) -> Path:
-    """The adapter's native file: the path itself, or `psa_adapter.safetensors` in this folder.
+    """Path of an adapter's native file.
+
+    Args:
+      path: the file, or a folder with `psa_adapter.safetensors`.
 
     Raises:
-      PSAError: it is not there, or a pickle.
+      PSAError: no such file, or a file of another format; the message says how to use that one.
     """
     if path.is_dir() and not (path / ADAPTER_FILE).is_file():
         for name, what in _FOREIGN.items():
@@ -162,7 +173,11 @@ def find_adapter(path: Path) -> Path:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a native file; empty for a file of the torch original."""
+    """Metadata of a native file; empty for a safetensors file of the torch original.
+
+    Raises:
+      PSAError: no such file, another format, or metadata that are damaged or of a newer version.
+    """
     if not path.is_file():
         raise PSAError(f"{path}: no such adapter file")
     header = read_header(path)
@@ -191,10 +206,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, framework: str = "numpy") -> dict[str, Any]:
-    """Every tensor of an adapter's safetensors file in float32; torch's with `framework="pt"`.
+    """All tensors of an adapter's safetensors file by name, in float32.
+
+    Args:
+      framework: "numpy", or "pt" for torch's tensors.
 
     Raises:
-      PSAError: damaged, or a tensor of another type than floats of 16 to 64 bits, or not finite in float32.
+      PSAError: a damaged file, a tensor that is no float of 16 to 64 bits, or one that is not finite in float32.
     """
     tensors = {name: read_float32(path, name, entry) for name, entry in read_header(path).tensors.items()}
     if framework == "pt":
@@ -205,9 +223,9 @@ def read_tensors(path: Path, framework: str = "numpy") -> dict[str, Any]:
 
 
 def adapter_hash(tensors: Mapping[str, np.ndarray], config: AdapterConfig) -> str:
-    """sha256 over what an adapter computes with: its configuration, and names, shapes and float32 values of tensors.
+    """sha256 of an adapter: its configuration, and the names, shapes and float32 values of its tensors.
 
-    Metadata, the order of the tensors, and W_k where one token needs none do not count.
+    Metadata, the order of tensors and `constant_keys` do not change it.
     """
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     for name in sorted(tensor_shapes(config)):
@@ -224,24 +242,24 @@ def fitting_config(
     layers: Layers | None = None,
     cross_dim: int | None = None,
 ) -> AdapterConfig:
-    """The configuration of the tensors of a native file, after checking that they are whole and fit the base model.
+    """Configuration of a native file's adapter. Checks that its tensors are complete and fit the base model.
 
     Args:
       where: the file, for errors.
-      tensors: numpy's, or torch's on the CPU, in float32.
-      about: its metadata, checked by `read_metadata`; without them the file is the torch original's: `published`,
-        T from its shapes.
-      layers, cross_dim: the base model's; without them the file's own are taken.
+      tensors: in float32, of numpy, or of torch on the CPU.
+      about: metadata from `read_metadata`. Empty metadata mean a file of the torch original: kind `published`, T from
+        its shapes.
+      layers, cross_dim: (width, heads) of the base model's cross-attentions, and their width of the text states. None
+        takes the file's own.
 
     Raises:
-      PSAError: for another base model, or with missing, extra, misshapen or non-finite tensors.
+      PSAError: an adapter for another base model, or missing, extra, misshapen or non-finite tensors.
     """
     own = tuple((width, heads) for width, heads in about.get("layers", layers or ()))
     own_dim = about.get("cross_dim", cross_dim)
     if not own or not own_dim:
         raise PSAError(
-            f"{where}: does not say which base model it is for; bring it in with psa-jax import {where} --model=DIR "
-            "--out=FILE"
+            f"{where}: its metadata name no base model; bring it in with psa-jax import {where} --model=DIR --out=FILE"
         )
     if own_dim != (cross_dim or own_dim) or own != (layers or own):
         raise PSAError(

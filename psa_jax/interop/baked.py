@@ -1,6 +1,6 @@
-"""A UNet with one user's adapter in its weights: plain, and exact where the adapter has one token.
+"""Baked export: a plain UNet with one user's adapter in its weights, for adapters with one token.
 
-With one token every kind in the cross-attentions adds the constant s·W_v z before `to_out`, so the bias can hold it:
+With one token every kind in the cross-attentions adds the constant s·W_v z before `to_out`. The bias can hold it:
 
     to_out.bias += s · W_out W_v z
 """
@@ -15,10 +15,16 @@ from psa_jax.models.unet import UNet
 
 
 def bake(unet: UNet, adapter: Adapter, user: Float[Array, "1 d"], scale: float = 1.0) -> UNet:
-    """A UNet of the same configuration that draws for this user alone, on both sides of guidance.
+    """UNet of the same configuration that generates for one user, on both sides of guidance.
+
+    Args:
+      unet: the base model's.
+      adapter: with one token, in the cross-attentions.
+      user: the user's embedding.
+      scale: strength s.
 
     Raises:
-      PSAError: the adapter answers each pixel or prompt differently, which no bias can.
+      PSAError: an adapter whose effect depends on pixel or prompt; no bias can hold it.
     """
     config = adapter.config
     if config.tokens != 1 or config.before_unet:

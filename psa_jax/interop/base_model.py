@@ -1,4 +1,4 @@
-"""What the base model is: one record, said alike by the flags of a command and by the keys of a configuration."""
+"""Choice of a base model: one record for the flags of commands and the keys of configurations."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from psa_jax.paths import local_path
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """Which files a base model is read from. The names of the attributes are those of flags and keys.
+    """Sources of a base model. Attributes have the names of flags and configuration keys.
 
     Attributes:
       model: a folder in diffusers' layout, a single `.safetensors` checkpoint, or "tiny", the embedded one.
-      variant: such as "fp16": which weight files of a folder; None for those without one.
+      variant: of a folder's weight files, such as "fp16"; None for files without one.
       vae: another VAE, a folder or a single file.
-      tokenizer, model_config: for a single file, which holds neither: folders with them.
+      tokenizer, model_config: folders for a single file, which holds neither.
     """
 
     model: str
@@ -34,7 +34,10 @@ class BaseModel:
 
     @classmethod
     def from_config(cls, by: Mapping[str, Any] | ml_collections.ConfigDict) -> "BaseModel":
-        """The record that flags (`vars(args)`) or a configuration give; what is empty or absent counts as None.
+        """Record of a command's flags or a configuration's keys.
+
+        Args:
+          by: `vars(args)`, or the configuration. Empty and absent values count as None.
 
         Raises:
           PSAError: no model is named.
@@ -46,19 +49,19 @@ class BaseModel:
 
     @property
     def path(self) -> Path:
-        """Of the folder or file."""
+        """Path of the folder or file."""
         return TINY if self.model == EMBEDDED else local_path(self.model)
 
     @property
     def extra_parts(self) -> dict[str, str]:
-        """What is given besides the model."""
+        """Given attributes other than `model`, by name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "model" and value}
 
     def check(self) -> None:
-        """Says what can be said before anything is read.
+        """Checks that all paths exist, without reading files.
 
         Raises:
-          PSAError: a path that is not there, or is no path here; the line names the flag.
+          PSAError: a path that does not exist, or a remote one; the message names the flag.
         """
         for name in ("model", "vae", "tokenizer", "model_config"):
             text = getattr(self, name)
@@ -67,17 +70,24 @@ class BaseModel:
                 raise PSAError(f"{name} is {text}, which is not there; {way_out}")
 
     def load(self, **how: Any) -> StableDiffusion:
-        """The pipeline; `how` are further arguments of `load_stable_diffusion`."""
+        """The pipeline of these sources.
+
+        Args:
+          how: further arguments of `load_stable_diffusion`.
+
+        Raises:
+          PSAError: as `load_stable_diffusion`.
+        """
         tokenizer, config, vae = (text and local_path(text) for text in (self.tokenizer, self.model_config, self.vae))
         return load_stable_diffusion(
             self.path, variant=self.variant, vae=vae, tokenizer=tokenizer, config=config, **how
         )
 
     def unet_config(self) -> UNetConfig:
-        """The UNet's configuration alone: no weight is read, and of a folder no other file.
+        """UNet configuration, without reading weights or other files of a folder.
 
         Raises:
-          PSAError: what `load` would refuse of the record itself: a path that is not there, a variant that no part has.
+          PSAError: a path that does not exist, a variant that no part has, or an unsupported configuration.
         """
         self.check()
         check_variant(self.path, self.variant, () if self.vae is None else (local_path(self.vae),))

@@ -1,4 +1,4 @@
-"""What a folder in diffusers' layout says of itself: its JSON files, as diffusers' pipelines read and correct them."""
+"""JSON files of a folder in diffusers' layout, read and corrected as diffusers' pipelines do it."""
 
 import dataclasses
 import re
@@ -14,16 +14,16 @@ from psa_jax.models.config import UNetConfig
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """A folder by its JSON files.
+    """Content of a folder's JSON files.
 
     Attributes:
       pipeline: SD or SDXL.
-      configs: by names of `MODELS`.
-      tokenizers: name -> its class in transformers.
-      scheduler: the content of `scheduler_config.json`, of the class that `model_index.json` names, as the pipeline
-        corrects it. `_use_default_values` lists corrections of what the file does not say; as in diffusers, a sampler
-        of another class does not take these over.
-      force_zeros: SDXL takes zeros for the text states of an empty negative prompt.
+      configs: configurations by names of `MODELS`.
+      tokenizers: name -> class in transformers.
+      scheduler: content of `scheduler_config.json` with the class of `model_index.json`, as the pipeline corrects it.
+        `_use_default_values` lists corrected keys that are not in the file. As in diffusers, a sampler of another class
+        does not take them over.
+      force_zeros: zeros replace the text states of an empty negative prompt (SDXL).
     """
 
     pipeline: str
@@ -37,7 +37,7 @@ def read_folder(folder: Path) -> Described:
     """Reads the JSON files of a folder.
 
     Raises:
-      PSAError: one is missing, or says what is not done here.
+      PSAError: a missing file, or an unsupported class or value.
     """
     index = read_json(folder / "model_index.json")
     pipeline = pipeline_of(index, folder)
@@ -62,7 +62,11 @@ def read_folder(folder: Path) -> Described:
 
 
 def pipeline_of(index: Mapping[str, Any], folder: Path) -> str:
-    """SD or SDXL, by the class that `model_index.json` names; a custom class ([module, class]) by its parts."""
+    """Pipeline SD or SDXL of a `model_index.json`: by its class, or for a custom class ([module, class]) by its parts.
+
+    Raises:
+      PSAError: another class.
+    """
     wanted = index.get("_class_name")
     if isinstance(wanted, list):
         second = index.get("text_encoder_2")
@@ -79,7 +83,7 @@ def pipeline_of(index: Mapping[str, Any], folder: Path) -> str:
 def _entry(
     folder: Path, index: Mapping[str, Any], name: str, pipeline: str, library: str, known: tuple[str, ...]
 ) -> str:
-    """The class of a part; `known` are those that are built here, none for any. Other entries are not looked at."""
+    """Class of a part. `known` lists the supported classes; empty for any. Other entries of the index are ignored."""
     entry = index.get(name)
     if entry is None or (isinstance(entry, list) and entry and entry[0] is None):
         raise PSAError(f"{folder}: model_index.json lists no {name}, which a {pipeline} needs")
@@ -94,14 +98,14 @@ def _entry(
 
 def _scheduler(folder: Path, class_name: str) -> dict[str, Any]:
     config = read_scheduler(folder)
-    defaults = config.pop("_use_default_values", [])  # a live config's own bookkeeping: diffusers does not read these
+    defaults = config.pop("_use_default_values", [])  # bookkeeping of a live config: diffusers ignores these keys
     if not isinstance(defaults, list):
         raise PSAError(f"{folder}: scheduler: _use_default_values must be a list of keys, not {defaults!r}; remove it")
     return {key: value for key, value in config.items() if key not in defaults} | {"_class_name": class_name}
 
 
 def _corrected(scheduler: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's config as StableDiffusionPipeline corrects it on loading; StableDiffusionXLPipeline does not.
+    """Scheduler config with the corrections of StableDiffusionPipeline. StableDiffusionXLPipeline makes none.
 
     Source: diffusers, `StableDiffusionPipeline.__init__`.
     """
@@ -113,7 +117,7 @@ def _corrected(scheduler: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at_least_64(unet: UNetConfig, file: Path) -> UNetConfig:
-    """A UNet's `sample_size` as StableDiffusionPipeline corrects it: before diffusers 0.9.0 one below 64 was wrong."""
+    """UNet config as StableDiffusionPipeline corrects it: before diffusers 0.9.0, a size below 64 means 64."""
     written = read_json(file).get("_diffusers_version", "0.9.0")
     version = re.match(r"\s*v?(\d+)(?:\.(\d+))?", str(written))
     if version is None:

@@ -1,4 +1,4 @@
-"""The `published` kind as an IP-Adapter, which stock diffusers loads: `pipe.load_ip_adapter`."""
+"""Export of `published` adapters as IP-Adapters, which stock diffusers loads with `pipe.load_ip_adapter`."""
 
 from pathlib import Path
 
@@ -9,21 +9,23 @@ from psa_jax.interop.adapter_file import Tensors
 from psa_jax.interop.upstream import as_published
 from psa_jax.models.adapter_config import AdapterConfig
 
-TOKENS = 4  # what diffusers takes for granted
+TOKENS = 4
+"""Number of tokens of every IP-Adapter in diffusers."""
 WEIGHT_NAME = "ip_adapter.safetensors"
 
 
 def to_ip_adapter(tensors: Tensors, config: AdapterConfig, where: Path) -> Tensors:
-    """Tensors under the names of an IP-Adapter.
+    """Tensors of an adapter under the names of an IP-Adapter.
 
-    T = 1 and 2 are repeated to four tokens, which is exact: attention over equal tokens does not see how many they are.
+    One or two tokens are repeated to four. This is exact: attention over equal tokens does not depend on their number.
 
     Args:
       tensors: of the native file.
-      where: that file, for errors.
+      config: the adapter's sizes.
+      where: the file, for errors.
 
     Raises:
-      PSAError: diffusers cannot do what this adapter does.
+      PSAError: an adapter that is not equal to a `published` one of 1, 2 or 4 tokens.
     """
     published = as_published(tensors, config, where, "ip-adapter")
     if TOKENS % config.tokens:
@@ -40,7 +42,7 @@ def to_ip_adapter(tensors: Tensors, config: AdapterConfig, where: Path) -> Tenso
     }
     for index in range(len(config.layers)):
         for which in ("to_k", "to_v"):
-            # diffusers counts self-attentions too
+            # diffusers' numbers include the self-attentions.
             name = f"ip_adapter.{2 * index + 1}.{which}_ip.weight"
             renamed[name] = published[f"psa_adapter.{index}.{which}_user.0.weight"]
     return renamed

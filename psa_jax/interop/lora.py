@@ -2,7 +2,7 @@
 
     W + scale · (alpha / r) · B A          r: rank; alpha: r unless the file says otherwise
 
-Read are kohya's files, every format of diffusers, and peft's folders. Whatever else a file holds is refused by name.
+Supported are kohya's files, every format of diffusers, and peft's folders. Other tensors are refused by name.
 Source: Hu et al., LoRA, arXiv 2106.09685.
 """
 
@@ -32,18 +32,19 @@ _log = logging.getLogger(__name__)
 
 
 class Update(NamedTuple):
-    """What is added to one weight: factor · up · down. `down` is [r, in] or [r, in, h, w]."""
+    """Update of one weight: factor · up · down, with up [out, r] and down [r, in] or [r, in, h, w]."""
 
-    up: np.ndarray  # [out, r]
+    up: np.ndarray
     down: np.ndarray
     factor: float
 
 
 class _File(NamedTuple):
-    """A safetensors file and, where it is of peft, the configuration beside it.
+    """A safetensors file.
 
     Attributes:
-      model: the model that all its tensors are of, where a folder says so.
+      config: content of peft's configuration beside it; None for other formats.
+      model: the model that all its tensors belong to, if the folder's name gives it.
     """
 
     path: Path
@@ -52,22 +53,26 @@ class _File(NamedTuple):
 
 
 def merge_lora(unet: Tensors, path: Path, scale: float = 1.0) -> Tensors:
-    """A UNet's tensors with a LoRA of nothing else added; as `merge_lora_into` otherwise."""
+    """A UNet's tensors with a LoRA that changes the UNet alone; arguments and errors as `merge_lora_into`."""
     return merge_lora_into({"unet": unet}, path, scale)["unet"]
 
 
 def merge_lora_into(models: Mapping[str, Tensors], path: Path, scale: float = 1.0) -> dict[str, Tensors]:
-    """A pipeline's tensors with a LoRA added to UNet and text encoders; weights are still read only when asked for.
+    """Tensors of a pipeline's models with a LoRA added. Weights are still read lazily.
 
-    A LoRA that does not say its alpha is logged as a warning: it is taken to be the rank.
+    A missing alpha counts as the rank, and a warning is logged.
 
     Args:
-      models: by names of `MODELS`, with tensors under diffusers' names.
-      path: a safetensors file, or a folder: of peft (also one a model: `unet/`, `text_encoder/`), or with one file.
-      scale: strength; 1 is as trained, 0 is the model without it.
+      models: name of `MODELS` -> tensors under diffusers' names.
+      path: a safetensors file, a folder with one, a folder of peft, or a folder with one of those for each model
+        (`unet/`, `text_encoder/`).
+      scale: strength; 1 is as trained, 0 is the base model.
+
+    Returns:
+      The same models, with updated tensors.
 
     Raises:
-      PSAError: a tensor that is not used, lacks its partner, does not fit the model or is of another method.
+      PSAError: an unused tensor, one without its partner, one that does not fit the model, or another method than LoRA.
     """
     if not math.isfinite(scale):
         raise PSAError(f"the strength of a LoRA is {scale}; give a finite number")
@@ -88,7 +93,7 @@ def merge_lora_into(models: Mapping[str, Tensors], path: Path, scale: float = 1.
 
 
 def lora_hash(path: Path) -> str:
-    """sha256 over the files that `merge_lora_into` reads of a path, in their order; their names do not count."""
+    """sha256 over the content of the files that `merge_lora_into` reads, in their order."""
     digest = hashlib.sha256()
     for file in _files(Path(path)):
         with file.path.open("rb") as content:
@@ -111,7 +116,7 @@ def _updated(weight: Tensor, update: Update, scale: float, where: str) -> Tensor
 
 
 def _files(path: Path) -> list[_File]:
-    """The files that a path stands for."""
+    """The safetensors files of a path, as `merge_lora_into` defines it."""
     if not path.is_dir():
         if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
             return [_peft(path.parent)]
@@ -141,7 +146,7 @@ def _peft(folder: Path, model: str | None = None) -> _File:
 def _safetensors(path: Path) -> Path:
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise PSAError(
-            f"{path} is a pickle, which can run code, and is not read: write it anew with "
+            f"{path} is a pickle, which can run code, and is not read: write it again with "
             f'safetensors.torch.save_file(torch.load("{path.name}", weights_only=True), "{path.stem}.safetensors")'
         )
     if not path.is_file():
@@ -150,7 +155,7 @@ def _safetensors(path: Path) -> Path:
 
 
 def _read(file: _File, layers: Layers) -> dict[Place, Update]:
-    """Layer -> its update; every tensor of the file is used exactly once."""
+    """Updates of a file by layer. Every tensor of the file is used exactly once."""
     path, header = file.path, read_header(file.path)
     if not header.tensors:
         raise PSAError(f"{path}: the file holds no tensors")
@@ -188,7 +193,7 @@ def _read(file: _File, layers: Layers) -> dict[Place, Update]:
 
 
 def _placed(file: _File, header: Header, layers: Layers) -> dict[Place, dict[str, tuple[str, Entry]]]:
-    """Layer -> part -> the tensor's name and entry. Two namings of one layer may stand side by side, if equal."""
+    """Names and entries of a file's tensors by layer and part. A layer may occur under two names with equal values."""
     path = file.path
     named = {name: split_name(path, name) for name in header.tensors}
     model = file.model
@@ -199,7 +204,7 @@ def _placed(file: _File, header: Header, layers: Layers) -> dict[Place, dict[str
         raise PSAError(f"{path}: {shown(stray)} is of peft, whose {PEFT_CONFIG} holds alpha; put that file beside it")
     bare = {name for name in named if not name.startswith(MODEL_PREFIXES)}
     if file.config is None and bare and len(bare) < len(named):
-        # diffusers drops those without a word.
+        # diffusers ignores those silently.
         raise PSAError(f"{path}: {shown(bare)} does not say its model, as others of the file do; get the file again")
     found: dict[Place, dict[str, tuple[str, Entry]]] = {}
     for name, (layer, part) in named.items():
@@ -214,10 +219,10 @@ def _placed(file: _File, header: Header, layers: Layers) -> dict[Place, dict[str
 
 
 def _model_of(file: _File, header: Header, named: Mapping[str, tuple[str, str]], layers: Layers) -> str:
-    """The model that a folder of peft is for: the one which has its layers, in their shapes.
+    """Name of the model that a folder of peft changes: the only one with all its layers in these shapes.
 
     Raises:
-      PSAError: none has, or two.
+      PSAError: no such model, or more than one.
     """
 
     def fits(model: str) -> bool:
@@ -247,7 +252,7 @@ def _model_of(file: _File, header: Header, named: Mapping[str, tuple[str, str]],
 
 
 def _settings(file: _File, header: Header, found: Mapping[Place, Any]) -> dict[str, Settings]:
-    """Model -> what peft's configuration says of it, beside the file or in its metadata."""
+    """Settings by model, from peft's configuration beside the file or in its metadata."""
     models = {place.model for place in found}
     if file.config is not None:
         where = f"{file.path.parent / PEFT_CONFIG}"
@@ -265,7 +270,7 @@ def _settings(file: _File, header: Header, found: Mapping[Place, Any]) -> dict[s
 
 
 def _alpha(path: Path, name: str, entry: Entry) -> float:
-    """A scalar; kohya's scripts write whole numbers, too."""
+    """Value of an alpha tensor, which is a scalar, also of a whole-number type (kohya's scripts)."""
     if math.prod(entry.shape) != 1:
         raise PSAError(f"{path}: {name} has shape {entry.shape}, but alpha is one number; get the file again")
     if entry.dtype in _WHOLE_NUMBERS:

@@ -1,9 +1,8 @@
-"""Names in LoRA files: which part of which layer of a base model a tensor is.
+"""Names in LoRA files: from a tensor's name to the layer of the base model and the part of its update.
 
-A name says its layer with dots (`unet.down_blocks.0….to_q.lora_A.weight`, also in the older spellings of diffusers) or,
-in kohya's files, with underscores (`lora_unet_down_blocks_0_…_to_q`), where blocks are counted as in diffusers or as in
-the original code (`lora_unet_input_blocks_1_1_…`). Underscores cannot be undone without the model: its own layers are
-the dictionary.
+Names in diffusers' files have dots (`unet.down_blocks.0….to_q.lora_A.weight`, or older spellings). Names in kohya's
+files have underscores (`lora_unet_down_blocks_0_…_to_q`), with blocks numbered as in diffusers or as in the original
+code (`lora_unet_input_blocks_1_1_…`). Underscores are ambiguous, so the model's own layer names are the dictionary.
 """
 
 import functools
@@ -18,7 +17,7 @@ from psa_jax.interop.parts import MODELS
 from psa_jax.interop.single_file import ldm_layer
 from psa_jax.interop.weights import Tensors
 
-# End of a tensor's name -> what of its layer it is.
+# End of a tensor's name -> its part of the update.
 _ENDS = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -34,7 +33,7 @@ _ENDS = {
     "_lora.alpha": "alpha",
     ".alpha": "alpha",
 }
-# Tensors of other methods -> the method: what they add is not (alpha / r) · B A.
+# Patterns of tensors of other methods, whose update is not (alpha / r) · B A -> the method.
 _METHODS = (
     (r"\.hada_", "LoHa"),
     (r"\.lokr_", "LoKr"),
@@ -61,28 +60,35 @@ _KOHYA = {
 }
 _DOTTED = {f"{model}.": model for model in ("unet", "text_encoder", "text_encoder_2")}
 MODEL_PREFIXES = (*_KOHYA, *_DOTTED)
-# Attention layers under the names that diffusers gave them before 0.22, in the two kinds of model.
+# Attention layers under diffusers' names before 0.22, in UNets and in text encoders.
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 PEFT_PREFIX = "base_model.model."
 
 
 class Place(NamedTuple):
-    """A layer of a base model: the model by its name in `MODELS`, the layer by its name in that model."""
+    """A layer of a base model: name of the model in `MODELS`, and name of the layer in it."""
 
     model: str
     layer: str
 
 
 class Layer(NamedTuple):
-    """What a LoRA may change: a weight of two or four axes, under the name it has among the model's tensors."""
+    """A weight that a LoRA can change: its tensor's name in the model, and its shape of two or four axes."""
 
     tensor: str
     shape: tuple[int, ...]
 
 
 class Layers:
-    """The layers of a base model by name: `by_model[model][layer]`. Text encoders are named without `text_model.`."""
+    """Layers of a base model that a LoRA can change.
+
+    Args:
+      models: name of `MODELS` -> tensors under diffusers' names.
+
+    Attributes:
+      by_model: model -> name of a layer -> the layer. Names in text encoders have no `text_model.`.
+    """
 
     def __init__(self, models: Mapping[str, Tensors]):
         self.by_model: dict[str, dict[str, Layer]] = {}
@@ -100,8 +106,12 @@ class Layers:
     def find(self, path: Path, place: Place) -> Layer:
         """The layer at a place.
 
+        Args:
+          path: of the LoRA, for errors.
+          place: of `place`.
+
         Raises:
-          PSAError: the base model has none there.
+          PSAError: the base model has no such layer.
         """
         model, layer = place
         if model not in self.by_model:
@@ -114,10 +124,11 @@ class Layers:
         return self.by_model[model][layer]
 
     def place(self, name: str, model: str | None) -> Place:
-        """Which layer a name without its end means.
+        """Place of a layer's name in a LoRA file.
 
         Args:
-          model: the model where the name does not say it; None: the UNet.
+          name: of `split_name`.
+          model: of names without a model; None for the UNet.
         """
         for prefix, kohya in _KOHYA.items():
             if name.startswith(prefix):
@@ -130,7 +141,7 @@ class Layers:
         return Place(model, f"{head}{dot}{(_OLD_UNET if model == 'unet' else _OLD_TEXT).get(last, last)}")
 
     def _unflattened(self, model: str, flat: str) -> str:
-        """The layer with these underscores, or the words as they are where the model has none."""
+        """Name of the layer that is spelled with underscores like this; the argument itself if there is none."""
         if model != "unet":
             return self._flat.get(model, {}).get(flat.removeprefix("text_model_"), flat)
         known = self._flat[model]
@@ -142,10 +153,17 @@ class Layers:
 
 
 def split_name(path: Path, name: str) -> tuple[str, str]:
-    """A tensor's name without its end, and what it is: "down", "up" or "alpha".
+    """Layer and part of a tensor's name in a LoRA file.
+
+    Args:
+      path: of the file, for errors.
+      name: of the tensor.
+
+    Returns:
+      The name without its end, and "down", "up" or "alpha".
 
     Raises:
-      PSAError: a tensor of another method, which is named, or of no LoRA.
+      PSAError: a tensor of another method, or none of a LoRA.
     """
     for pattern, method in _METHODS:
         if re.search(pattern, name):

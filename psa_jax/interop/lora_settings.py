@@ -1,8 +1,8 @@
-"""peft's configuration of a LoRA: what of it decides the scale of a layer, and what is not done here.
+"""peft's configuration of a LoRA: the settings that decide each layer's scale, and those that are refused.
 
-It is `adapter_config.json` in a folder of peft, and `lora_adapter_metadata` in a file of diffusers. Its patterns are
-regular expressions in peft; here they are names of layers, or ends of them, and anything else is refused: nothing
-from a file is run as a pattern.
+It is `adapter_config.json` in a folder of peft, and `lora_adapter_metadata` in a file of diffusers. Patterns in it are
+regular expressions in peft. Here only names of layers, or ends of them, are accepted: nothing from a file is executed
+as a regular expression.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 from psa_jax.errors import PSAError
 
-# What adds something else to a weight than (alpha / r) · B A, or changes more than weights; off when empty.
+# Options whose update is not (alpha / r) · B A, or which change more than weights. Empty values switch them off.
 _REFUSED = (
     "use_dora",
     "lora_bias",
@@ -28,19 +28,21 @@ _REFUSED = (
     "target_parameters",
     "trainable_token_indices",
 )
-# Ways to start training that leave the base weights alone; others (PiSSA, OLoRA, LoftQ, …) change them on loading, too.
+# Initializations that leave the base weights as they are. Others (PiSSA, OLoRA, LoftQ, …) change them on loading.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-MERGE_ELSEWHERE = "merge it into the base model with the library that it is of, and give that model"
+MERGE_ELSEWHERE = "merge it into the base model with its own library, and give that model"
 _NAME = re.compile(r"\^?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MAX_RANK = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Rank and alpha of every layer.
+    """Rank and alpha of a LoRA's layers.
 
     Attributes:
-      ranks, alphas: end of a layer's name, or all of it after `^` -> its own value; the first that fits counts.
+      where: the file, for errors.
+      rank, alpha: of layers without an entry in `ranks` or `alphas`.
+      ranks, alphas: end of a layer's name, or `^` and the whole name -> its own value. The first match counts.
       rslora: divide alpha by the square root of the rank (arXiv 2312.03732).
     """
 
@@ -52,11 +54,11 @@ class Settings:
     rslora: bool
 
     def factor(self, layer: str, rank: int) -> float:
-        """alpha / r, or alpha / √r.
+        """Factor alpha / r of a layer's update, or alpha / √r with `rslora`.
 
         Args:
           layer: its name in the model, without `text_model.`.
-          rank: of its tensors.
+          rank: r, of its tensors.
 
         Raises:
           PSAError: the tensors have another rank.
@@ -75,10 +77,14 @@ def _matching(values: Mapping[str, Any], layer: str, default: Any) -> Any:
 
 
 def read_settings(values: Mapping[str, Any], where: str) -> Settings:
-    """The settings in peft's configuration. Keys that peft does not know are no error to peft, nor here.
+    """Settings of peft's configuration. Unknown keys are ignored, as in peft.
+
+    Args:
+      values: its content.
+      where: names it in errors.
 
     Raises:
-      PSAError: a method other than LoRA, a pattern that is not a name, or a value of another type.
+      PSAError: another method than LoRA, a pattern that is no name, or a value of another type.
     """
     if (kind := values.get("peft_type", "LORA")) != "LORA":
         raise PSAError(f"{where}: peft_type is {_quoted(kind)}; only LORA can be merged here; {MERGE_ELSEWHERE}")
@@ -119,7 +125,7 @@ def _patterns(values: Mapping[str, Any], key: str, where: str) -> list[tuple[str
                 f"{where}: {key} holds the pattern {_quoted(name)}; only names of layers, or ends of them, are taken: "
                 "write the layers out"
             )
-    # CLIP's layers are known without this prefix, which transformers left out in 5.6.
+    # Names of CLIP's layers have no such prefix here; transformers dropped it in 5.6.
     return [(re.sub(r"^(\^?)text_model\.", r"\1", name), value) for name, value in table.items()]
 
 

@@ -1,4 +1,4 @@
-"""README.md of an exported adapter: what it is, how to load it, how good it is, and what not to do with it."""
+"""Model card (README.md) of an exported adapter: facts, loading, results, limits, privacy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -79,13 +79,13 @@ UPSTREAM_DIM = 3584
 """Length of a user embedding in the torch original: the width of Qwen2.5-7B's states."""
 
 UNCONDITIONAL = {"native": "off", "diffusers": "off", "upstream": "zeros", "ip-adapter": "zeros", "baked": "same"}
-"""Format → what the adapter does on the unconditional side where it is drawn with: rates of another way are not its.
+"""Export format -> the adapter on the unconditional side of guidance. Rates measured in another way do not apply to it.
 
-The native format can do all three; `off` is what `psa-jax generate` and `load_psa` do when they are told nothing.
+The native format supports all three ways; `off` is the default of `psa-jax generate` and `load_psa`.
 """
 
 MEASURE = "psa-jax demo --all-ways --workdir=runs/demo"
-"""Writes a report.json with the rates of every way, and resumes what `make demo` left."""
+"""Command that writes a report.json with the rates of every way. It resumes a run of `make demo`."""
 
 _SPLITS = ("unseen", "seen")
 _RATES = ("selectivity", "suppression", "retention", "clean", "benign_fidelity", "pass_rate")
@@ -99,14 +99,15 @@ def model_card(
     report: Mapping[str, Any] | None = None,
     scale: float = 1.0,
 ) -> str:
-    """The card.
+    """Text of the model card.
 
     Args:
+      config: sizes of the adapter.
       about: metadata of the native file.
-      format_: a key of `--format`.
+      format_: a value of `--format`.
       weights: name of the weight file.
-      report: contents of the run's report.json, of this very adapter.
-      scale: what `baked` weights hold; the other formats leave it to whoever draws.
+      report: content of the run's report.json for this adapter; None if it was not evaluated.
+      scale: strength in `baked` weights; other formats take it when pictures are generated.
     """
     return _CARD.format(
         library="psa_jax" if format_ in ("native", "upstream") else "diffusers",
@@ -126,7 +127,7 @@ def _of_upstream(config: AdapterConfig, format_: str) -> str:
 
 
 def upstream_limit(config: AdapterConfig) -> str:
-    """What the torch original's loader cannot do with this adapter; "" where it can."""
+    """Reason why the torch original's loader does not accept an adapter; "" if it does."""
     if config.user_dim == UPSTREAM_DIM:
         return ""
     return (
@@ -136,7 +137,7 @@ def upstream_limit(config: AdapterConfig) -> str:
 
 
 def _facts(config: AdapterConfig, about: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What is known; what is not is left out."""
+    """Known facts about an adapter, as rows of the card's table."""
     objective = about.get("objective", {})
     versions = about.get("versions", {})
     loss = objective.get("loss") or ("DPO" if objective else None)
@@ -159,7 +160,7 @@ def _facts(config: AdapterConfig, about: Mapping[str, Any]) -> list[tuple[str, A
 
 
 def _results(report: Mapping[str, Any] | None, format_: str, scale: float) -> str:
-    """The rates of drawing as this format does, or that there are none."""
+    """Table of rates measured in the format's way, or a sentence that there are none."""
     report, way = report or {}, UNCONDITIONAL[format_]
     measured = report.get("sampling", {})
     method = "psa" if measured.get("unconditional") == way else f"psa_{way}"

@@ -1,4 +1,7 @@
-"""Adapters in JAX to and from the native file (`adapter_file`), whose names the trained arrays have everywhere."""
+"""Conversion between adapters in JAX and native files (`adapter_file`).
+
+Trained arrays have the file's tensor names everywhere: in checkpoints, exports and tests.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ _PROJECTION = {
 
 
 def _name(path: tuple[str | int, ...], config: AdapterConfig) -> str:
-    """Name in the file of a parameter, from its path in the adapter's state."""
+    """Tensor name in the file of a parameter with this path in the adapter's state."""
     if path[0] == "user_proj":
         return _PROJECTION[path[1]]
     _, index, projection = path
@@ -38,25 +41,33 @@ def _name(path: tuple[str | int, ...], config: AdapterConfig) -> str:
 
 
 def adapter_arrays(adapter: Adapter) -> dict[str, Float[Array, "..."]]:
-    """Every trained array under its name in the file, in this project's orientation [in, out]."""
+    """All trained arrays by tensor name, kernels as [in, out]."""
     return {_name(p, adapter.config): v[...] for p, v in nnx.to_flat_state(nnx.state(adapter, AdapterParam))}
 
 
 def adapter_shapes(config: AdapterConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of `adapter_arrays`; nothing is allocated."""
+    """Shapes and types of `adapter_arrays` for a configuration, without allocating memory."""
     state = nnx.state(nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0))), AdapterParam)
     return {_name(p, config): v.get_value() for p, v in nnx.to_flat_state(state)}
 
 
 def with_arrays(config: AdapterConfig, arrays: dict[str, Float[Array, "..."]]) -> Adapter:
-    """The adapter that holds the given arrays (names and orientation as `adapter_arrays`)."""
+    """Adapter with the given arrays.
+
+    Args:
+      config: sizes.
+      arrays: as `adapter_arrays` gives them.
+    """
     graph, state = nnx.split(nnx.eval_shape(lambda: Adapter(config, rngs=nnx.Rngs(0))))
     flat = {p: v.replace(arrays[_name(p, config)]) for p, v in nnx.to_flat_state(state)}
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def to_file(adapter: Adapter) -> Tensors:
-    """Tensors as the file holds them: [out, in], float32, and W_k as zeros where one token needs none."""
+    """Tensors for the native file, in float32, kernels as [out, in].
+
+    A `published` adapter with one token gets zeros for the W_k that the torch original stores (`constant_keys`).
+    """
     tensors = {name: np.zeros(shape, np.float32) for name, shape in constant_keys(adapter.config).items()}
     for name, array in adapter_arrays(adapter).items():
         array = np.asarray(array, np.float32)
@@ -65,12 +76,17 @@ def to_file(adapter: Adapter) -> Tensors:
 
 
 def save_adapter(adapter: Adapter, path: Path, metadata: dict[str, Any]) -> None:
-    """Writes an adapter's native file (`write_native`)."""
+    """Writes an adapter's native file; arguments and errors as `write_native`."""
     write_native(to_file(adapter), adapter.config, path, metadata)
 
 
 def load_adapter(path: Path, layers: Layers, cross_dim: int) -> Adapter:
-    """Reads a native file for a base model with the given cross-attentions (`UNetConfig.cross_attentions`) and width.
+    """Reads a native file.
+
+    Args:
+      path: of the file.
+      layers: (width, heads) of the base model's cross-attentions, `UNetConfig.cross_attentions`.
+      cross_dim: their width of the text states.
 
     Raises:
       PSAError: damaged, for another base model, or with missing, extra or misshapen tensors.

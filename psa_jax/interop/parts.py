@@ -1,4 +1,4 @@
-"""The parts of a pipeline before any weight is read: configurations, opened tensor files, tokenizers."""
+"""Parts of a pipeline before weights are read: configurations, opened tensor files, tokenizers."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ _OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_ou
 
 
 def vae_name(name: str) -> str:
-    """Today's name of a VAE tensor."""
+    """Current name of a VAE tensor; files from before diffusers 0.15 have other names for attention."""
     parts = name.split(".")
     if "attentions" in parts and parts[-2] in _OLD_VAE:
         parts[-2] = _OLD_VAE[parts[-2]]
@@ -32,22 +32,24 @@ def vae_name(name: str) -> str:
 
 
 def text_name(name: str) -> str:
-    """Name here of a text encoder's tensor."""
+    """Parameter name of a text encoder's tensor, from its name in a file."""
     return name.removeprefix("text_model.")
 
 
 def text_file_name(name: str) -> str:
-    """The inverse of `text_name`: transformers' layout, in which only the projection is outside the text model."""
+    """Name in transformers' layout of a text encoder's tensor: the inverse of `text_name`."""
     return name if name.startswith("text_projection.") else f"text_model.{name}"
 
 
-class ModelKind(NamedTuple):
-    """How one model of a pipeline is kept in a folder.
+class ModelFormat(NamedTuple):
+    """Classes and files of one model of a pipeline.
 
     Attributes:
-      class_name: its class in diffusers or transformers.
+      library: "diffusers" or "transformers".
+      class_name: its class there.
+      config, model: its classes here.
       stem: name of its weight files up to the variant.
-      name, file_name: tensor name in the file -> name here, and back.
+      name, file_name: tensor name in the file -> parameter name, and back.
     """
 
     library: str
@@ -62,21 +64,21 @@ class ModelKind(NamedTuple):
 _STEM = "diffusion_pytorch_model"
 _TEXT = (CLIPTextConfig, CLIPText, "model", text_name, text_file_name)
 MODELS = {
-    "unet": ModelKind("diffusers", "UNet2DConditionModel", UNetConfig, UNet, _STEM),
-    "vae": ModelKind("diffusers", "AutoencoderKL", VAEConfig, VAE, _STEM, vae_name),
-    "text_encoder": ModelKind("transformers", "CLIPTextModel", *_TEXT),
-    "text_encoder_2": ModelKind("transformers", "CLIPTextModelWithProjection", *_TEXT),
+    "unet": ModelFormat("diffusers", "UNet2DConditionModel", UNetConfig, UNet, _STEM),
+    "vae": ModelFormat("diffusers", "AutoencoderKL", VAEConfig, VAE, _STEM, vae_name),
+    "text_encoder": ModelFormat("transformers", "CLIPTextModel", *_TEXT),
+    "text_encoder_2": ModelFormat("transformers", "CLIPTextModelWithProjection", *_TEXT),
 }
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-# The pipelines of diffusers that have just these parts, by the one that draws from text alone.
+# Pipelines of diffusers with the same parts, by the text-to-image pipeline.
 CLASSES = {
     SD: (SD, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     SDXL: (SDXL, "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
 }
-# The general classes read what a folder's tokenizer.json says and know nothing of CLIP.
+# General classes, which read a folder's tokenizer.json without knowledge of CLIP.
 _GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", *_GENERAL)
-# Pipeline class -> the tokenizer of each text encoder it has.
+# Pipeline class -> text encoder -> its tokenizer.
 PIPELINES = {
     SD: {"text_encoder": "tokenizer"},
     SDXL: {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
@@ -84,7 +86,7 @@ PIPELINES = {
 
 
 MAX_TOKENIZER = 64 << 20
-_SETTINGS = "psa_jax_settings"  # of a tokenizer: what its files do not say
+_SETTINGS = "psa_jax_settings"  # attribute of a tokenizer with settings that are not in its files
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -96,13 +98,15 @@ _TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A pipeline whose weights are open but not read.
+    """Pipeline whose weights are opened but not read.
 
     Attributes:
       where: the folder or file, for errors.
-      configs, tensors: by names of `MODELS`; tensors are under diffusers' names.
-      tokenizers: "tokenizer" and perhaps "tokenizer_2".
-      force_zeros: SDXL takes zeros for the text states of an empty negative prompt.
+      pipeline: SD or SDXL.
+      configs, tensors: by names of `MODELS`; tensors have diffusers' names.
+      tokenizers: "tokenizer", and "tokenizer_2" for SDXL.
+      scheduler: content of `scheduler_config.json`.
+      force_zeros: zeros replace the text states of an empty negative prompt (SDXL).
     """
 
     where: Path
@@ -114,26 +118,52 @@ class Parts:
     force_zeros: bool
 
 
-def read_config(kind: str, path: Path) -> Config:
-    """The configuration of a model (a name of `MODELS`) from its `config.json`."""
+def read_config(model: str, path: Path) -> Config:
+    """Configuration of a model from its `config.json`.
+
+    Args:
+      model: its name in `MODELS`.
+      path: of the file.
+
+    Raises:
+      PSAError: an unreadable file, or an unsupported value.
+    """
     config = read_json(path)
-    if MODELS[kind].config is CLIPTextConfig:  # diffusers goes by the class in model_index.json
-        config["architectures"] = [MODELS[kind].class_name]
-    return MODELS[kind].config.from_json(config, str(path))
+    if MODELS[model].config is CLIPTextConfig:  # the class is that of model_index.json, as in diffusers
+        config["architectures"] = [MODELS[model].class_name]
+    return MODELS[model].config.from_json(config, str(path))
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
-    """The scheduler's configuration in a diffusers folder, in which diffusers itself writes infinities."""
+    """Content of a diffusers folder's `scheduler_config.json`, which may hold infinities."""
     return read_json(folder / "scheduler" / "scheduler_config.json", constants=True)
 
 
 def load_tokenizer(folder: Path, name: str = "tokenizer", class_name: str = TOKENIZERS[0]):
-    """The CLIP tokenizer of a diffusers folder (no network is used); `class_name` is one of TOKENIZERS."""
+    """CLIP tokenizer of a diffusers folder. Uses no network.
+
+    Args:
+      folder: of the pipeline.
+      name: "tokenizer" or "tokenizer_2".
+      class_name: one of TOKENIZERS.
+
+    Raises:
+      PSAError: as `read_tokenizer`.
+    """
     return read_tokenizer(folder / name, class_name)
 
 
 def read_tokenizer(path: Path, class_name: str = TOKENIZERS[0], **settings: Any):
-    """The CLIP tokenizer whose files are in a folder; `settings` replace what its tokenizer_config.json says."""
+    """CLIP tokenizer from the files in a folder.
+
+    Args:
+      path: of the folder.
+      class_name: one of TOKENIZERS.
+      settings: replace values of tokenizer_config.json.
+
+    Raises:
+      PSAError: missing or damaged files.
+    """
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast  # imported late: slow to import
 
     if not (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
@@ -145,11 +175,16 @@ def read_tokenizer(path: Path, class_name: str = TOKENIZERS[0], **settings: Any)
 
 
 def open_tokenizer(tokenizer: Any, name: str, folder: Path, **settings: Any) -> Any:
-    """A tokenizer of transformers from its files, whose JSON is looked at first.
+    """Tokenizer of transformers, after a check of its JSON files.
 
     Args:
-      tokenizer: the class.
-      name: what to call it in an error.
+      tokenizer: class in transformers.
+      name: of the class, for errors.
+      folder: with its files.
+      settings: replace values of tokenizer_config.json.
+
+    Raises:
+      PSAError: missing or damaged files.
     """
     for file in _TOKENIZER_FILES:
         if (folder / file).is_file():
@@ -164,13 +199,13 @@ def open_tokenizer(tokenizer: Any, name: str, folder: Path, **settings: Any) -> 
 
 
 def save_tokenizer(tokenizer: Any, out: Path) -> None:
-    """Writes a CLIP tokenizer that diffusers opens with transformers 4 and 5: the files that it was read from, if any.
+    """Writes a CLIP tokenizer for transformers 4 and 5. Copies its source files if there are any.
 
     transformers 5 writes tokenizer.json alone; the CLIPTokenizer of transformers 4 reads vocab.json and merges.txt.
 
     Args:
-      tokenizer: as `read_tokenizer` gives it, without settings of its own, or one made here.
-      out: a folder; made where it is missing.
+      tokenizer: of `read_tokenizer`, or any other of transformers.
+      out: folder; created if missing.
     """
     names = (*_TOKENIZER_FILES, "merges.txt") if getattr(tokenizer, "name_or_path", "") else ()
     files = [file for name in names if (file := Path(tokenizer.name_or_path) / name).is_file()]
@@ -186,7 +221,7 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
 
 
 def _write_vocabulary(whole: dict[str, Any], out: Path) -> None:
-    """vocab.json and merges.txt, and added_tokens.json for what is not in the vocabulary, of a tokenizer.json."""
+    """Writes vocab.json, merges.txt and, for tokens outside the vocabulary, added_tokens.json of a tokenizer.json."""
     vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     (out / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -197,7 +232,15 @@ def _write_vocabulary(whole: dict[str, Any], out: Path) -> None:
 
 
 def picture_size(unet: UNetConfig, vae: VAEConfig, where: Path) -> tuple[int, int]:
-    """Height and width in pixels that a pipeline draws at unless it is told otherwise."""
+    """Height and width in pixels of a pipeline's pictures by default.
+
+    Args:
+      unet, vae: configurations.
+      where: the folder, for errors.
+
+    Raises:
+      PSAError: the UNet has no size of its own.
+    """
     if unet.sample_size is None:
         raise PSAError(f"{where}: the UNet has no sample_size; give the size of pictures (--size or --resolution)")
     size = unet.sample_size
@@ -206,7 +249,11 @@ def picture_size(unet: UNetConfig, vae: VAEConfig, where: Path) -> tuple[int, in
 
 
 def square_side(unet: UNetConfig, vae: VAEConfig, where: Path) -> int:
-    """The same where pictures must be square."""
+    """Side in pixels of a pipeline's square pictures; arguments as `picture_size`.
+
+    Raises:
+      PSAError: the pictures are not square, or have no size.
+    """
     height, width = picture_size(unet, vae, where)
     if height != width:
         raise PSAError(f"{where}: the UNet draws {height}x{width} pictures; give a side in pixels (--resolution)")
@@ -214,10 +261,13 @@ def square_side(unet: UNetConfig, vae: VAEConfig, where: Path) -> int:
 
 
 def check_parts_fit(parts: Parts) -> None:
-    """Parts of different pipelines would fail far from here, or not at all: token ids too high are clamped on a TPU.
+    """Checks that the parts of a pipeline fit together.
+
+    Parts of different pipelines would fail later with an obscure error, or silently: a TPU clamps token ids that are
+    too high.
 
     Raises:
-      PSAError: two parts do not fit together; the line names both.
+      PSAError: two parts do not fit; the message names both.
     """
     unet, vae = parts.configs["unet"], parts.configs["vae"]
     encoders = {name: parts.configs[name] for name in PIPELINES[parts.pipeline]}

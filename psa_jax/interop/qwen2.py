@@ -34,11 +34,12 @@ _HEAD, _EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A language model with its tokenizer.
+    """Language model with its tokenizer.
 
     Attributes:
-      stop_tokens: what ends a reply: of generation_config.json, else of config.json.
-      weights: the safetensors file, or the index of the sharded ones.
+      folder: its source.
+      stop_tokens: tokens that end a reply, of generation_config.json or else of config.json.
+      weights: the safetensors file, or the index of sharded ones.
     """
 
     folder: Path
@@ -49,9 +50,9 @@ class LanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over what is computed with: parameters as they are here, configurations, tokenizer, chat template.
+        """sha256 over loaded parameters, configurations, tokenizer and chat template.
 
-        How the files hold them (their number, type, order, metadata) does not count.
+        The layout of the files (number, type, order, metadata) does not change it.
         """
         digest = hashlib.sha256(b"values as loaded")
         flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(self.model))}
@@ -63,7 +64,7 @@ class LanguageModel:
 
     @cached_property
     def files_fingerprint(self) -> str:
-        """The same over the bytes of the weight files: what earlier versions wrote into tables and adapters."""
+        """sha256 over the bytes of the weight files and the settings, as earlier versions wrote into tables."""
         digest = hashlib.sha256()
         for path in _files(self.weights):
             with path.open("rb") as file:
@@ -78,7 +79,11 @@ class LanguageModel:
         return digest.hexdigest()
 
     def chat(self, text: str) -> str:
-        """The text as a user's message that waits for a reply; as it is where the folder has no chat template."""
+        """Text as a user's message in the folder's chat template; unchanged if the folder has none.
+
+        Raises:
+          PSAError: the template fails.
+        """
         if self.tokenizer.chat_template is None:
             return text
         messages = [{"role": "user", "content": text}]
@@ -89,12 +94,12 @@ class LanguageModel:
             raise PSAError(f"{self.folder}: its chat template fails ({reason}); download the folder again") from error
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text; nothing is cut off."""
-        # The tokenizer's own warning about a long text would come too late and stop nothing: callers check.
+        """Token ids of each text, without truncation."""
+        # Callers check lengths themselves: the tokenizer would only warn.
         return self.tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of a reply, up to and without the first stop token."""
+        """Text of a reply before its first stop token."""
         ends = [i for i, token in enumerate(tokens) if token in self.stop_tokens]
         return self.tokenizer.decode(list(tokens)[: ends[0] if ends else None], skip_special_tokens=True)
 
@@ -102,7 +107,16 @@ class LanguageModel:
 def pad_left(
     rows: Sequence[Sequence[int]], length: int, pad_token: int = 0
 ) -> tuple[Int[np.ndarray, "n s"], Bool[np.ndarray, "n s"]]:
-    """Token ids int32 [n, length], each row at the right end, and a mask that is False at padding."""
+    """Rows of token ids padded on the left.
+
+    Args:
+      rows: token ids, at most `length` each.
+      length: of the padded rows.
+      pad_token: fills up.
+
+    Returns:
+      Token ids in int32, and a mask that is False at padding.
+    """
     ids = np.full((len(rows), length), pad_token, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for row, tokens in enumerate(rows):
@@ -112,14 +126,15 @@ def pad_left(
 
 
 def load_qwen2(folder: str | Path, *, dtype: Any = jnp.float32, sharding: Shardings | None = None) -> LanguageModel:
-    """Reads a folder. Everything but the weights is read and checked first, then one tensor at a time.
+    """Reads a folder: all settings first, with their checks, then the weights one tensor at a time.
 
     Args:
-      dtype: of every parameter, whatever the files hold.
-      sharding: (path, shape) of a parameter -> where it lives; each process reads only the parts it holds.
+      folder: in transformers' layout.
+      dtype: of every parameter, independent of the files' type.
+      sharding: (path, shape) of a parameter -> its sharding; each process reads only its own parts.
 
     Raises:
-      PSAError: anything missing, of another kind of model, or not matching config.json.
+      PSAError: a missing file, another kind of model, or weights that do not match config.json.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -135,15 +150,15 @@ def load_qwen2(folder: str | Path, *, dtype: Any = jnp.float32, sharding: Shardi
 
 
 def qwen2_name(name: str) -> str:
-    """Name here of a tensor in the file."""
+    """Parameter name of a tensor in the file."""
     return re.sub(r"^layers\.", "transformer_blocks.", name.removeprefix("model."))
 
 
 def _tied(config: Qwen2Config, tensors: Tensors) -> tuple[Qwen2Config, Tensors]:
-    """The tensors with the head only where it is another matrix than the embeddings, and a configuration that says so.
+    """Configuration and tensors with a head only where it differs from the embeddings.
 
-    As transformers does it: of a tied model either may be in the file; both are when they are equal, and when they are
-    not, they are not tied, whatever config.json says.
+    As in transformers: the file of a tied model has the head, the embeddings, or both if they are equal. If they
+    differ, the model is not tied, even if config.json says so.
     """
     by_name = dict(tensors.by_name)
     if not config.tie_word_embeddings or _HEAD not in by_name:
@@ -157,7 +172,7 @@ def _tied(config: Qwen2Config, tensors: Tensors) -> tuple[Qwen2Config, Tensors]:
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:
-    """Read in parts: each is a gigabyte in a large model."""
+    """Whether two matrices are equal. Compared in parts: each has a gigabyte in a large model."""
     if first.shape != second.shape or len(first.shape) != 2:
         return False
     rows = (slice(start, start + 4096) for start in range(0, first.shape[0], 4096))
@@ -185,7 +200,7 @@ def _stop_tokens(folder: Path, config: Qwen2Config) -> tuple[int, ...]:
 def _read_tokenizer(folder: Path):
     from transformers import Qwen2Tokenizer  # imported late: slow to import
 
-    if not (folder / "tokenizer.json").is_file():  # without this check an empty tokenizer would be made
+    if not (folder / "tokenizer.json").is_file():  # otherwise transformers would make an empty tokenizer
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise PSAError(

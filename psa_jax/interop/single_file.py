@@ -1,7 +1,7 @@
-"""Single-file checkpoints of SD1.x and SDXL: the layout of the original latent-diffusion code → diffusers' names.
+"""Single-file checkpoints of SD1.x and SDXL: from the layout of the original latent-diffusion code to diffusers' names.
 
-Nothing is copied: a translated tensor is a view that is read when it is asked for. Such a file holds no configuration
-and no tokenizer; the configurations are the families' known ones, and every tensor's shape is checked against them.
+Tensors are not copied: a renamed tensor is a lazily read view. Such a file holds no configuration and no tokenizer. The
+configurations are those of the released models, and every tensor's shape is checked against them.
 """
 
 import re
@@ -17,7 +17,7 @@ from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 
 Named = tuple[str, Tensor]
 
-# Where each model is in the file: pipeline class -> part -> prefix of its tensors.
+# Pipeline class -> model -> prefix of its tensors in the file.
 PREFIXES = {
     SD: {
         "text_encoder": "cond_stage_model.transformer.",
@@ -31,18 +31,18 @@ PREFIXES = {
         "unet": "model.diffusion_model.",
     },
 }
-# Within the parts: the VAE's discriminator, and CLIP's unused temperature. What is outside of them (averages and
-# constants of the training code, embedding_manager.*, a ControlNet's control_model.*) diffusers does not look at, and
-# without a placeholder word or a control picture no program does. The exceptions are MARKERS and NOT_DONE.
+# Unused tensors of the models: the VAE's discriminator, and CLIP's temperature. Tensors of no model (averages and
+# constants of the training code, embedding_manager.*, a ControlNet's control_model.*) are ignored, as in diffusers. The
+# exceptions are MARKERS and NOT_DONE.
 _NOT_USED = re.compile(r"(first_stage_model\.)?loss\.|(.+\.)?logit_scale$")
-# Tensors that are not weights: that one is there says what the UNet predicts and that the noise ends without signal.
-# A1111 and Forge read both in any file; ComfyUI in SDXL's, and the second beside the first alone; diffusers reads
-# neither. Where a folder's JSON files are given, these count, as in diffusers.
+# Tensors that are no weights; their presence sets the kind of prediction and a terminal SNR of zero. A1111 and Forge
+# read both in any file; ComfyUI reads them in SDXL's, and the second only beside the first; diffusers reads neither.
+# A folder's JSON files, where given, take precedence, as in diffusers.
 MARKERS: dict[str, dict[str, Any]] = {
     "v_pred": {"prediction_type": "v_prediction"},
     "ztsnr": {"rescale_betas_zero_snr": True},
 }
-# diffusers takes the latents' mean and deviation from the first two, whatever the JSON files say; ComfyUI reads all.
+# Tensors of unsupported models. diffusers takes the latents' mean and deviation from the first two; ComfyUI reads all.
 NOT_DONE = {
     "edm_mean": "Playground 2.5's scaling of latents",
     "edm_std": "Playground 2.5's scaling of latents",
@@ -79,7 +79,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
         ),
     },
 }
-# Of the released folders' files, with the keys that only samplers of other classes read: DDIM would clip without.
+# From the released folders, including keys that only samplers of other classes read: without them DDIM would clip.
 _SHARED = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -152,12 +152,17 @@ _OPEN_CLIP = {
 
 
 def _replace_start(name: str, table: dict[str, str]) -> str:
-    """`name` with the modules it starts with replaced by the table's, if any."""
+    """A name whose first modules are replaced by the table's, if it lists them."""
     return next((new + name[len(old) :] for old, new in table.items() if name.startswith(f"{old}.")), name)
 
 
 def unet_name(name: str, layers_per_block: int) -> str:
-    """diffusers' name of a UNet tensor: its blocks are numbered through there, resampling included."""
+    """diffusers' name of a UNet tensor of the original code, whose block numbers include the resampling layers.
+
+    Args:
+      name: without the model's prefix.
+      layers_per_block: of the UNet's configuration.
+    """
     name = _replace_start(name, _UNET)
     if match := re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", name):
         way, number, place, rest = match[1], int(match[2]), int(match[3]), match[4]
@@ -174,9 +179,13 @@ def unet_name(name: str, layers_per_block: int) -> str:
 
 
 def ldm_layer(flat: str, layers_per_block: int) -> str:
-    """diffusers' name of a UNet layer from that in the original code with underscores for dots (`input_blocks_1_1_…`).
+    """diffusers' name of a UNet layer, from its name in the original code with underscores (`input_blocks_1_1_…`).
 
-    Inside a transformer, where both have one name, underscores stay.
+    Underscores inside a transformer stay: both codes have the same names there.
+
+    Args:
+      flat: the name with underscores.
+      layers_per_block: of the UNet's configuration.
     """
     if flat in _FLAT_UNET:
         dotted = _FLAT_UNET[flat]
@@ -192,7 +201,12 @@ _FLAT_UNET, _FLAT_RESNET = ({old.replace(".", "_"): old for old in table} for ta
 
 
 def vae_name(name: str, blocks: int) -> str:
-    """diffusers' name of a VAE tensor; the decoder's resolutions are numbered from the other end there."""
+    """diffusers' name of a VAE tensor of the original code, which numbers the decoder's resolutions in reverse.
+
+    Args:
+      name: without the model's prefix.
+      blocks: number of resolutions.
+    """
     side, _, rest = name.partition(".")
     if side not in ("encoder", "decoder"):
         return name
@@ -219,7 +233,7 @@ def _clip(name: str, tensor: Tensor, config: CLIPTextConfig) -> Iterator[Named]:
 
 
 def _open_clip(name: str, tensor: Tensor, config: CLIPTextConfig) -> Iterator[Named]:
-    """OpenCLIP: q, k and v are one tensor, the projection is [width, projected]."""
+    """OpenCLIP's names: q, k and v are one tensor, and the projection is transposed."""
     if name == "positional_embedding":
         yield "embeddings.position_embedding.weight", tensor
     elif name == "text_projection":
@@ -262,7 +276,17 @@ def _squeezed(tensor: Tensor) -> Tensor:
 
 
 def translated(part: str, tensors: Tensors, prefix: str, config: Config) -> Tensors:
-    """The tensors of one model (those that start with `prefix`) under diffusers' names."""
+    """Tensors of one model under diffusers' names.
+
+    Args:
+      part: name of the model in `MODELS`.
+      tensors: of the whole file.
+      prefix: of the model's tensors.
+      config: the model's.
+
+    Raises:
+      PSAError: two tensors get the same name.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.by_name.items():
         if not name.startswith(prefix) or _NOT_USED.match(name):
@@ -275,21 +299,22 @@ def translated(part: str, tensors: Tensors, prefix: str, config: Config) -> Tens
 
 
 def open_single_file(path: Path, tokenizer: Path | None, config: Path | None) -> Parts:
-    """Opens a checkpoint; no weight is read yet.
+    """Opens a single-file checkpoint without reading weights.
 
     Args:
+      path: of the `.safetensors` file.
       tokenizer: a folder with CLIP's vocab.json and merges.txt, or with such a `tokenizer/`.
       config: a diffusers folder whose JSON files and tokenizers replace the known ones.
 
     Raises:
-      PSAError: not such a checkpoint, one that asks for what is not done, or no tokenizer given.
+      PSAError: another file, an unsupported model, or no tokenizer given.
     """
     tensors = open_tensors(path)
     pipeline = _pipeline(tensors)
     prefixes = PREFIXES[pipeline]
     for name, what in NOT_DONE.items():
         if name in tensors.by_name:
-            raise PSAError(f"{path}: {name} asks for {what}, which is not done here; give a model without it")
+            raise PSAError(f"{path}: {name} asks for {what}, which is not supported; give a model without it")
     configs, force_zeros = CONFIGS[pipeline], pipeline == SDXL
     scheduler = _marked(SCHEDULERS[pipeline], tensors)
     if config is not None:
@@ -307,17 +332,25 @@ def open_single_file(path: Path, tokenizer: Path | None, config: Path | None) ->
 
 
 def _marked(scheduler: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
-    """The family's schedule as the markers in a file change it."""
+    """Scheduler config with the changes that the file's markers make."""
     for marker, settings in MARKERS.items():
         if marker in tensors.by_name:
             scheduler = scheduler | settings
     if scheduler.get("rescale_betas_zero_snr") and scheduler["_class_name"] == "PNDMScheduler":
-        scheduler = scheduler | {"_class_name": "DDIMScheduler"}  # PNDM's class knows no such schedule
+        scheduler = scheduler | {"_class_name": "DDIMScheduler"}  # PNDM's class does not support such a schedule
     return scheduler
 
 
 def unet_config(path: Path, config: Path | None) -> UNetConfig:
-    """The UNet's configuration of such a file, or of the folder that takes its place; no weight is read."""
+    """UNet configuration of a single file, or of the folder that replaces it, without reading weights.
+
+    Args:
+      path: of the file.
+      config: as in `open_single_file`.
+
+    Raises:
+      PSAError: as `open_single_file`.
+    """
     pipeline = _pipeline(open_tensors(path))
     return (CONFIGS[pipeline] if config is None else _described(config, path, pipeline).configs)["unet"]
 
@@ -330,7 +363,7 @@ def _described(config: Path, path: Path, pipeline: str) -> Described:
 
 
 def _pipeline(tensors: Tensors) -> str:
-    """Which family a file holds, by the text encoder in it."""
+    """Pipeline class of a file, by its text encoder's tensors."""
     for pipeline, part in ((SDXL, "text_encoder_2"), (SD, "text_encoder")):
         if any(name.startswith(PREFIXES[pipeline][part]) for name in tensors.by_name):
             return pipeline
@@ -357,7 +390,12 @@ def _tokenizers(path: Path, pipeline: str, folder: Path | None, config: Path | N
 
 
 def open_vae_file(path: Path, config: VAEConfig) -> Tensors:
-    """A VAE alone in a safetensors file, in diffusers' or the LDM layout, under diffusers' names."""
+    """Tensors of a VAE under diffusers' names, from a file in diffusers' layout or that of the original code.
+
+    Args:
+      path: of the file: a VAE alone, or a whole checkpoint.
+      config: the VAE's.
+    """
     tensors = open_tensors(path)
     if any(".mid_block." in name for name in tensors.by_name):
         return tensors

@@ -1,8 +1,8 @@
-"""Reads torch's `.bin` files (zip format) as arrays, without torch and without running anything that they say.
+"""Safe reader of torch's `.bin` files (zip format): arrays, without torch and without executing the pickle.
 
-A pickle is a program. This one is interpreted here, opcode by opcode, and knows only what a state dict needs: numbers,
-text, tuples, lists, dicts, and three names, which stand for values made here and never for code. Every other opcode or
-name is refused. Sizes are bounded by the file's own size: what is compressed, overlaps or repeats itself is refused.
+A pickle is a program. It is interpreted here opcode by opcode, with the opcodes that a state dict needs: numbers, text,
+tuples, lists, dicts, and three names, which stand for values made here and never for code. Every other opcode or name
+is refused. Sizes are bounded by the file's size: compressed, overlapping and repeated content is refused.
 
 Source: https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -35,12 +35,12 @@ _DICT = "collections OrderedDict"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
 _MARK = object()
-# What zipfile and pickletools raise on bytes that are not theirs.
+# Exceptions of zipfile and pickletools on damaged files.
 _DAMAGED = (zipfile.BadZipFile, struct.error, EOFError, ValueError, KeyError, IndexError, RuntimeError, OSError)
 
 
 class _Name(str):
-    """A name that the pickle asked for. Only a word: what it stands for is decided by `_call`."""
+    """A global name in the pickle. It is a plain text; `_call` decides what it stands for."""
 
 
 class _Storage(NamedTuple):
@@ -48,14 +48,14 @@ class _Storage(NamedTuple):
 
 
 class _Refused(Exception):
-    """What is wrong; `read_state` adds where, and what to do."""
+    """Reason of a refusal. `read_state` adds the file and the advice."""
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The dict of tensors, or of dicts of tensors, in a file that `torch.save` wrote.
+    """State dict in a file of `torch.save`: names to tensors, or to dicts of tensors.
 
     Raises:
-      PSAError: anything else than such a dict, whether damaged, oversized or built to do harm. Nothing is run.
+      PSAError: another content, or a damaged, oversized or malicious file. Nothing in it is executed.
     """
     if not path.is_file():
         raise PSAError(f"{path}: no such file")
@@ -72,13 +72,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 class _Storages:
-    """The raw numbers beside the pickle, each read once."""
+    """Storages of the archive: the raw numbers beside the pickle. Each is read once."""
 
     def __init__(self, archive: zipfile.ZipFile, prefix: str):
         self._archive, self._prefix, self._read = archive, prefix, {}
 
     def get(self, pid: Any) -> _Storage:
-        """The storage of ("storage", class, key, device, count)."""
+        """Storage of the persistent id ("storage", class, key, device, count)."""
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or type(pid[1]) is not _Name:
             raise _Refused("a persistent id that names no storage")
         _, kind, key, _, count = pid
@@ -96,7 +96,7 @@ class _Storages:
 
 
 def _open(archive: zipfile.ZipFile, size: int) -> tuple[bytes, _Storages, int]:
-    """The pickle, the storages, and how many bytes of tensors there can be."""
+    """The pickle, the storages, and an upper bound for the bytes of all tensors."""
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     if len(names) > MAX_ENTRIES or len(set(names)) != len(names):
@@ -209,7 +209,7 @@ def _fill(target: Any, items: list[Any]) -> None:
 
 
 def _call(name: Any, given: Any) -> Any:
-    """What a state dict means by calling `name`. Each is made here, from checked arguments."""
+    """Result of a call of `name` in a state dict, built here from checked arguments."""
     if type(name) is not _Name or type(given) is not tuple:
         raise _Refused("its pickle calls something that it made itself")
     if name == _DICT and given == ():
@@ -222,7 +222,7 @@ def _call(name: Any, given: Any) -> Any:
 
 
 def _tensor(values: np.ndarray, offset: Any, shape: Any, strides: Any) -> np.ndarray:
-    """A view of a storage, checked to lie within it, as an array of its own."""
+    """Copy of a strided view of a storage, after a check that the view lies within it."""
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides) or len(shape) > MAX_AXES:
         raise _Refused("a tensor with a shape and strides that do not go together")
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in (offset, *shape, *strides)):
@@ -239,7 +239,7 @@ def _tensor(values: np.ndarray, offset: Any, shape: Any, strides: Any) -> np.nda
 
 
 def _plain(found: Any) -> dict[str, Any]:
-    """Names to tensors, or to dicts of them; nothing else and no deeper."""
+    """The state dict, after a check that it holds tensors and dicts of tensors, and nothing deeper."""
     if type(found) is not dict:
         raise _Refused(f"it holds a {type(found).__name__} and no dict of tensors")
     for name, item in found.items():

@@ -1,4 +1,4 @@
-"""The torch original's adapter: `psa_adapter.bin`, and what of our adapters can be said in its words."""
+"""Files of the torch original, `psa_adapter.bin`: reading them, and writing adapters that its format can express."""
 
 from pathlib import Path
 
@@ -14,7 +14,11 @@ GROUPS = ("psa_adapter", "user_proj")
 
 
 def read_bin(path: Path) -> Tensors:
-    """`psa_adapter.bin` under the native file's names, in float32. Nothing in the file is run."""
+    """Tensors of a `psa_adapter.bin` in float32, under the native file's names. The pickle's code is not executed.
+
+    Raises:
+      PSAError: not such a file, or an unsafe or damaged pickle.
+    """
     state = read_state(path)
     if sorted(state) != sorted(GROUPS) or not all(isinstance(state[group], dict) for group in GROUPS):
         raise PSAError(f"{path}: not an adapter of the torch original, which holds {' and '.join(GROUPS)}")
@@ -23,7 +27,15 @@ def read_bin(path: Path) -> Tensors:
 
 
 def write_bin(tensors: Tensors, path: Path) -> None:
-    """Writes `psa_adapter.bin` from the tensors of `as_published`; needs torch."""
+    """Writes a `psa_adapter.bin`, whole or not at all. Needs torch.
+
+    Args:
+      tensors: of `as_published`.
+      path: of the file.
+
+    Raises:
+      PSAError: torch is not installed.
+    """
     try:
         import torch
     except ImportError as error:
@@ -42,12 +54,18 @@ def write_bin(tensors: Tensors, path: Path) -> None:
 
 
 def as_published(tensors: Tensors, config: AdapterConfig, where: Path, format_: str) -> Tensors:
-    """The native tensors as a `published` adapter.
+    """Tensors of a native file as those of a `published` adapter.
 
-    With one token the kinds in the cross-attentions are one and the same constant s·W_v z, so that each of them is one.
+    With one token, all kinds in the cross-attentions are the same constant s·W_v z, so each is a `published` one.
+
+    Args:
+      tensors: of the native file.
+      config: the adapter's sizes.
+      where: the file, for errors.
+      format_: the export format, for errors.
 
     Raises:
-      PSAError: the adapter does what no `published` adapter can do.
+      PSAError: an adapter that no `published` adapter equals.
     """
     constant = config.tokens == 1 and not config.before_unet
     if config.kind != "published" and not constant:

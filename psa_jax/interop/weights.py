@@ -1,6 +1,6 @@
-"""Tensor files: names, layouts, stacks, strict reading one tensor at a time, writing.
+"""Weight files: tensor names, layouts and stacks; strict reading, one tensor at a time; writing.
 
-Every tensor of a file is used exactly once and has exactly the expected shape; otherwise the load fails and says which.
+Every tensor of a file is used exactly once and has exactly the expected shape. Otherwise loading fails with its name.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from psa_jax.errors import PSAError
 from psa_jax.json_input import read_json
 from psa_jax.tensor_file import Entry, all_finite, read_header, require_floats, save_tensors
 
-# Attributes here that are list entries in the torch modules.
+# Attributes that are list entries in the torch modules.
 _RENAMED = {"to_out_0": "to_out.0", "net_0": "net.0", "net_2": "net.2"}
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _STACK = "transformer_blocks"
-# What diffusers and transformers do not read where it is not a parameter of the model: constants of old files (0, 1, 2,
-# …, and frequencies), and the rest of a whole CLIP.
+# Tensors that diffusers and transformers ignore unless they are parameters of the model: constants of old files
+# (positions and frequencies), and the other parts of a whole CLIP.
 UNUSED = re.compile(
     r"(text_model\.)?embeddings\.position_ids|.*\.rotary_emb\.inv_freq"
     r"|logit_scale|text_projection\.weight|visual_projection\.weight|vision_model\..*"
@@ -40,13 +40,18 @@ Shardings = Callable[[ParameterPath, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def torch_name(path: ParameterPath) -> str:
-    """Name of a parameter in torch, from its path in the NNX state."""
+    """Torch's name of the parameter with this path in the NNX state."""
     *modules, leaf = (str(p) for p in path)
     return ".".join([*(_RENAMED.get(m, m) for m in modules), _LEAVES[leaf]])
 
 
 def torch_names(path: ParameterPath, shape: tuple[int, ...]) -> list[str]:
-    """Names in torch of the tensors in a parameter: one, or one a block where its first axis stacks blocks."""
+    """Torch's names of the tensors in a parameter: one, or one for each block if its first axis stacks blocks.
+
+    Args:
+      path: of the parameter in the NNX state.
+      shape: of the parameter.
+    """
     if not is_stacked(path):
         return [torch_name(path)]
     at = path.index(_STACK) + 1
@@ -54,26 +59,30 @@ def torch_names(path: ParameterPath, shape: tuple[int, ...]) -> list[str]:
 
 
 def is_stacked(path: ParameterPath) -> bool:
-    """Whether the first axis of a parameter runs over the transformer blocks of a stack."""
+    """Whether a parameter's first axis runs over the transformer blocks of a stack."""
     return _STACK in path and not str(path[path.index(_STACK) + 1]).isdigit()
 
 
 def from_torch(weight: np.ndarray, path: ParameterPath) -> np.ndarray:
-    """Linear [out, in] → [in, out]; convolution [out, in, h, w] → [h, w, in, out]; the rest as is. A view."""
+    """View of torch's tensor in this project's layout.
+
+    Linear kernels go from [out, in] to [in, out], convolutions from [out, in, h, w] to [h, w, in, out]; other tensors
+    are unchanged.
+    """
     if path[-1] != "kernel":
         return weight
     return weight.T if weight.ndim == 2 else weight.transpose(2, 3, 1, 0)
 
 
 def to_torch(weight: np.ndarray, path: ParameterPath) -> np.ndarray:
-    """The inverse of `from_torch`."""
+    """Contiguous tensor in torch's layout: the inverse of `from_torch`."""
     if path[-1] != "kernel":
         return weight
     return np.ascontiguousarray(weight.T if weight.ndim == 2 else weight.transpose(3, 2, 0, 1))
 
 
 def torch_order(axes: tuple[Any, ...], path: ParameterPath) -> tuple[Any, ...]:
-    """What belongs to the axes of a parameter (its shape, an index) in the order of torch's axes."""
+    """Items for each axis of a parameter (its shape, an index) in the order of torch's axes."""
     if path[-1] != "kernel":
         return axes
     *window, width_in, width_out = axes
@@ -82,37 +91,45 @@ def torch_order(axes: tuple[Any, ...], path: ParameterPath) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that is read when it is asked for.
+    """Lazily read tensor of a file.
 
     Attributes:
-      shape: its shape in torch.
-      read: index -> that part of it, in the dtype of the file.
+      shape: in torch's layout.
+      read: index -> this part of the tensor, in the file's dtype.
     """
 
     shape: tuple[int, ...]
     read: Callable[[Index], np.ndarray]
 
     def all(self) -> np.ndarray:
-        """The whole tensor."""
+        """The whole tensor, in the file's dtype."""
         return self.read((slice(None),) * len(self.shape))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        del copy  # every reading is one
+        del copy  # every read makes a copy
         return self.all() if dtype is None else self.all().astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """The tensors of one model by their names; `where` is the file that an error names."""
+    """Tensors of one model.
+
+    Attributes:
+      where: the file, for errors.
+      by_name: name -> tensor.
+    """
 
     where: Path
     by_name: Mapping[str, Tensor]
 
     def renamed(self, rename: Callable[[str], str]) -> "Tensors":
-        """The same tensors under other names.
+        """The same tensors under new names.
+
+        Args:
+          rename: old name -> new name.
 
         Raises:
-          PSAError: two would get the same name.
+          PSAError: two tensors get the same name.
         """
         first: dict[str, str] = {}
         for name in self.by_name:
@@ -122,7 +139,7 @@ class Tensors:
 
 
 def has_variant(folder: Path, variant: str) -> bool:
-    """Whether the folder of a part has weights of a variant, in whatever format: `*.fp16.*`, or shards of it."""
+    """Whether a folder has weights of a variant in any format, such as `*.fp16.*` or its shards."""
     return any(f".{variant}." in path.name or f".{variant}-" in path.name for path in folder.glob("*"))
 
 
@@ -134,13 +151,16 @@ def _variants(folder: Path, stem: str) -> list[str]:
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None, *, advice: str = "give --variant={}") -> Path:
-    """The weights of a part: `{stem}.safetensors`, or the index of its shards, of one variant.
+    """Path of a model's weights: `{stem}.safetensors`, or the index of its shards.
 
     Args:
-      advice: where only another variant is there, whose name takes the place of {}.
+      folder: of the model.
+      stem: name of the weight files up to the variant.
+      variant: such as "fp16"; None for files without one.
+      advice: end of the error if only other variants are there; {} stands for the first of them.
 
     Raises:
-      PSAError: there is none, or more than one; the line says what is there and the way out.
+      PSAError: no such file, or more than one; the message says what to do.
     """
     single = f"{stem}.safetensors"
     candidates = [single, f"{single}.index.json"]
@@ -172,10 +192,10 @@ def _refuse_pickle(name: str) -> str:
 
 
 def open_tensors(path: Path) -> Tensors:
-    """Opens a safetensors file, or the index (`*.json`) of a sharded one; no tensor is read yet.
+    """Opens a safetensors file, or the index (`*.json`) of a sharded one, without reading tensors.
 
     Raises:
-      PSAError: not a whole safetensors file, or shards that are not as the index says.
+      PSAError: a missing or damaged file, or shards that do not match the index.
     """
     if path.suffix in _PICKLES:
         raise PSAError(f"{path}: {_refuse_pickle(path.name)}")
@@ -194,7 +214,7 @@ def _tensor(path: Path, name: str, entry: Entry) -> Tensor:
         dtype = np.dtype(_DTYPES[entry.dtype])
         if not math.prod(entry.shape):
             return np.empty(entry.shape, dtype)[index]
-        # Mapped anew for each read: of a file that stays mapped, every page would go on counting as memory.
+        # Mapped for each read: the pages of a file that stays mapped would count as memory.
         size = math.prod(entry.shape) * dtype.itemsize
         whole = np.memmap(path, np.uint8, "r", entry.start, size).view(np.ndarray)
         return np.asarray(whole.view(dtype).reshape(entry.shape)[index])
@@ -203,7 +223,11 @@ def _tensor(path: Path, name: str, entry: Entry) -> Tensor:
 
 
 def shards_of(path: Path) -> list[str]:
-    """Names of the files that an index lists, in order; they lie beside it."""
+    """Sorted names of the files that an index lists. They lie in its folder.
+
+    Raises:
+      PSAError: a malformed index, or a missing file.
+    """
     return sorted(set(_read_index(path).values()))
 
 
@@ -222,9 +246,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open_index(path: Path) -> dict[str, Tensor]:
     files, found = _read_index(path), dict[str, Tensor]()
-    for shard in sorted(
-        set(files.values())
-    ):  # as diffusers and transformers do: all of each file, whichever of them the index says
+    # All tensors of each file are read, whatever the index says of them, as in diffusers and transformers.
+    for shard in sorted(set(files.values())):
         tensors = _open_file(path.parent / shard)
         if twice := tensors.keys() & found.keys():
             raise PSAError(f"{path.parent / shard}: {shown(twice)} is in another file, too; download the files again")
@@ -235,13 +258,13 @@ def _open_index(path: Path) -> dict[str, Tensor]:
 
 
 def shown(names: set[str]) -> str:
-    """The first three names, and how many more."""
+    """The first three names, and the number of others, for an error."""
     first = [name if name.isprintable() else repr(name) for name in sorted(names)[:3]]
     return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
 
 
 def parameter_names(model: nnx.Module) -> set[str]:
-    """Names, in torch's layout, of the tensors that the model is made of."""
+    """Torch's names of all tensors of a model."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {name for path, variable in flat for name in torch_names(path, variable.shape)}
 
@@ -254,16 +277,20 @@ def load_weights(
     dtype: Any = jnp.float32,
     sharding: Shardings | None = None,
 ) -> nnx.Module:
-    """Fills an abstract model (`abstract_model`), one tensor at a time.
+    """Loads weights into an abstract model, one tensor at a time.
 
     Args:
+      model: of `abstract_model`.
       source: a safetensors file, the index of a sharded one, or opened tensors.
-      rename: maps a tensor name in the file to the name expected here.
-      dtype: of every parameter, whatever the file holds.
-      sharding: (path, shape) of a parameter -> where it lives; a process then reads only the parts it holds.
+      rename: tensor name in the file -> torch's name of the parameter.
+      dtype: of every parameter, independent of the file's type.
+      sharding: (path, shape) of a parameter -> its sharding; a process then reads only its own parts.
+
+    Returns:
+      The model with its weights.
 
     Raises:
-      PSAError: missing, extra or misshapen tensors, numbers that are not finite in `dtype`, or an unreadable file.
+      PSAError: missing, extra or misshapen tensors, values that are not finite in `dtype`, or an unreadable file.
     """
     tensors = (open_tensors(source) if isinstance(source, Path) else source).renamed(rename)
     graph, state = nnx.split(model)
@@ -296,10 +323,10 @@ def _filled(flat, tensors: Tensors, dtype: np.dtype, sharding) -> Iterator[tuple
 
 
 def _read(tensors: Tensors, path: ParameterPath, shape: tuple[int, ...], index: Index, dtype: np.dtype) -> np.ndarray:
-    """A part of a parameter, in the layout of this project: turned, stacked and cast in one pass over the bytes.
+    """Part of a parameter in this project's layout: transposed, stacked and cast in one pass over the bytes.
 
     Raises:
-      PSAError: a number is not finite in `dtype`.
+      PSAError: a value is not finite in `dtype`.
     """
     names = torch_names(path, shape)
     part = np.empty([len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)], dtype)
@@ -321,10 +348,16 @@ def _read(tensors: Tensors, path: ParameterPath, shape: tuple[int, ...], index: 
 def save_weights(
     model: nnx.Module, path: Path, rename: Callable[[str], str] = str, *, dtype: Any | None = None
 ) -> None:
-    """Writes the parameters under their torch names, in `dtype` or as the model holds them.
+    """Writes a model's parameters to a safetensors file.
+
+    Args:
+      model: with weights.
+      path: of the file.
+      rename: torch's name of a parameter -> tensor name in the file.
+      dtype: of the tensors; None for the parameters' own.
 
     Raises:
-      PSAError: a number is not finite in that type; nothing is written.
+      PSAError: a value is not finite in `dtype`; nothing is written.
     """
     tensors = {}
     for where, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -342,7 +375,7 @@ def save_weights(
 
 
 class _OneKey(nnx.Rngs):
-    """Gives one key again and again. Counting keys while tracing takes time quadratic in the number of parameters."""
+    """Random stream that repeats one key: counting keys while tracing takes time quadratic in the parameters."""
 
     def __init__(self, params: Any = None):
         super().__init__()
@@ -352,10 +385,15 @@ class _OneKey(nnx.Rngs):
 
 
 def abstract_model(model_type: Callable[..., nnx.Module], config: Any) -> nnx.Module:
-    """A model with shapes in place of arrays, for `load_weights` and `parameter_count`."""
+    """Model with shapes in place of arrays, for `load_weights` and `parameter_count`.
+
+    Args:
+      model_type: class of the model.
+      config: its configuration.
+    """
     return nnx.eval_shape(lambda: model_type(config, rngs=_OneKey()))
 
 
 def parameter_count(model: nnx.Module) -> int:
-    """Number of parameters."""
+    """Number of a model's parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

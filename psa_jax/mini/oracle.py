@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from psa_jax.diffusion.pixels import from_bytes
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
 from psa_jax.mini.pretrain import train_loop
@@ -77,7 +78,7 @@ class Oracle:
 
         @jax.jit
         def read(params, images):
-            pictogram, subject = nnx.merge(graph, params)(images.astype(jnp.float32) / 127.5 - 1.0)
+            pictogram, subject = nnx.merge(graph, params)(from_bytes(images))
             return jnp.argmax(pictogram, -1), jnp.argmax(subject, -1)
 
         self._read = read
@@ -192,7 +193,7 @@ def train_oracle(
     def loss(params, data, key):
         which, debris_key, tint_key, noise_key, soft_key = jax.random.split(key, 5)
         index = jax.random.randint(which, (config.batch_size,), 0, data["images"].shape[0])
-        scenes, others = (data[name][index].astype(jnp.float32) / 127.5 - 1.0 for name in ("images", "others"))
+        scenes, others = (from_bytes(data[name][index]) for name in ("images", "others"))
         labels = data["labels"][index]
         broken = jnp.arange(config.batch_size) < config.batch_size // 6
         # A scene without a pictogram has no plate to break.

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
+from psa_jax.diffusion.pixels import from_bytes
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.mini.world import sample_scenes
 from psa_jax.models.clip import CLIPText
@@ -39,11 +40,6 @@ class MiniSet:
         self.images: UInt8[np.ndarray, "n 64 64 3"] = np.stack([image for image, _, _ in rows])
         self.captions = [text for _, text, _ in rows]
         self.labels: Int[np.ndarray, "n 3"] = np.asarray([label for _, _, label in rows], np.int32)
-
-
-def to_unit(images: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
-    """Bytes to [−1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -138,7 +134,7 @@ def train_vae(vae: VAE, images: UInt8[np.ndarray, "n h w 3"], config: ml_collect
         top, left = jax.random.randint(row, (count,), 0, span), jax.random.randint(column, (count,), 0, span)
         top, left = top * vae.config.downscale, left * vae.config.downscale
         cut = jax.vmap(lambda i, y, x: jax.lax.dynamic_slice(pool, (i, y, x, 0), (1, size, size, 3))[0])
-        return to_unit(cut(index, top, left))
+        return from_bytes(cut(index, top, left))
 
     def loss(params, data, key, count: int, size: int):
         model = nnx.merge(graph, params)
@@ -169,7 +165,7 @@ def encode_all(
 ) -> Iterator[Float[np.ndarray, "b h w m"]]:
     """Moments of many pictures, batch after batch."""
     graph, params = nnx.split(vae, nnx.Param)
-    encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(to_unit(x)))
+    encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(from_bytes(x)))
     for start in range(0, len(images), batch):
         part = images[start : start + batch]
         padded = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), part.dtype)])

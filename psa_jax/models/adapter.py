@@ -2,15 +2,15 @@
 
     z = LayerNorm(reshape(W_p u + b_p, [T, C]))
 
-What the tokens do is the adapter's kind. With o the text attention's answer, e the text states and s the scale:
+The adapter's kind says how. With o the text attention's output, e the text states and s the scale:
 
     published   o + s·attn(Q, W_k z, W_v z)                     Source: PSA, arXiv 2508.01151
     text        attn(Q, K, V + s·attn(W_q e, W_k z, W_v z))
     concept     o + s·attn(W_q o, W_k z, W_v z)
     prompt      e + s·W_o attn(W_q e, W_k z, W_v z), before the UNet
 
-W_v (W_o for `prompt`) starts at zero, so an untrained adapter leaves the base model exactly as it is. With one token
-attention is the constant W_v z, and W_q and W_k do not exist.
+W_v (W_o for `prompt`) starts at zero, so an untrained adapter leaves the base model exactly as it is. With a single
+token, attention is the constant W_v z, and W_q and W_k do not exist.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,17 @@ from psa_jax.models.attention import CrossContext, UserTokens, attend
 from psa_jax.models.unet import UNet
 
 LAYER_NORM_EPS = 1e-5
-# Text states share most of what they are. With a gain of 1 every prompt token asks the user tokens for nearly the same
-# at the start, and training takes a little longer to tell concepts apart.
+# Text states of different tokens are much alike. With a gain of 1 all prompt tokens attend to the user tokens nearly
+# alike at the start, and training takes a little longer to separate concepts.
 QUERY_KEY_GAIN = 1.5
 
 
 class AdapterParam(nnx.Param):
-    """A trained parameter; everything else of the model is frozen."""
+    """A parameter that training changes. The base model's parameters are plain `nnx.Param`s and stay frozen."""
 
 
 class UserProjection(nnx.Module):
-    """User embedding [batch, D] to user tokens z [batch, T, C]."""
+    """Projection of a user embedding to T user tokens z = LayerNorm(reshape(W_p u + b_p, [T, C]))."""
 
     def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
         inner = config.tokens * config.cross_dim
@@ -46,6 +46,7 @@ class UserProjection(nnx.Module):
         self.norm_bias = AdapterParam(jnp.zeros(config.cross_dim))
 
     def __call__(self, user: Float[Array, "b d"]) -> Float[Array, "b t c"]:
+        """User tokens [batch, T, C] of user embeddings [batch, D]."""
         tokens = (user @ self.kernel[...] + self.bias[...][None, :]).reshape(user.shape[0], self.tokens, -1)
         # The fast variance E[x²] − E[x]² loses digits where a learned mean is large against the spread.
         normal = jax.nn.standardize(tokens, axis=-1, epsilon=LAYER_NORM_EPS, algorithm="stable")
@@ -53,7 +54,12 @@ class UserProjection(nnx.Module):
 
 
 class UserAttention(nnx.Module):
-    """Projections of one layer: kernels [in, out] without biases, named as in `shapes`."""
+    """Projections W_q, W_k, W_v and W_o of one adapter site: kernels [in, out] without biases.
+
+    Args:
+      shapes: name -> (in, out) of each kernel, as `AdapterConfig.projections` gives them; other kernels are None.
+      zero: name of the kernel that starts at zero.
+    """
 
     def __init__(self, shapes: dict[str, tuple[int, int]], zero: str, *, rngs: nnx.Rngs):
         def kernel(name):  # None where the kind has no such projection
@@ -71,12 +77,13 @@ def _init(rngs: nnx.Rngs, fan_in: int, fan_out: int, gain: float = 1.0) -> Float
 
 
 Scale = Float[Array, " b"]
+"""Strength s of the adapter for each prompt; 0 is the base model."""
 
 
 def _user_attention(
     layer: UserAttention, query_input: Float[Array, "b n c"], z: Float[Array, "b t c"], heads: int
 ) -> Float[Array, "b #n d"]:  # noqa: F821
-    """attn(W_q query_input, W_k z, W_v z); the constant W_v z where there is one token."""
+    """attn(W_q x, W_k z, W_v z) with x = `query_input`; the constant W_v z for a single token."""
     value = z @ layer.to_v[...]
     if layer.to_k is None:
         return value
@@ -106,11 +113,14 @@ _APPLY: dict[str, Callable[..., CrossContext]] = {
     "text": _apply_text,
     "concept": _apply_concept,
 }
-"""Kind → (layer, context, text, z, heads, scale) -> context, for those that act in the cross-attentions."""
+"""Adapter kind -> (layer, context, text, z, heads, scale) -> context, for the kinds that act in cross-attentions."""
 
 
 class Adapter(nnx.Module):
-    """All trained parameters: the user projection and one `UserAttention` a cross-attention (one in all: `prompt`)."""
+    """User adapter: the user projection and a `UserAttention` for each adapter site. Holds all trained parameters.
+
+    Source: PSA, arXiv 2508.01151, for the kind `published`.
+    """
 
     def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -120,6 +130,7 @@ class Adapter(nnx.Module):
             [UserAttention(config.projections(width), zero, rngs=rngs) for width, _ in config.adapter_sites]
         )
 
+    @jax.named_scope("adapter")
     def __call__(
         self,
         unet: UNet,
@@ -128,17 +139,23 @@ class Adapter(nnx.Module):
         scale: Scale,
         base: tuple[CrossContext, ...] | None = None,
     ) -> tuple[CrossContext, ...]:
-        """Contexts for the UNet: everything of the adapter that does not depend on the timestep.
+        """Cross-attention contexts of the UNet with the adapter in them. They do not depend on the timestep.
 
-        Computes in the type of `text`, whatever the parameters are kept in; the user tokens in the parameters' own.
+        User tokens are computed in the parameters' type, everything else in the type of `text`.
 
         Args:
-          user: one embedding a prompt.
-          scale: s of each prompt; 0 is the base model.
-          base: `unet.context(text)` if it is known already.
+          unet: the base model's.
+          text: text states of each prompt.
+          user: one user embedding a prompt.
+          scale: strength s of each prompt; 0 is the base model.
+          base: `unet.context(text)`, where it is already computed.
+
+        Returns:
+          One context for each cross-attention, in adapter order.
         """
-        # Users differ little in their embeddings, so that W_p and its norm are not rounded.
-        z = self.user_proj(user).astype(text.dtype)
+        # User embeddings differ little: W_p and its norm are not rounded to the type of the text.
+        with jax.named_scope("user_projection"):
+            z = self.user_proj(user).astype(text.dtype)
         layers = jax.tree.map(lambda leaf: leaf.astype(text.dtype), self.layers)
         scale = scale.astype(text.dtype)
         if self.config.before_unet:
@@ -147,7 +164,8 @@ class Adapter(nnx.Module):
             return unet.context(text + scale[:, None, None] * added)
         base = unet.context(text) if base is None else base
         apply = _APPLY[self.config.kind]
-        return tuple(
-            apply(layer, context, text, z, heads, scale)
-            for layer, context, (_, heads) in zip(layers, base, self.config.layers, strict=True)
-        )
+        with jax.named_scope("user_contexts"):
+            return tuple(
+                apply(layer, context, text, z, heads, scale)
+                for layer, context, (_, heads) in zip(layers, base, self.config.layers, strict=True)
+            )

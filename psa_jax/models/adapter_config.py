@@ -1,4 +1,4 @@
-"""Kinds and sizes of user adapters. Imports neither JAX nor torch: both build their modules from what is said here."""
+"""Kinds and sizes of user adapters. Imports neither JAX nor torch; the modules of both are built from these records."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,6 +7,7 @@ from psa_jax.errors import PSAError
 from psa_jax.models.config import UNetConfig
 
 PROMPT_HEADS = 8
+"""Largest number of attention heads of the `prompt` kind."""
 UNCONDITIONAL = ("off", "zeros", "same")
 """User embedding on the unconditional side of guidance: adapter off, zeros, or the same user as on the other side."""
 Layers = tuple[tuple[int, int], ...]
@@ -14,12 +15,12 @@ Layers = tuple[tuple[int, int], ...]
 
 
 class AdapterKind(NamedTuple):
-    """How an adapter kind acts.
+    """Where an adapter kind takes its queries from, and where it acts.
 
     Attributes:
-      query_source: what W_q projects: nothing (the UNet's "image" queries are used), the "text" states, or the
-        "attention" output of the layer.
-      before_unet: it acts once, on the text states; the others act in every cross-attention.
+      query_source: "image": the UNet's own queries, without a W_q; "text": W_q projects the text states; "attention":
+        W_q projects the output of the layer's text attention.
+      before_unet: acts once, on the text states; the other kinds act in every cross-attention.
     """
 
     query_source: str
@@ -35,12 +36,20 @@ ADAPTER_KINDS = {
 
 
 def check_kind(kind: str, qk_dim: int | None) -> None:
-    """Raises PSAError for a kind that there is not, or one that has no such width."""
+    """Checks an adapter kind and the width of its queries and keys.
+
+    Args:
+      kind: a key of `ADAPTER_KINDS`.
+      qk_dim: width of W_q and W_k; None for full width.
+
+    Raises:
+      PSAError: an unknown kind, or a width for a kind without W_q.
+    """
     if kind not in ADAPTER_KINDS:
         raise PSAError(f"adapter kind {kind!r} is unknown (one of {', '.join(ADAPTER_KINDS)})")
     if qk_dim is not None and ADAPTER_KINDS[kind].query_source == "image":
         raise PSAError(
-            f"adapter.qk_dim is {qk_dim}, which does not apply to the {kind} kind: it asks with the UNet's own "
+            f"adapter.qk_dim is {qk_dim}, which does not apply to the {kind} kind: it uses the UNet's own "
             "queries; leave it out"
         )
 
@@ -54,8 +63,11 @@ class AdapterConfig:
       tokens: user tokens T.
       user_dim: length D of a user embedding.
       cross_dim: cross-attention width C of the base model.
-      layers: the base model's.
+      layers: (width, heads) of the base model's cross-attentions.
       qk_dim: width of W_q and W_k; None for full width.
+
+    Raises:
+      PSAError: an unknown kind, no token, or a `qk_dim` that the heads do not divide.
     """
 
     kind: str
@@ -81,20 +93,30 @@ class AdapterConfig:
     def for_unet(
         cls, unet: UNetConfig, *, user_dim: int, kind: str = "text", tokens: int = 4, qk_dim: int | None = None
     ) -> "AdapterConfig":
-        """The adapter that fits a UNet."""
+        """Sizes of an adapter for a UNet.
+
+        Args:
+          unet: the base model's configuration.
+          user_dim: length D of a user embedding.
+          kind, tokens, qk_dim: as the attributes.
+
+        Raises:
+          PSAError: as the constructor.
+        """
         return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim)
 
     @property
     def before_unet(self) -> bool:
+        """Whether the adapter acts once, on the text states, before the UNet."""
         return ADAPTER_KINDS[self.kind].before_unet
 
     @property
     def adapter_sites(self) -> Layers:
-        """(width, heads) of every place where the adapter has projections."""
+        """(width, heads) of every site where the adapter has projections: the cross-attentions, or one (`prompt`)."""
         return ((self.cross_dim, prompt_heads(self.cross_dim)),) if self.before_unet else self.layers
 
     def projections(self, width: int) -> dict[str, tuple[int, int]]:
-        """Kernels of the projections in a place of this width, as name -> (in, out)."""
+        """Kernels of the projections at a site of this width, as name -> (in, out)."""
         qk = width if self.qk_dim is None else self.qk_dim
         found = {"to_v": (self.cross_dim, width)}
         if self.tokens > 1:
@@ -108,5 +130,5 @@ class AdapterConfig:
 
 
 def prompt_heads(cross_dim: int) -> int:
-    """Heads of the `prompt` kind: the most, up to 8, that divide the width."""
+    """Attention heads of the `prompt` kind: the largest number up to `PROMPT_HEADS` that divides the width."""
     return next(h for h in range(PROMPT_HEADS, 0, -1) if not cross_dim % h)

@@ -1,11 +1,11 @@
-"""Attention and transformer blocks of the diffusers UNet, with the text side computed apart from the image side.
+"""Attention and transformer blocks of the diffusers UNet. Text keys and values are computed apart from the image.
 
-The blocks of one stack are one module whose parameters have a leading axis, and run in a loop that is traced and
-compiled once: SDXL has stacks of ten.
+The blocks of one stack are one module whose parameters have a leading axis. A `lax.scan` over that axis is traced and
+compiled once; SDXL has stacks of ten blocks.
 
-A cross-attention sees its text (and user) only through a `CrossContext`. Contexts depend on the prompt and the user but
-not on the timestep or the pixel, so a generation computes them once, and in training the policy and the reference share
-the text keys and values.
+A cross-attention sees the text and the user only through a `CrossContext`. Contexts depend on the prompt and the user,
+not on the timestep or the pixel. Generation computes them once for all steps, and in training the policy and the
+reference share the text keys and values.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from psa_jax.models.conv import CONVOLUTION
 
 
 def _projections(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """Checkpoint policy: whether a result is one of a convolution or of a matrix product with weights."""
     if primitive.name == "conv_general_dilated" or parameters.get("name") == CONVOLUTION:
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters)
@@ -31,16 +32,23 @@ REMAT = {
     "projections": _projections,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass finds stored of a block, the rest of it being computed anew: everything; the results of matrix
-products and convolutions; the same without those of attention, which are the largest; nothing but the block's inputs.
-"""
+"""Rematerialization policies, by what the backward pass finds stored: `none` stores everything; `dots` the outputs of
+matrix products and convolutions; `projections` the same without attention's products (the largest); `full` only the
+block's inputs."""
 
 
 def remat(block: Callable[..., Array], name: str, **settings: Any) -> Callable[..., Array]:
-    """A module (whose weights become an argument) to be stored for the backward pass as `REMAT[name]` says.
+    """A module with the rematerialization policy `REMAT[name]`.
+
+    The module's weights are an argument of `jax.checkpoint`, not closed over.
 
     Args:
-      settings: what it is called with besides arrays.
+      block: a module that maps arrays to an array.
+      name: a key of `REMAT`.
+      settings: keyword arguments of the module that are no arrays.
+
+    Returns:
+      A function of the module's array arguments.
     """
 
     def call(block: Callable[..., Array], *inputs: Any) -> Array:
@@ -54,19 +62,22 @@ def remat(block: Callable[..., Array], name: str, **settings: Any) -> Callable[.
 
 
 class UserTokens(NamedTuple):
-    """What a cross-attention adds to its answer: s·attn(W_q o or Q, key, value) over T user tokens.
+    """Keys and values of the T user tokens for one cross-attention, which adds s·attn(query, key, value) to its output.
 
-    `query` is None for the `published` kind, which asks with the image query Q itself.
-    `key` is None where there is one token: attention over it is the constant `value`.
+    Attributes:
+      key: None for a single token, over which attention is the constant `value`.
+      value: already times the scale s.
+      query: projection (out, in) of the text attention's output to queries; None for the image queries themselves
+        (kind `published`).
     """
 
     key: Float[Array, "b t i"] | None
-    value: Float[Array, "b t d"]  # already times the scale s
+    value: Float[Array, "b t d"]
     query: Float[Array, "i d"] | None = None
 
 
 class CrossContext(NamedTuple):
-    """Keys and values of the text for one cross-attention, and the user tokens if they join after it."""
+    """Text keys and values of one cross-attention, and the user tokens where they are attended to after the text."""
 
     key: Float[Array, "b s d"]
     value: Float[Array, "b s d"]
@@ -79,7 +90,15 @@ Attend = Callable[[Float[Array, "b n d"], Float[Array, "b m d"], Float[Array, "b
 def attend(
     query: Float[Array, "b n d"], key: Float[Array, "b m d"], value: Float[Array, "b m v"], heads: int
 ) -> Float[Array, "b n v"]:
-    """softmax(QKᵀ/√d_head)V with heads split and joined; the softmax is in float32."""
+    """Multi-head attention softmax(QKᵀ/√d_head)·V. The softmax is in float32.
+
+    Args:
+      query: heads side by side on the last axis; likewise key and value, which may be wider.
+      heads: their number.
+
+    Returns:
+      Outputs of the heads side by side, in the type of `value`.
+    """
 
     def split(x):
         return x.reshape(*x.shape[:2], heads, -1)  # [batch, seq, heads, head_dim]
@@ -92,14 +111,26 @@ def attend(
 
 
 class ComputeOptions(NamedTuple):
-    """How a UNet computes: it changes speed and memory, and the result only as far as rounding goes."""
+    """Options of a UNet that change speed and memory, and results only by rounding.
 
-    remat: str = "none"  # what training stores of each block for the backward pass, a key of `REMAT`
-    attend: Attend = attend  # of self-attention; see `psa_jax.models.fused_attention`
+    Attributes:
+      remat: rematerialization policy of each block, a key of `REMAT`.
+      attend: implementation of self-attention; see `psa_jax.models.fused_attention`.
+    """
+
+    remat: str = "none"
+    attend: Attend = attend
 
 
 class Attention(nnx.Module):
-    """Projections of one attention. `context_dim` None makes it self-attention."""
+    """Multi-head attention over an image's pixels.
+
+    Args:
+      dim: width of the pixels' states.
+      heads: number of heads.
+      context_dim: width of the text states; None makes it a self-attention.
+      bias: of query, key and value projections. The output projection always has one.
+    """
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, *, bias: bool = False, rngs: nnx.Rngs):
         self.heads = heads
@@ -110,24 +141,42 @@ class Attention(nnx.Module):
         self.to_out_0 = nnx.Linear(dim, dim, rngs=rngs)
 
     def context(self, states: Float[Array, "b s c"]) -> CrossContext:
-        """Keys and values of `states`."""
+        """Keys and values of text states, or of pixels for a self-attention."""
         return CrossContext(self.to_k(states), self.to_v(states))
 
     def __call__(
         self, x: Float[Array, "b n d"], context: CrossContext | None = None, attend: Attend = attend
     ) -> Float[Array, "b n d"]:
+        """Attention output of each pixel.
+
+        Args:
+          x: states of n pixels.
+          context: keys and values; None attends to the pixels themselves.
+          attend: implementation of the attention to `context`.
+        """
         context = self.context(x) if context is None else context
         query = self.to_q(x)
         out = attend(query, context.key, context.value, self.heads)
         if context.user is not None:
-            out = out + user_attention(query, out, context.user, self.heads)
+            with jax.named_scope("user_attention"):
+                out = out + user_attention(query, out, context.user, self.heads)
         return self.to_out_0(out)
 
 
 def user_attention(
     query: Float[Array, "b n d"], text_output: Float[Array, "b n d"], user: UserTokens, heads: int
 ) -> Float[Array, "b #n d"]:  # noqa: F821
-    """The user tokens' answer to the image (`published`) or to the text attention's answer (`concept`)."""
+    """Attention to the user tokens, in the adapter kinds `published` and `concept`.
+
+    Args:
+      query: image queries Q, used by `published`.
+      text_output: output of the text attention, from which `concept` makes its queries.
+      user: keys, values and the projection to queries.
+      heads: of the cross-attention.
+
+    Returns:
+      s·attn(query, key, value), one row for all n pixels where there is a single token.
+    """
     if user.key is None:
         return user.value
     query_input = query if user.query is None else text_output @ user.query.T
@@ -135,55 +184,62 @@ def user_attention(
 
 
 def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """x·Φ(x) by erf, as torch does it. jax.nn.gelu's erfc has two branches and takes twice as long on a CPU."""
+    """Exact GELU x·Φ(x) by erf, as in torch. jax.nn.gelu uses erfc, which takes twice as long on a CPU."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 class GEGLU(nnx.Module):
-    """Linear to twice the width, one half gating the other through the exact (erf) GELU."""
+    """Gated linear unit: one half of a projection to 2·inner, times the exact GELU of the other half."""
 
     def __init__(self, dim: int, inner: int, *, rngs: nnx.Rngs):
         self.proj = nnx.Linear(dim, 2 * inner, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n i"]:
+        """Gated states of n pixels."""
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
         return hidden * gelu(gate)
 
 
 class FeedForward(nnx.Module):
+    """Feed-forward layer of a transformer block: GEGLU to four times the width, and a projection back."""
+
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         self.net_0 = GEGLU(dim, 4 * dim, rngs=rngs)
         self.net_2 = nnx.Linear(4 * dim, dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """New states of n pixels, without the residual."""
         return self.net_2(self.net_0(x))
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Computes in float32, answers in the type of its input."""
+    """Layer norm computed in float32."""
 
     def __call__(self, x: Float[Array, "*s d"]) -> Float[Array, "*s d"]:
+        """Normalized states in the type of `x`."""
         return super().__call__(x).astype(x.dtype)
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Computes in float32, answers in the type of its input."""
+    """Group norm computed in float32."""
 
     def __call__(self, x: Float[Array, "*s d"]) -> Float[Array, "*s d"]:
+        """Normalized states in the type of `x`; channels are the last axis."""
         return super().__call__(x).astype(x.dtype)
 
 
 def layer_norm(dim: int, rngs: nnx.Rngs, eps: float = 1e-5) -> LayerNorm:
-    # The fast variance E[x²] − E[x]² loses digits that parity needs.
+    """A `LayerNorm` of this width with the two-pass variance: E[x²] − E[x]² loses too many digits."""
     return LayerNorm(dim, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 def group_norm(dim: int, groups: int, rngs: nnx.Rngs, eps: float) -> GroupNorm:
+    """A `GroupNorm` over this many channels and groups, with the two-pass variance as in `layer_norm`."""
     return GroupNorm(dim, num_groups=groups, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention, feed-forward, each after its LayerNorm and with a residual."""
+    """Transformer block: self-attention, cross-attention and feed-forward, each with a LayerNorm and a residual."""
 
     def __init__(self, dim: int, heads: int, context_dim: int, *, rngs: nnx.Rngs):
         self.norm1 = layer_norm(dim, rngs)
@@ -196,15 +252,32 @@ class BasicTransformerBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], context: CrossContext, attend: Attend = attend
     ) -> Float[Array, "b n d"]:
-        x = x + self.attn1(self.norm1(x), attend=attend)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        """New states of n pixels.
+
+        Args:
+          context: text keys and values of the cross-attention.
+          attend: implementation of the self-attention.
+        """
+        with jax.named_scope("self_attention"):
+            x = x + self.attn1(self.norm1(x), attend=attend)
+        with jax.named_scope("cross_attention"):
+            x = x + self.attn2(self.norm2(x), context)
+        with jax.named_scope("feed_forward"):
+            return x + self.ff(self.norm3(x))
 
 
 class Transformer2D(nnx.Module):
-    """GroupNorm, projection in, `depth` transformer blocks over the pixels, projection out, residual.
+    """Transformer stack over an image: GroupNorm, projection in, `depth` blocks, projection out, residual.
 
     Every parameter of `transformer_blocks` has a leading axis of length `depth`.
+
+    Args:
+      dim: channels.
+      heads: of every attention.
+      context_dim: width of the text states.
+      depth: number of blocks.
+      groups: of the GroupNorm.
+      linear: the projections are linear layers (SD2.x, SDXL) in place of 1×1 convolutions (SD1.x).
     """
 
     def __init__(
@@ -223,7 +296,7 @@ class Transformer2D(nnx.Module):
         self.proj_out = projection()
 
     def context(self, text: Float[Array, "b s c"]) -> tuple[CrossContext, ...]:
-        """Text keys and values of each block."""
+        """Text keys and values of each block, from text states [b, s, c]."""
         stacked = jax.vmap(lambda attention: attention.context(text))(self.transformer_blocks.attn2)
         return tuple(
             jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, i, keepdims=False), stacked)  # noqa: B023
@@ -233,6 +306,12 @@ class Transformer2D(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w d"], contexts: tuple[CrossContext, ...], compute: ComputeOptions
     ) -> Float[Array, "b h w d"]:
+        """New image states of the same shape.
+
+        Args:
+          contexts: one a block.
+          compute: rematerialization policy and self-attention of the blocks.
+        """
         b, h, w, d = x.shape
 
         def run(block: BasicTransformerBlock, hidden: Array, context: CrossContext) -> Array:

@@ -17,6 +17,8 @@ ACTIVATIONS = {
 
 
 class SelfAttention(nnx.Module):
+    """Causal multi-head self-attention over tokens. The softmax is in float32."""
+
     def __init__(self, dim: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
         self.q_proj = nnx.Linear(dim, dim, rngs=rngs)
@@ -25,6 +27,7 @@ class SelfAttention(nnx.Module):
         self.out_proj = nnx.Linear(dim, dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Attention output of each token."""
         b, s, d = x.shape
         query, key, value = (
             p(x).reshape(b, s, self.heads, d // self.heads) for p in (self.q_proj, self.k_proj, self.v_proj)
@@ -37,16 +40,21 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """Feed-forward layer: two linear layers with the activation `config.hidden_act` between them."""
+
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.act = config.hidden_act
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """New states of each token, without the residual."""
         return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
 
 
 class EncoderLayer(nnx.Module):
+    """Transformer layer: self-attention and feed-forward, each with a LayerNorm and a residual."""
+
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.layer_norm1 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
         self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads, rngs=rngs)
@@ -54,35 +62,53 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """New states of each token."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class TextOutput(NamedTuple):
-    hidden: tuple[Float[Array, "b s d"], ...]  # after the embeddings and after each layer, before the final norm
-    last: Float[Array, "b s d"]  # final norm of the last layer: what SD1.x and SD2.x condition on
-    pooled: Float[Array, "b d"]  # `last` at the end-of-text token
-    projected: Float[Array, "b p"] | None  # `pooled` through the projection, where the model has one
+    """Outputs of a text encoder.
+
+    Attributes:
+      hidden: states after the embeddings and after each layer, without the final norm.
+      last: final norm of the last layer's states: the text states of SD1.x and SD2.x.
+      pooled: `last` at the end-of-text token.
+      projected: projection of `pooled`; None where the model has no projection.
+    """
+
+    hidden: tuple[Float[Array, "b s d"], ...]
+    last: Float[Array, "b s d"]
+    pooled: Float[Array, "b d"]
+    projected: Float[Array, "b p"] | None
 
 
 class Embeddings(nnx.Module):
+    """Sum of a learned token embedding and a learned position embedding."""
+
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
         self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs)
 
     def __call__(self, input_ids: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        """Embedding of each token id."""
         position = self.position_embedding.embedding[None, : input_ids.shape[1]]
-        # nnx.Embed answers in the type that it was made with, not in that of the weights it was then given.
+        # nnx.Embed returns the type it was constructed with, not that of weights loaded later.
         return self.token_embedding(input_ids).astype(position.dtype) + position
 
 
 class Layers(nnx.Module):
+    """The list of transformer layers, as a module of its own so that parameter names match transformers'."""
+
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
 
 class CLIPText(nnx.Module):
-    """Token ids [batch, seq] to states. Causal attention, no padding mask: as Stable Diffusion uses it."""
+    """CLIP text encoder with causal attention and no padding mask, as Stable Diffusion uses it.
+
+    Source: arXiv 2103.00020, section 2.4.
+    """
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -96,9 +122,15 @@ class CLIPText(nnx.Module):
         )
 
     def __call__(self, input_ids: Int[Array, "b s"]) -> TextOutput:
+        """States of tokens.
+
+        Args:
+          input_ids: with the start token first and an end-of-text token, padded to any length.
+        """
         hidden = [self.embeddings(input_ids)]
-        for layer in self.encoder.layers:
-            hidden.append(layer(hidden[-1]))
+        for index, layer in enumerate(self.encoder.layers):
+            with jax.named_scope(f"layers_{index}"):
+                hidden.append(layer(hidden[-1]))
         last = self.final_layer_norm(hidden[-1])
         # Configs from before transformers 4.29 say eos_token_id 2 and mean "the highest id".
         ends = input_ids if self.config.eos_token_id == 2 else (input_ids == self.config.eos_token_id)

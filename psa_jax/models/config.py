@@ -1,7 +1,7 @@
 """Model configurations, read from the `config.json` files of a diffusers folder.
 
-Every key is either a field here, harmless bookkeeping, or must have the one value these modules implement; anything
-else is refused by name, so a folder never loads as a model that it is not.
+Each key is a field of the configuration, a key with a fixed set of supported values, or a key without effect on the
+result. Any other value is refused with the key's name, so a folder never loads as another model.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _QUANTISED = dict.fromkeys(("quantization_config", "compression_config", "transf
 
 
 def _fits(value: Any, kind: Any, largest: int = MAX_SIZE) -> bool:
-    """Whether a parsed JSON value is of a field's type and no number is negative or huge; whole numbers are floats."""
+    """Whether a parsed JSON value has a field's type, with all numbers in (0, largest]. An int passes as a float."""
     if get_origin(kind) is UnionType:
         return any(_fits(value, option, largest) for option in get_args(kind))
     if get_origin(kind) is tuple:
@@ -39,16 +39,24 @@ def _fits(value: Any, kind: Any, largest: int = MAX_SIZE) -> bool:
 class FromJson:
     """Strict construction from a parsed `config.json`."""
 
-    #: key -> the values with which the modules here compute the same as the original
+    #: key -> its supported values, with which these modules compute the same as the original
     _fixed: Mapping[str, tuple[Any, ...]] = {}
-    #: what the original libraries take for an absent key, where it is not the default of the field here
+    #: key -> the original libraries' default, where it differs from the field's default here
     _absent: Mapping[str, Any] = {}
-    #: keys for which the original takes a list of equal numbers for the number, and how many
+    #: keys for which the original accepts a list of equal numbers in place of the number -> length of the list
     _repeated: Mapping[str, Callable[[Mapping[str, Any]], int]] = {}
 
     @classmethod
     def from_json(cls: type[Config], config: Mapping[str, Any], where: str = "config.json") -> Config:
-        """Builds the configuration; raises PSAError naming the first key that is not supported as set."""
+        """Configuration of a parsed `config.json`.
+
+        Args:
+          config: its content.
+          where: names the file in errors.
+
+        Raises:
+          PSAError: an unsupported or malformed value; the message names the first such key.
+        """
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
         fixed = _QUANTISED | cls._fixed
         values = dict(cls._absent)
@@ -58,10 +66,10 @@ class FromJson:
                 value = tuple(value) if isinstance(value, list) else value
                 if key in cls._repeated and isinstance(value, tuple) and len(value) == cls._repeated[key](config):
                     value = value[0] if all(item == value[0] for item in value) else value
-                if value is None and kind is bool:  # false to the original
+                if value is None and kind is bool:  # the original reads null as false
                     value = False
                 largest = MAX_LAYERS if "layers" in key else MAX_SIZE
-                # Which token begins or pads is the tokenizer's to say: −1 is a way to write that there is none.
+                # Special tokens are the tokenizer's matter; files write −1 for none.
                 token = key.endswith("_token_id") and type(value) is int and abs(value) <= MAX_SIZE
                 if not token and not _fits(value, kind, largest):
                     raise PSAError(
@@ -84,12 +92,15 @@ def _shown(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(FromJson):
-    """UNet2DConditionModel of SD1.x, SD2.x and SDXL.
+    """Sizes of diffusers' UNet2DConditionModel of SD1.x, SD2.x and SDXL, under diffusers' names.
 
-    `attention_head_dim` is, by a diffusers quirk, the number of heads. `addition_embed_type` "text_time" is SDXL's:
-    a pooled text and `time_ids`, each of these embedded in `addition_time_embed_dim` numbers, join the timestep;
-    `projection_class_embeddings_input_dim` is their width together. `sample_size` is the side of the latents, or their
-    height and width, or None for a model that has no size of its own.
+    Attributes:
+      sample_size: side of the latents, or (height, width), or None for a model without a size of its own.
+      attention_head_dim: number of attention heads (sic, in diffusers), for all resolutions or for each.
+      transformer_layers_per_block: blocks of a transformer stack, for all resolutions or for each.
+      addition_embed_type: "text_time" for SDXL, whose pooled text and `time_ids` join the timestep embedding.
+      addition_time_embed_dim: width of each embedded time id.
+      projection_class_embeddings_input_dim: width of pooled text and embedded time ids together.
     """
 
     sample_size: int | tuple[int, ...] | None = 64
@@ -145,13 +156,12 @@ class UNetConfig(FromJson):
         ("layers_per_block", "cross_attention_dim"),
         lambda config: len(config.get("down_block_types", UNetConfig.down_block_types)),
     )
-    # Read by the original and of no effect here: `upcast_attention` asks for a float32 softmax, which is how attention
-    # is always computed; `addition_embed_type_num_heads` is for embedding types that are refused; `dropout` is for
-    # training the UNet.
+    # Keys that the original reads and that have no effect here: `upcast_attention` (the softmax is always in float32),
+    # `addition_embed_type_num_heads` (of embedding types that are refused), `dropout` (of the UNet's training).
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], where: str = "config.json") -> "UNetConfig":
-        """As `FromJson.from_json`."""
+        """Configuration of a parsed `config.json`; arguments and errors as `FromJson.from_json`."""
         return super().from_json(_depths_that_are_read(config), where)
 
     def __post_init__(self):
@@ -201,7 +211,7 @@ class UNetConfig(FromJson):
 
     @property
     def cross_attentions(self) -> tuple[tuple[int, int], ...]:
-        """(width, heads) of every cross-attention, in the order of diffusers' `attn_processors`: down, up, mid."""
+        """(width, heads) of every cross-attention in adapter order: down, up, mid, as diffusers' `attn_processors`."""
         layers = []
         per_level = list(zip(self.block_out_channels, self.heads, self.depths, strict=True))
         for kind, (width, heads, depth) in zip(self.down_block_types, per_level, strict=True):
@@ -226,7 +236,7 @@ def model_family(unet: Any) -> str:
 
 
 def _depths_that_are_read(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """SDXL's depths are also written 0, 2, 10: a resolution without attention has none, and the original reads none."""
+    """The configuration with depths of 1 in place of 0 where a resolution has no attention: SDXL's (0, 2, 10)."""
     depths, down, up = (
         config.get(key) for key in ("transformer_layers_per_block", "down_block_types", "up_block_types")
     )
@@ -242,7 +252,7 @@ def _depths_that_are_read(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(FromJson):
-    """AutoencoderKL of the Stable Diffusion families."""
+    """Sizes of diffusers' AutoencoderKL, under diffusers' names."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -264,10 +274,11 @@ class VAEConfig(FromJson):
     }
     _absent = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}
     _repeated = {"sample_size": lambda config: 2}
-    # `force_upcast`, which the original reads, asks for float32, in which the VAE always runs.
+    # `force_upcast` has no effect here: the VAE always runs in float32.
 
     @classmethod
     def from_json(cls: type[Config], config: Mapping[str, Any], where: str = "config.json") -> Config:
+        """Configuration of a parsed `config.json`; arguments and errors as `FromJson.from_json`."""
         made = super().from_json(config, where)
         blocks = len(made.block_out_channels)
         for key, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
@@ -294,7 +305,7 @@ _PLAIN, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(FromJson):
-    """CLIPTextModel of transformers, and CLIPTextModelWithProjection where `projection_dim` is a number."""
+    """Sizes of transformers' CLIPTextModel, or CLIPTextModelWithProjection where `projection_dim` is a number."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -321,13 +332,14 @@ class CLIPTextConfig(FromJson):
 
     @classmethod
     def from_json(cls: type[Config], config: Mapping[str, Any], where: str = "config.json") -> Config:
+        """Configuration of a parsed `config.json`; arguments and errors as `FromJson.from_json`."""
         # Every file has a `projection_dim`, but only the class named by `architectures` has the projection.
         architectures = config.get("architectures") or [_PLAIN]
         if architectures not in ([_PLAIN], [_PROJECTED]):
             raise PSAError(
                 f"{where}: architectures = {_shown(architectures)} is not supported (only {_PLAIN}, {_PROJECTED})"
             )
-        if "text_config" in config:  # of both towers: transformers takes what is about text
+        if "text_config" in config:  # a whole CLIP: transformers reads the text part
             if not isinstance(config["text_config"], Mapping):
                 raise PSAError(
                     f"{where}: text_config = {_shown(config['text_config'])} is not supported (only an object)"
@@ -340,7 +352,7 @@ class CLIPTextConfig(FromJson):
 
     @property
     def architecture(self) -> str:
-        """The class of transformers with these parameters."""
+        """Name of the class in transformers that has these parameters."""
         return _PLAIN if self.projection_dim is None else _PROJECTED
 
     def __post_init__(self):

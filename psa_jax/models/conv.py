@@ -1,4 +1,4 @@
-"""Convolutions; on a CPU, where the picture is smaller than the kernel, as one matrix product."""
+"""Convolutions. On a CPU, those with more weights than pixels are computed as one matrix product."""
 
 import math
 
@@ -9,22 +9,23 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 CONVOLUTION = "convolution"
-"""Name of a result, for policies of what is stored for the backward pass."""
+"""Name of a convolution's output (`checkpoint_name`), for rematerialization policies."""
 
 
 class Conv(nnx.Conv):
-    """A convolution with bias, [b, h, w, i] → [b, h2, w2, o].
+    """Convolution with bias. On a CPU it becomes a matrix product over patches where the kernel outweighs the image.
 
-    XLA's convolutions on a CPU take several times as long as they need where a kernel holds more numbers than the
-    patches of the picture (the lower levels of a UNet, in small batches), and their gradients turn a copy of the
-    kernel around first. There it is cheaper to copy the patches.
+    XLA's CPU convolutions are several times slower than a matrix product where the kernel holds more numbers than the
+    image's patches (low resolutions, small batches), and their gradients first transpose a copy of the kernel. Copying
+    the patches is then cheaper.
     """
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        """[b, h, w, i] → [b, h2, w2, o], NHWC."""
         if len(x) * math.prod(self._sizes(x)) > self.kernel.shape[-1]:
             return super().__call__(x)
         x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
-        # The choice is made when the program is compiled, by what it is compiled for.
+        # Selected at compile time, by the platform that the program is compiled for.
         out = jax.lax.platform_dependent(x, kernel, cpu=self._as_product, default=self._as_convolution)
         return checkpoint_name(out, CONVOLUTION) + bias[None, None, None, :]
 
@@ -46,6 +47,6 @@ class Conv(nnx.Conv):
         return (self.strides,) * 2 if isinstance(self.strides, int) else tuple(self.strides)
 
     def _sizes(self, x: Array) -> tuple[int, ...]:
-        """Height and width of the result."""
+        """Height and width of the output."""
         each = zip(x.shape[1:3], self.padding, self.kernel_size, self._strides(), strict=True)
         return tuple((size + sum(pad) - kernel) // stride + 1 for size, pad, kernel, stride in each)

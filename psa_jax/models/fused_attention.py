@@ -1,8 +1,10 @@
-"""Self-attention by the kernel that JAX has for the device at hand: cuDNN's on a GPU, Pallas's on a TPU.
+"""Self-attention by a fused kernel: cuDNN's on a GPU, Pallas's flash attention on a TPU.
 
-`attend` writes its weights to memory, heads × pixels × pixels of each picture: at 512 px they are most of the memory of
-Stable Diffusion 1.5's training step and half of its time. A kernel keeps them on the chip, and works them out anew for
-the backward pass.
+`attend` writes its weights to memory, heads × pixels × pixels of each picture. At 512 px they take most of the
+memory of Stable Diffusion 1.5's training step, and half of its time. A kernel keeps them on the chip and recomputes
+them in the backward pass.
+
+Source: FlashAttention-2, arXiv 2307.08691.
 """
 
 import functools
@@ -21,12 +23,13 @@ _AMPERE, _CUDNN_WIDTH = 8.0, 128  # the first GPU that cuDNN's kernel supports, 
 
 
 def fused_attention(devices: Mesh, rows: PartitionSpec) -> Attend:
-    """`attend` for these devices.
+    """The fastest implementation of `attend` for these devices.
 
-    A kernel takes 16-bit numbers and 1,024 pixels or more; for others, and elsewhere, this is `attend` itself.
+    Kernels take 16-bit numbers and 1,024 pixels or more. Other inputs, and devices without a kernel, use `attend`.
 
     Args:
-      rows: how the rows of a batch are divided over the devices.
+      devices: of one kind.
+      rows: partition of a batch's rows over the devices.
     """
     device = devices.devices.flat[0]
     if device.platform == "tpu":
@@ -35,12 +38,12 @@ def fused_attention(devices: Mesh, rows: PartitionSpec) -> Attend:
 
 
 def _has_cudnn(compute_capability: str) -> bool:
-    """Whether a GPU has cuDNN's kernel: an H100 is 9.0, a T4 7.5, which is too old; AMD's start with letters."""
+    """Whether cuDNN's kernel supports a GPU: an H100 is 9.0, a T4 7.5 (too old). AMD's start with letters."""
     return compute_capability[:1].isdigit() and float(compute_capability) >= _AMPERE
 
 
 def devices_of(array: Array) -> Mesh:
-    """Where an array lives."""
+    """Mesh of the devices that hold an array."""
     where = array.sharding
     return where.mesh if isinstance(where, NamedSharding) else Mesh(np.array(list(where.device_set)), ("devices",))
 

@@ -1,6 +1,8 @@
 """Qwen2 and Qwen2.5 (transformers' Qwen2ForCausalLM) in Flax NNX: states of a prompt, and greedy generation.
 
-The layers are one module whose parameters have a leading axis, and run in a loop that is traced and compiled once.
+The layers are one module whose parameters have a leading axis. A `lax.scan` over it is traced and compiled once.
+
+Source: arXiv 2407.10671, section 2.
 """
 
 import dataclasses
@@ -19,9 +21,10 @@ from psa_jax.models.config import FromJson
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config(FromJson):
-    """Qwen2ForCausalLM of transformers, with full attention and plain rotary positions.
+    """Sizes of transformers' Qwen2ForCausalLM with full attention and plain rotary positions.
 
-    `head_dim` None means hidden_size // num_attention_heads. The defaults are transformers' for absent keys.
+    Attributes have the names of keys in `config.json` and transformers' defaults for absent keys. `head_dim` None means
+    hidden_size // num_attention_heads.
     """
 
     vocab_size: int = 151936
@@ -51,7 +54,8 @@ class Qwen2Config(FromJson):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], where: str = "config.json") -> "Qwen2Config":
-        # Where both are there, transformers takes `rope_scaling`, the older name.
+        """Configuration of a parsed `config.json`; arguments and errors as `FromJson.from_json`."""
+        # Of both keys transformers takes `rope_scaling`, the older name.
         key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
         rope, values = config.get(key), dict(config)
         if rope is not None:
@@ -65,9 +69,9 @@ class Qwen2Config(FromJson):
         return made
 
     def _require_full_attention(self, config: Mapping[str, Any], where: str) -> None:
-        """Refuses a model with a layer whose attention is of another kind, such as a sliding window in use."""
+        """Refuses a model with another attention in some layer, such as a sliding window that is in use."""
         layers, kinds = self.num_hidden_layers, config.get("layer_types")
-        if kinds is not None:  # then the keys below count for nothing
+        if kinds is not None:  # transformers then ignores the keys below
             if kinds != ["full_attention"] * layers:
                 raise PSAError(f"{where}: layer_types = {kinds!r} is not supported (only full_attention, each layer)")
         elif config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
@@ -80,7 +84,7 @@ class Qwen2Config(FromJson):
 
     @property
     def head_width(self) -> int:
-        """Numbers of one head's query, key and value."""
+        """Width of one head's query, key and value."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     def __post_init__(self):
@@ -93,10 +97,14 @@ class Qwen2Config(FromJson):
 
 
 def _plain_rope(rope: Any, where: str) -> Mapping[str, Any]:
-    """Rotary parameters that mean plain rotation, whatever else they hold; the original reads no more of such.
+    """Rotary parameters of the default type. Further keys in them are ignored, as in transformers.
+
+    Args:
+      rope: value of `rope_scaling` or `rope_parameters`.
+      where: names it in the error.
 
     Raises:
-      PSAError: of another type, such as a scaled one.
+      PSAError: another type, such as a scaled rotation.
     """
     if isinstance(rope, Mapping):
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -106,48 +114,65 @@ def _plain_rope(rope: Any, where: str) -> Mapping[str, Any]:
 
 
 class KeyValue(NamedTuple):
-    """Keys, already rotated to their positions, and values of one layer; stacked over layers outside of it."""
+    """Keys, already rotated to their positions, and values of one layer, or stacked over all layers."""
 
     key: Float[Array, "*layers b m k h"]
     value: Float[Array, "*layers b m k h"]
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of position times frequency, for the two halves of a head."""
+    """Cosine and sine of the angles of rotary positions, each for half a head's width."""
 
     cos: Float32[Array, "b n h"]
     sin: Float32[Array, "b n h"]
 
 
 def rotation(positions: Int[Array, "b n"], head_width: int, theta: float) -> Rotation:
-    """Angles position · theta^(−2i/head_width), i = 0 … head_width/2 − 1, in float32."""
+    """Rotary angles position · theta^(−2i/head_width), i = 0 … head_width/2 − 1, in float32.
+
+    Args:
+      positions: of each token in its prompt, from 0.
+      head_width: even.
+      theta: base of the frequencies.
+
+    Source: arXiv 2104.09864, equation 15.
+    """
     frequencies = np.float32(theta ** -(np.arange(0, head_width, 2) / head_width))
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 def rotate(x: Float[Array, "b n k h"], by: Rotation) -> Float[Array, "b n k h"]:
-    """Rotary position embedding: (x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin), halves of each head, in float32."""
+    """Rotary position embedding (x1, x2) → (x1 cos − x2 sin, x2 cos + x1 sin) of the halves of each head.
+
+    Args:
+      x: queries or keys of n tokens and k heads, each h wide.
+      by: angles of the tokens.
+
+    Returns:
+      The rotated vectors, computed in float32, in the type of `x`.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = by.cos[:, :, None], by.sin[:, :, None]  # the same for every head
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """scale · x / √(mean(x²) + eps), the statistics in float32."""
+    """RMS norm scale · x / √(mean(x²) + eps) with statistics in float32. Source: arXiv 1910.07467, equation 4."""
 
     def __init__(self, dim: int, eps: float):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((dim,)))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Normalized states in the type of `x`."""
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return self.scale[None, None] * normed.astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Causal self-attention in which groups of query heads share a key and value head."""
+    """Self-attention in which groups of query heads share a key and a value head. Source: arXiv 2305.13245."""
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
         self.head_width = config.head_width
@@ -165,7 +190,18 @@ class Attention(nnx.Module):
         cache: KeyValue | None,
         start: Int[Array, ""],
     ) -> tuple[Float[Array, "b n d"], KeyValue]:
-        """The answer, and the keys and values it was taken from: the cache with those of `x` put in at `start`."""
+        """Attention output of n tokens, and the updated cache.
+
+        Args:
+          x: states of the tokens.
+          angles: of their positions.
+          allowed: whether a token (n) attends to a place of the cache (m), or to a token of `x` without a cache.
+          cache: keys and values of earlier tokens; None for the first call.
+          start: place in the cache where those of `x` go.
+
+        Returns:
+          The output, and the keys and values it was computed from.
+        """
         b, n, _ = x.shape
         query, key, value = (
             projection(x).reshape(b, n, -1, self.head_width) for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -177,14 +213,14 @@ class Attention(nnx.Module):
             )
         query = rotate(query, angles).reshape(b, n, value.shape[2], -1, self.head_width)  # [b, n, shared, group, h]
         logits = jnp.einsum("BNKGH,BMKH->BKGNM", query, seen.key, preferred_element_type=jnp.float32)
-        # Not −inf: a query that is padding may see nothing, and a softmax over nothing is NaN.
+        # Not −inf: a padding token may attend to nothing, and a softmax over nothing is NaN.
         logits = jnp.where(allowed[:, None, None], logits * self.head_width**-0.5, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(seen.value.dtype)
         return self.o_proj(jnp.einsum("BKGNM,BMKH->BNKGH", weights, seen.value).reshape(b, n, -1)), seen
 
 
 class MLP(nnx.Module):
-    """SwiGLU: W_down(silu(W_gate x) · W_up x)."""
+    """Feed-forward layer SwiGLU: W_down(silu(W_gate x) · W_up x). Source: arXiv 2002.05202, equation 6."""
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
         self.gate_proj = nnx.Linear(config.hidden_size, config.intermediate_size, use_bias=False, rngs=rngs)
@@ -192,11 +228,12 @@ class MLP(nnx.Module):
         self.down_proj = nnx.Linear(config.intermediate_size, config.hidden_size, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """New states of n tokens, without the residual."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each after its RMSNorm and with a residual."""
+    """Decoder layer: self-attention and feed-forward, each with an RMSNorm and a residual."""
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -205,18 +242,26 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x, angles, allowed, cache, start):
-        answer, seen = self.self_attn(self.input_layernorm(x), angles, allowed, cache, start)
-        x = x + answer
+        """New states of n tokens, and the updated cache; arguments as `Attention.__call__`."""
+        attended, seen = self.self_attn(self.input_layernorm(x), angles, allowed, cache, start)
+        x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), seen
 
 
 class Prefill(NamedTuple):
-    last: Float[Array, "b s d"]  # final norm of the last layer; meaningless where the mask is False
-    cache: KeyValue  # of every layer: [layers, batch, seq, key heads, head width]
+    """Outputs for a batch of prompts.
+
+    Attributes:
+      last: final norm of the last layer's states; without meaning at padding.
+      cache: keys and values [layers, batch, seq, key heads, head width].
+    """
+
+    last: Float[Array, "b s d"]
+    cache: KeyValue
 
 
 class Qwen2(nnx.Module):
-    """Token ids to states. Every parameter of `transformer_blocks` has a leading axis over the layers."""
+    """Causal language model. Every parameter of `transformer_blocks` has a leading axis over the layers."""
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs):
         def layer(key):  # the caller's class of Rngs: it may have its own way to make keys
@@ -233,13 +278,18 @@ class Qwen2(nnx.Module):
         )
 
     def __call__(self, input_ids: Int[Array, "b s"], mask: Bool[Array, "b s"]) -> Prefill:
-        """States of a batch of prompts; `mask` is False at padding, wherever that is."""
+        """States of a batch of prompts.
+
+        Args:
+          input_ids: token ids, padded on either side.
+          mask: False at padding.
+        """
         causal = jnp.tril(jnp.ones((mask.shape[1],) * 2, dtype=bool))
         positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
         return Prefill(*self._layers(input_ids, positions, causal[None] & mask[:, None]))
 
     def logits(self, hidden: Float[Array, "b n d"]) -> Float32[Array, "b n v"]:
-        """Scores of the next token, from `Prefill.last` or parts of it."""
+        """Logits of the next token over the vocabulary, from `Prefill.last` or a part of it."""
         kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         return jnp.einsum("BND,DV->BNV", hidden, kernel, preferred_element_type=jnp.float32)
 
@@ -262,14 +312,17 @@ class Qwen2(nnx.Module):
         stop_tokens: tuple[int, ...],
         pad_token: int,
     ) -> Int[Array, "b {max_new_tokens}"]:
-        """Greedy continuation of prompts that are padded on the left.
+        """Greedy continuation of prompts.
 
         Args:
+          input_ids: token ids, padded on the left.
           mask: False at padding.
-          stop_tokens: a row ends with the first of them; the loop ends when every row has.
+          max_new_tokens: largest number of new tokens.
+          stop_tokens: each ends its row. The loop ends with the last row.
+          pad_token: fills up ended rows.
 
         Returns:
-          New tokens, the stop token among them, then `pad_token`.
+          New tokens of each row, up to its stop token and with it, then `pad_token`.
         """
         b, s = input_ids.shape
         prefill = self(input_ids, mask)

@@ -1,6 +1,7 @@
 """The Stable Diffusion UNet (diffusers' UNet2DConditionModel) in Flax NNX, NHWC.
 
-Attribute names follow diffusers' parameter names, so that weights are mapped by rule (`psa_jax.interop.weights`).
+Attribute names follow diffusers' parameter names: weights are mapped by rule (`psa_jax.interop.weights`). Layers run
+under `jax.named_scope` with the same names, such as `unet/down_blocks_0/resnets_1`, for profiles and cost by part.
 """
 
 import math
@@ -19,10 +20,10 @@ from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv3x3
 
 
 class AddedConditions(NamedTuple):
-    """What SDXL is told besides the prompt.
+    """Conditions of SDXL besides the text states; they join the timestep embedding.
 
     Attributes:
-      pooled: projected text of the second encoder.
+      pooled: projected pooled text of the second encoder.
       time_ids: original height and width, crop top and left, target height and width, in pixels.
     """
 
@@ -31,7 +32,10 @@ class AddedConditions(NamedTuple):
 
 
 def timestep_embedding(timesteps: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
-    """[cos, sin] of t·10000^(−i/(dim/2)), in float32 (flip_sin_to_cos, freq_shift 0)."""
+    """Sinusoidal embedding [cos, sin] of t·10000^(−i/(dim/2)), in float32 (flip_sin_to_cos, freq_shift 0).
+
+    Source: arXiv 1706.03762, section 3.5.
+    """
     half = dim // 2
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = timesteps[:, None] * frequencies[None, :]
@@ -39,16 +43,27 @@ def timestep_embedding(timesteps: Float[Array, " b"], dim: int) -> Float[Array, 
 
 
 class TimestepMLP(nnx.Module):
+    """Two linear layers with a SiLU between them, after a sinusoidal embedding of `dim` numbers."""
+
     def __init__(self, dim: int, out: int, *, rngs: nnx.Rngs):
         self.linear_1 = nnx.Linear(dim, out, rngs=rngs)
         self.linear_2 = nnx.Linear(out, out, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b o"]:
+        """Embedding [batch, out] that the resnets project to their channels."""
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 class Block(nnx.Module):
-    """One resolution: resnets, each followed by a transformer stack where `attention`, then an optional resampling."""
+    """The layers of one resolution on one way: resnets, transformer stacks, and a resampling to the next resolution.
+
+    Args:
+      widths_in: input channels of each resnet; there are as many resnets.
+      width: output channels of all layers.
+      level: index of the resolution in the configuration.
+      attention: a transformer stack follows each resnet.
+      resample: "down", "up" or None.
+    """
 
     def __init__(
         self,
@@ -76,6 +91,8 @@ class Block(nnx.Module):
 
 
 class MidBlock(nnx.Module):
+    """The layers of the lowest resolution between both ways: resnet, transformer stack, resnet."""
+
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         width, time_dim = config.block_out_channels[-1], 4 * config.block_out_channels[0]
         self.resnets = nnx.List(
@@ -100,10 +117,13 @@ def _transformer(level: int, config: UNetConfig, rngs: nnx.Rngs) -> Transformer2
 
 
 class UNet(nnx.Module):
-    """Predicts noise (or v) from noisy latents, timesteps and the contexts of its cross-attentions.
+    """Denoiser: predicts noise, v or clean latents from noisy latents, timesteps and cross-attention contexts.
+
+    A call is `run_prefix`, the layers before the first cross-attention, and then `run_suffix`.
 
     Attributes:
-      compute: what is stored for a backward pass and how self-attention is worked out; set it before a call.
+      config: sizes.
+      compute: rematerialization policy and implementation of self-attention. Set it before a call.
     """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
@@ -138,13 +158,14 @@ class UNet(nnx.Module):
         self.conv_norm_out = group_norm(widths[0], config.norm_num_groups, rngs, config.norm_eps)
         self.conv_out = conv3x3(widths[0], config.out_channels, rngs)
 
+    @jax.named_scope("unet/contexts")
     def context(self, text: Float[Array, "b s c"]) -> tuple[CrossContext, ...]:
         """Text keys and values of every cross-attention, in adapter order (`config.cross_attentions`)."""
         blocks = [*self.down_blocks, *self.up_blocks, self.mid_block]
         return tuple(layer for block in blocks for stack in block.attentions for layer in stack.context(text))
 
     def _in_call_order(self, contexts: tuple[CrossContext, ...]) -> Iterator[tuple[CrossContext, ...]]:
-        """Contexts of one transformer stack after the other: down, mid, up, while adapter order has mid last."""
+        """Contexts of each transformer stack in the order of the calls: down, mid, up. Adapter order has mid last."""
         down = sum(stack.depth for block in self.down_blocks for stack in block.attentions)
         mid = self.config.depths[-1]
         rest = contexts[:down] + contexts[-mid:] + contexts[down:-mid]
@@ -156,7 +177,7 @@ class UNet(nnx.Module):
     def _time(
         self, timesteps: Float[Array, " b"], added: AddedConditions | None, dtype: jnp.dtype
     ) -> Float[Array, "b t"]:
-        """What the resnets are told: the timestep and, for SDXL, the added conditions."""
+        """Timestep embedding, with SDXL's added conditions in it."""
         time = self.time_embedding(timestep_embedding(timesteps, self.config.block_out_channels[0]).astype(dtype))
         if (added is None) != (self.add_embedding is None):
             what = "needs added conditions: give" if added is None else "takes no added conditions: leave out"
@@ -180,66 +201,123 @@ class UNet(nnx.Module):
         contexts: tuple[CrossContext, ...],
         added: AddedConditions | None = None,
     ) -> Float[Array, "b h w o"]:
-        """Predicts from noisy latents.
+        """Prediction for noisy latents.
 
         Args:
-          latents: x_t of any size (odd sizes round up on the way down).
-          timesteps: training timesteps in [0, 1000).
-          contexts: from `context`, perhaps with an adapter applied.
-          added: for SDXL, and only there.
+          latents: x_t of any height and width; odd sizes round up on the way down.
+          timesteps: training timesteps in [0, T), fractions allowed.
+          contexts: of `context`, possibly changed by an adapter.
+          added: SDXL's conditions; None for other models.
+
+        Returns:
+          The model's output at the size of `latents`, with `config.out_channels` channels.
 
         Raises:
-          PSAError: `added` is missing, too much or of the wrong width.
+          PSAError: `added` is missing, not allowed, or of the wrong width.
         """
         return self.run_suffix(self.run_prefix(latents, timesteps, added), contexts)
 
+    @jax.named_scope("unet")
     def run_prefix(
         self, latents: Float[Array, "b h w c"], timesteps: Float[Array, " b"], added: AddedConditions | None = None
     ) -> "PrefixState":
-        """The layers before the first cross-attention, which neither prompt nor user reaches: see `__call__`."""
-        time = self._time(timesteps, added, latents.dtype)
-        hidden = self.conv_in(latents)
+        """Runs the layers before the first cross-attention. Their state does not depend on prompt or user.
+
+        Args:
+          latents, timesteps, added: as in `__call__`.
+
+        Returns:
+          The state from which `run_suffix` continues.
+
+        Raises:
+          PSAError: as `__call__`.
+        """
+        with jax.named_scope("time_embedding"):
+            time = self._time(timesteps, added, latents.dtype)
+        with jax.named_scope("conv_in"):
+            hidden = self.conv_in(latents)
         path = self._down_path()[: self._first_attention()]
         return _down(path, PrefixState(time, hidden, (hidden,)), iter(()), self.compute)
 
+    @jax.named_scope("unet")
     def run_suffix(self, prefix: "PrefixState", contexts: tuple[CrossContext, ...]) -> Float[Array, "b h w o"]:
-        """The rest of the prediction."""
+        """Runs the layers from the first cross-attention on.
+
+        Args:
+          prefix: of `run_prefix`.
+          contexts: as in `__call__`.
+
+        Returns:
+          The prediction, as `__call__`.
+        """
         stack_contexts = self._in_call_order(contexts)
         path = self._down_path()[self._first_attention() :]
         time, hidden, skips = _down(path, prefix, stack_contexts, self.compute)
 
+        hidden = self._mid(hidden, time, next(stack_contexts))
+        hidden = self._up(hidden, time, list(skips), stack_contexts)
+        with jax.named_scope("conv_out"):
+            return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)))
+
+    @jax.named_scope("mid_block")
+    def _mid(self, hidden: Array, time: Array, contexts: tuple[CrossContext, ...]) -> Array:
         before, after = (remat(resnet, self.compute.remat) for resnet in self.mid_block.resnets)
-        hidden = before(hidden, time)
-        hidden = after(self.mid_block.attentions[0](hidden, next(stack_contexts), self.compute), time)
+        with jax.named_scope("resnets_0"):
+            hidden = before(hidden, time)
+        with jax.named_scope("attentions_0"):
+            hidden = self.mid_block.attentions[0](hidden, contexts, self.compute)
+        with jax.named_scope("resnets_1"):
+            return after(hidden, time)
 
-        skips = list(skips)
-        for block in self.up_blocks:
-            for i, resnet in enumerate(block.resnets):
-                hidden = remat(resnet, self.compute.remat)(jnp.concatenate([hidden, skips.pop()], axis=-1), time)
-                if block.attentions:
-                    hidden = block.attentions[i](hidden, next(stack_contexts), self.compute)
-            for upsample in block.upsamplers:
-                hidden = upsample(hidden, skips[-1].shape[1:3])
+    def _up(
+        self, hidden: Array, time: Array, skips: list[Array], contexts: Iterator[tuple[CrossContext, ...]]
+    ) -> Array:
+        for level, block in enumerate(self.up_blocks):
+            with jax.named_scope(f"up_blocks_{level}"):
+                for i, resnet in enumerate(block.resnets):
+                    with jax.named_scope(f"resnets_{i}"):
+                        joined = jnp.concatenate([hidden, skips.pop()], axis=-1)
+                        hidden = remat(resnet, self.compute.remat)(joined, time)
+                    if block.attentions:
+                        with jax.named_scope(f"attentions_{i}"):
+                            hidden = block.attentions[i](hidden, next(contexts), self.compute)
+                for upsample in block.upsamplers:
+                    with jax.named_scope("upsamplers_0"):
+                        hidden = upsample(hidden, skips[-1].shape[1:3])
+        return hidden
 
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)))
-
-    def _down_path(self) -> list[tuple[ResnetBlock | Transformer2D | Downsample, bool]]:
-        """The layers on the way down, and whether a skip connection starts after each."""
+    def _down_path(self) -> list["_DownLayer"]:
+        """The layers on the way down, in the order of the calls."""
         path = []
-        for block in self.down_blocks:
+        for level, block in enumerate(self.down_blocks):
+            name = f"down_blocks_{level}"
             for i, resnet in enumerate(block.resnets):
-                path.append((resnet, not block.attentions))
-                path += [(attention, True) for attention in block.attentions[i : i + 1]]
-            path += [(downsample, True) for downsample in block.downsamplers]
+                path.append(_DownLayer(f"{name}/resnets_{i}", resnet, not block.attentions))
+                path += [_DownLayer(f"{name}/attentions_{i}", one, True) for one in block.attentions[i : i + 1]]
+            path += [_DownLayer(f"{name}/downsamplers_0", downsample, True) for downsample in block.downsamplers]
         return path
 
     def _first_attention(self) -> int:
         path = self._down_path()
-        return next((i for i, (layer, _) in enumerate(path) if isinstance(layer, Transformer2D)), len(path))
+        return next((i for i, one in enumerate(path) if isinstance(one.layer, Transformer2D)), len(path))
+
+
+class _DownLayer(NamedTuple):
+    """A layer on the way down, its scope's name, and whether a skip connection starts after it."""
+
+    name: str
+    layer: ResnetBlock | Transformer2D | Downsample
+    skip: bool
 
 
 class PrefixState(NamedTuple):
-    """A prediction on its way down: what the resnets are told, the hidden state, the skip connections so far."""
+    """State of a prediction on the way down.
+
+    Attributes:
+      time: timestep embedding.
+      hidden: image states.
+      skips: states at the skip connections so far.
+    """
 
     time: Float[Array, "b t"]
     hidden: Float[Array, "b h w c"]
@@ -247,20 +325,21 @@ class PrefixState(NamedTuple):
 
 
 def _down(
-    path: list[tuple[ResnetBlock | Transformer2D | Downsample, bool]],
+    path: list[_DownLayer],
     prefix: PrefixState,
     contexts: Iterator[tuple[CrossContext, ...]],
     compute: ComputeOptions,
 ) -> PrefixState:
-    """Runs layers."""
+    """The state after these layers; each transformer stack takes the next contexts."""
     time, hidden, skips = prefix
-    for layer, skip in path:
-        if isinstance(layer, ResnetBlock):
-            hidden = remat(layer, compute.remat)(hidden, time)
-        elif isinstance(layer, Transformer2D):
-            hidden = layer(hidden, next(contexts), compute)
-        else:
-            hidden = layer(hidden)
+    for name, layer, skip in path:
+        with jax.named_scope(name):
+            if isinstance(layer, ResnetBlock):
+                hidden = remat(layer, compute.remat)(hidden, time)
+            elif isinstance(layer, Transformer2D):
+                hidden = layer(hidden, next(contexts), compute)
+            else:
+                hidden = layer(hidden)
         if skip:
             skips = (*skips, hidden)
     return PrefixState(time, hidden, skips)

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 
-from psa_jax.diffusion.generate import Generator, to_bytes
+from psa_jax.diffusion.generate import Generator
+from psa_jax.diffusion.pixels import to_bytes
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.interop.diffusers import (
     StableDiffusion,

@@ -1,4 +1,4 @@
-"""The user adapter in torch: what a user adds to each cross-attention, worked out once for all steps.
+"""The user adapter in torch: the user's part of each cross-attention, computed once for all steps.
 
     z = LayerNorm(reshape(W_p u + b_p, [T, C]))
 
@@ -7,7 +7,7 @@
     concept     o + s·attn(W_q o, W_k z, W_v z)
     prompt      e + s·W_o attn(W_q e, W_k z, W_v z), before the UNet
 
-o is the text attention's answer, e the text states, s the scale. Parameters have the names of the native file.
+o is the text attention's output, e the text states, s the scale. Parameters have the names of the native file.
 """
 
 from typing import NamedTuple
@@ -20,13 +20,13 @@ from psa_jax.models.adapter_config import AdapterConfig
 
 
 class Context(NamedTuple):
-    """What a user adds to one cross-attention. None of it depends on the step.
+    """The user's part of one cross-attention. It does not depend on the step.
 
     Attributes:
-      text_value: added to the text values: s·attn(W_q e, W_k z, W_v z) [batch, text or 1, width].
-      value: s·W_v z [batch, T, width], for an attention of its own.
-      key: W_k z [batch, T, width of W_k]; None where there is one token and the answer is `value`.
-      query: W_q [width of W_k, width], for the text attention's answer to ask with; None: the image's queries ask.
+      text_value: s·attn(W_q e, W_k z, W_v z) [batch, text or 1, width], added to the text values.
+      value: s·W_v z [batch, T, width], the values of an attention to the user tokens.
+      key: W_k z [batch, T, width of W_k]; None for a single token, over which attention is `value`.
+      query: W_q [width of W_k, width], applied to the text attention's output; None for the image queries.
     """
 
     text_value: Tensor | None = None
@@ -36,7 +36,18 @@ class Context(NamedTuple):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """softmax(QKᵀ/√d)V with the heads split off and joined again: [batch, n, width of V]."""
+    """Multi-head attention softmax(QKᵀ/√d)·V.
+
+    Args:
+      query: [batch, n, width].
+      key: [batch, m, width].
+      value: [batch, m, width of V].
+      heads: their number.
+      mask: added to the logits, broadcast to [batch, heads, n, m].
+
+    Returns:
+      [batch, n, width of V].
+    """
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -46,7 +57,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor |
 
 
 class UserProjection(nn.Module):
-    """User embedding [batch, D] to user tokens z [batch, T, C]."""
+    """Projection of a user embedding to user tokens z = LayerNorm(reshape(W_p u + b_p, [T, C]))."""
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
@@ -54,15 +65,16 @@ class UserProjection(nn.Module):
         self.norm = nn.LayerNorm(config.cross_dim)
 
     def forward(self, user: Tensor) -> Tensor:
+        """User tokens [batch, T, C] of user embeddings [batch, D]."""
         return self.norm(self.proj(user).unflatten(-1, (-1, *self.norm.normalized_shape)))
 
 
 class UserAdapter(nn.Module):
-    """All parameters of an adapter, in float32.
+    """User adapter with all its parameters, in float32.
 
-    Called with text states e [batch, text, C], users [batch, D] and scales [batch], it gives a `Context` for each
-    cross-attention; the `prompt` kind gives new text states instead (`is_prompt`), which any pipeline takes as
-    `prompt_embeds`.
+    Attributes:
+      config: sizes.
+      is_prompt: the kind is `prompt`, whose output is new text states.
     """
 
     def __init__(self, config: AdapterConfig):
@@ -78,6 +90,17 @@ class UserAdapter(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, text: Tensor, user: Tensor, scale: Tensor) -> list[Context] | Tensor:
+        """The user's part of every cross-attention.
+
+        Args:
+          text: text states e [batch, text, C].
+          user: user embeddings [batch, D].
+          scale: strengths s [batch]; 0 is the base model.
+
+        Returns:
+          A `Context` for each cross-attention. The `prompt` kind returns new text states [batch, text, C], which any
+          pipeline takes as `prompt_embeds`.
+        """
         z, s = self.user_proj(user), scale[:, None, None]
         if self.is_prompt:
             ((_, heads),) = self.config.adapter_sites
@@ -96,7 +119,7 @@ class UserAdapter(nn.Module):
 
 
 def _projections(config: AdapterConfig, width: int) -> nn.ModuleDict:
-    """Those of one place, under the file's names: all but `to_out` belong to the user."""
+    """Projections of one adapter site under the file's names: all but `to_out` have the suffix `_user`."""
     linear = {name: nn.Linear(*sizes, bias=False) for name, sizes in config.projections(width).items()}
     if config.before_unet:
         return nn.ModuleDict({name if name == "to_out" else f"{name}_user": m for name, m in linear.items()})
@@ -104,7 +127,7 @@ def _projections(config: AdapterConfig, width: int) -> nn.ModuleDict:
 
 
 def _user_attention(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:
-    """attn(W_q e, W_k z, W_v z); the constant W_v z where there is one token."""
+    """attn(W_q e, W_k z, W_v z); the constant W_v z for a single token."""
     value = layer["to_v_user"](z)
     if "to_k_user" not in layer:
         return value
@@ -112,6 +135,6 @@ def _user_attention(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -
 
 
 def empty_adapter(config: AdapterConfig) -> UserAdapter:
-    """The adapter without its numbers, for `load_state_dict(..., assign=True)`."""
+    """Adapter on the meta device, without memory, for `load_state_dict(..., assign=True)`."""
     with torch.device("meta"):
         return UserAdapter(config)

@@ -1,4 +1,4 @@
-"""The UNet with the adapter in it as one graph (`torch.export`), for engines such as TensorRT."""
+"""Export of UNet and adapter as one graph (`torch.export`), for engines such as TensorRT."""
 
 from pathlib import Path
 
@@ -12,7 +12,12 @@ from psa_jax.torch.processors import attach
 
 
 class AdaptedUNet(nn.Module):
-    """UNet and adapter as one function of plain tensors. Takes the UNet over: its processors are replaced."""
+    """UNet and adapter as one function of plain tensors. Replaces the UNet's cross-attention processors.
+
+    Args:
+      unet: UNet2DConditionModel of diffusers.
+      adapter: is moved to the UNet's device.
+    """
 
     def __init__(self, unet: nn.Module, adapter: UserAdapter):
         super().__init__()
@@ -29,15 +34,19 @@ class AdaptedUNet(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        """The UNet's prediction.
+        """Prediction of the UNet with the adapter.
 
         Args:
           sample: noisy latents [batch, 4, h, w].
-          timestep: a number, or one for each picture.
+          timestep: one for all pictures [], or one for each [batch].
           text: text states [batch, text, C].
-          user: embeddings [batch, D].
-          scale: [batch]; 0 is the base model.
-          text_embeds, time_ids: SDXL's added conditions.
+          user: user embeddings [batch, D].
+          scale: strengths [batch]; 0 is the base model.
+          text_embeds: pooled text [batch, P], for SDXL.
+          time_ids: [batch, 6], for SDXL.
+
+        Returns:
+          [batch, 4, h, w].
         """
         made = self.adapter(text.float(), user, scale)
         if isinstance(made, Tensor):
@@ -54,10 +63,17 @@ class AdaptedUNet(nn.Module):
 
 
 def export_unet(unet: nn.Module, adapter: UserAdapter, path: str | Path, *example: Tensor) -> None:
-    """Writes a `.pt2` file: `torch.export.load(path).module()(*inputs)` runs it, without diffusers and psa_jax.
+    """Writes UNet and adapter to a `.pt2` file.
+
+    `torch.export.load(path).module()(*inputs)` runs it without diffusers and psa_jax.
 
     Args:
+      unet, adapter: as in `AdaptedUNet`. The UNet's processors are put back afterwards.
+      path: a new file.
       example: inputs of `AdaptedUNet.forward`; the graph is for their shapes and types.
+
+    Raises:
+      PSAError: another file name, or an existing file.
     """
     path = Path(path)
     if path.suffix != ".pt2":

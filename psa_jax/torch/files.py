@@ -1,4 +1,4 @@
-"""Reads a native adapter file for torch."""
+"""Reader of native adapter files for torch."""
 
 from pathlib import Path
 from typing import Any
@@ -9,21 +9,22 @@ from psa_jax.torch.adapter import UserAdapter, empty_adapter
 
 
 def adapter_file(path: str | Path) -> Path:
-    """The adapter's file: the path itself, or `psa_adapter.safetensors` in this folder."""
+    """Path of an adapter's native file; arguments and errors as `find_adapter`."""
     return find_adapter(Path(path))
 
 
 def load_adapter(
     path: str | Path, layers: Layers | None = None, cross_dim: int | None = None
 ) -> tuple[UserAdapter, dict[str, Any]]:
-    """The adapter of a native file, on the CPU in float32, and the file's metadata.
+    """Adapter of a native file, on the CPU in float32, and the file's metadata.
 
     Args:
-      layers, cross_dim: (width, heads) of the base model's cross-attentions and their width. Without them the file's
-        own are taken; the torch original's files have none.
+      path: the file, or a folder with it.
+      layers, cross_dim: (width, heads) of the base model's cross-attentions, and their width of the text states. None
+        takes the file's own; files of the torch original have none.
 
     Raises:
-      PSAError: damaged, for another base model, or with missing, extra, misshapen or non-finite tensors.
+      PSAError: a damaged file, an adapter for another base model, or missing, extra, misshapen or non-finite tensors.
     """
     path = adapter_file(path)
     about = read_metadata(path)

@@ -1,4 +1,4 @@
-"""The first noise of a seed as `psa-jax generate` has it, without JAX: Threefry-2x32 and the normal numbers made of it.
+"""Initial noise of a seed, equal to that of `psa-jax generate`, without JAX: Threefry-2x32 and normal numbers from it.
 
 Source: Salmon et al. 2011 (Threefry); Giles 2010, "Approximating the erfinv function" (single precision).
 """
@@ -15,7 +15,7 @@ from psa_jax.seeds import seed_words
 
 _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
-# Polynomials in w − 2.5 where w = −ln(1 − x²) is below 5, in √w − 3 where it is not; highest power first.
+# Polynomials in w − 2.5 for w = −ln(1 − x²) below 5, and in √w − 3 otherwise; highest power first.
 _CENTRE = (
     *(2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087),
     *(-0.00125372503, -0.00417768164, 0.246640727, 1.50140941),
@@ -27,16 +27,17 @@ _TAIL = (
 
 
 def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal latents [seeds, channels, height, width] on the CPU in float32, one key a seed.
-
-    For `latents=` of a pipeline, which gives them the scheduler's scale. Row i depends on seed i alone.
+    """Standard normal latents for `latents=` of a pipeline, which scales them for its scheduler.
 
     Args:
-      seeds: 0 to 2^64 − 1, one a picture.
+      seeds: 0 to 2^64 − 1, one a picture. Row i depends on seed i alone.
       shape: channels, height and width of one picture's latents: (4, 64, 64) for SD1.5 at 512 px.
 
+    Returns:
+      [seeds, channels, height, width] in float32 on the CPU.
+
     Raises:
-      PSAError: another seed, no seed, or a shape that is none.
+      PSAError: no seed, a seed out of range, or an invalid shape.
     """
     if not len(seeds) or len(shape) != 3 or min(shape) < 1:
         raise PSAError(f"latents of shape {shape} for {len(seeds)} seeds: give seeds, and (channels, height, width)")
@@ -46,14 +47,22 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor
 
 
 def normal(key: tuple[int, int], count: int) -> np.ndarray:
-    """Standard normal numbers [count] in float32, as `jax.random.normal` has them for this key."""
+    """Standard normal numbers [count] in float32, equal to those of `jax.random.normal` for this key."""
     index = np.arange(count, dtype=np.uint64)
     high, low = threefry(key, (index >> np.uint64(32)).astype(np.uint32), index.astype(np.uint32))
     return np.float32(math.sqrt(2)) * erfinv(uniform(high ^ low))
 
 
 def threefry(key: tuple[int, int], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Threefry-2x32 with 20 rounds: two words of uint32 for each pair (x, y)."""
+    """Threefry-2x32 with 20 rounds.
+
+    Args:
+      key: two words of 32 bits.
+      x, y: counters, uint32 of one shape.
+
+    Returns:
+      Two random words, uint32, for each pair of counters.
+    """
     words = [*key, key[0] ^ key[1] ^ _PARITY]
     keys = [np.array([word], np.uint32) for word in words]
     x, y = x + keys[0], y + keys[1]
@@ -66,14 +75,14 @@ def threefry(key: tuple[int, int], x: np.ndarray, y: np.ndarray) -> tuple[np.nda
 
 
 def uniform(bits: np.ndarray) -> np.ndarray:
-    """Words to numbers of float32 between −1 and 1, both left out: 23 bits become the mantissa."""
+    """Uniform numbers in (−1, 1) in float32 from random words, whose upper 23 bits become the mantissa."""
     share = ((bits >> np.uint32(9)) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1)
     low = np.nextafter(np.float32(-1), np.float32(0))
     return np.maximum(low, share * (np.float32(1) - low) + low)
 
 
 def erfinv(x: np.ndarray) -> np.ndarray:
-    """erf⁻¹ in float32, in XLA's steps: near ±1 another order of them would round to other numbers."""
+    """Inverse error function in float32, with XLA's order of operations, which decides the rounding near ±1."""
     w = -np.log1p(-x * x)
     centre = w < 5
     near, far = w - np.float32(2.5), np.sqrt(w) - np.float32(3)

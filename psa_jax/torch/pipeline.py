@@ -1,11 +1,11 @@
-"""`load_psa`: an adapter in a pipeline of diffusers (SD1.x, SD2.x, SDXL; image to image and inpainting alike).
+"""`load_psa`: an adapter in a pipeline of diffusers (SD1.x, SD2.x, SDXL; text to image, image to image, inpainting).
 
-The pipeline stays as it is but for two things: its cross-attentions get processors (`UserProcessor`), and its
-`encode_prompt` is followed by the adapter, which then knows the text states of both sides of guidance and works out
-what the user adds to each layer, once for all steps. `torch.compile(pipe.unet)` sees tensors alone.
+Two things of the pipeline change. Its cross-attentions get processors (`UserProcessor`). Its `encode_prompt` calls the
+adapter at the end: there the text states of both sides of guidance are known, and the user's part of each layer is
+computed once for all steps. `torch.compile(pipe.unet)` sees only tensors.
 
-During a call the scheduler's `step` is preceded by a look at the processors (`Installed`): a step in which one of them
-was not run, or with other text states, is an error and no picture.
+Before every `step` of the scheduler, `Installed` checks the processors. A step in which one of them did not run, or ran
+with other text states, is an error, and the call returns no picture.
 """
 
 import contextlib
@@ -29,27 +29,31 @@ from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.models.config import model_family
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.torch.adapter import Context
+from psa_jax.torch.adapter import Context, UserAdapter
 from psa_jax.torch.files import adapter_file, load_adapter
 from psa_jax.torch.processors import AGAIN, NOBODY, cross_attentions, installed
 
 OLDEST_DIFFUSERS = (0, 35)
 _EMBEDS = "prompt_embeds", "negative_prompt_embeds"
 _ENCODES = {*_EMBEDS, "num_images_per_prompt", "do_classifier_free_guidance"}
-"""Parameters of the `encode_prompt` of Stable Diffusion's pipelines that say what the UNet will be given."""
+"""Parameters that `encode_prompt` of Stable Diffusion's pipelines has."""
 
 Users = str | Sequence[str] | np.ndarray | Tensor
+"""Users: an id, several ids, or embeddings [D] or [n, D]."""
 
 
 @dataclass
 class _Request:
-    """Who is drawn for in the call under way; `users` None: nobody, the base model draws.
+    """State of the current call.
 
     Attributes:
-      text: the states that the UNet is to be given, both sides of guidance.
-      steps: of the sampler, each looked at.
-      adapted: what `encode_prompt` gave out with the prompt kind's answer in it, by parameter.
-      used: whether the pipeline was called at all.
+      users: embeddings [1 or prompts, D]; None for the base model without a user.
+      scale: strengths [1 or prompts].
+      unconditional: as in `PSA.applied`.
+      text: text states that the UNet must receive, of both sides of guidance.
+      steps: number of the scheduler's steps so far, each of them checked.
+      adapted: outputs of `encode_prompt` that contain the `prompt` kind's adapter, by parameter.
+      used: whether the pipeline was called.
     """
 
     users: Tensor | None
@@ -61,7 +65,15 @@ class _Request:
     used: bool = False
 
     def has_adapted(self, name: str, given: Tensor | None) -> bool:
-        """Whether the adapter is in these states already: an answer of `encode_prompt` that is given back."""
+        """Whether given text states already contain the adapter: an earlier output of `encode_prompt`.
+
+        Args:
+          name: parameter of the pipeline.
+          given: its value.
+
+        Raises:
+          PSAError: only some rows contain the adapter.
+        """
         if given is None or not (answers := self.adapted[name]):
             return False
         if any(one.shape == given.shape and torch.equal(one, given.to(one)) for one in answers):
@@ -82,12 +94,16 @@ def load_psa(
     """Puts an adapter into a pipeline.
 
     Args:
-      adapter: the native file that `psa-jax export` wrote, or a folder with it.
+      pipe: of Stable Diffusion, with a UNet2DConditionModel.
+      adapter: native file of `psa-jax export`, or a folder with it.
       table: embeddings of known users, for users by id.
-      device: where the adapter is kept and works; None for where the pipeline runs.
+      device: of the adapter; None for the pipeline's.
+
+    Returns:
+      The pipeline with the adapter; calls take users.
 
     Raises:
-      PSAError: a damaged file, an adapter or table that does not belong to the pipeline, diffusers too old.
+      PSAError: a damaged file, an adapter or table that does not fit the pipeline, or diffusers before 0.35.
     """
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
     if version < OLDEST_DIFFUSERS:
@@ -122,7 +138,7 @@ def load_psa(
 
 
 def _unet(pipe: DiffusionPipeline) -> torch.nn.Module | None:
-    """The pipeline's UNet, also inside torch.compile."""
+    """UNet of a pipeline, without wrappers of torch.compile."""
     unet = getattr(pipe, "unet", None)
     while hasattr(unet, "_orig_mod"):  # it may be compiled twice
         unet = unet._orig_mod
@@ -130,6 +146,7 @@ def _unet(pipe: DiffusionPipeline) -> torch.nn.Module | None:
 
 
 def _check_table(path: Path, about: dict[str, Any], user_dim: int, table: EmbeddingTable) -> None:
+    """Raises PSAError for a table that does not fit the adapter's metadata or its length of user embeddings."""
     trained = about.get("encoder_fingerprint", table.fingerprint)
     if trained not in table.fingerprints:
         raise PSAError(
@@ -143,6 +160,7 @@ def _check_table(path: Path, about: dict[str, Any], user_dim: int, table: Embedd
 
 
 def _scales(scale: float | Sequence[float] | Tensor) -> Tensor:
+    """Strengths [1 or prompts] in float32; PSAError for other values than finite numbers."""
     try:
         scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -153,7 +171,7 @@ def _scales(scale: float | Sequence[float] | Tensor) -> Tensor:
 
 
 class _Hidden:
-    """An attribute that an object is given, hiding its class's, until `restore`."""
+    """An attribute set on an object that hides its class's attribute until `restore`."""
 
     def __init__(self, owner: object, name: str, value: Any):
         self.owner, self.name, self.value = owner, name, value
@@ -162,10 +180,11 @@ class _Hidden:
 
     @property
     def holds(self) -> bool:
-        """False where somebody else replaced it."""
+        """Whether the attribute is still in place; False if it was replaced."""
         return vars(self.owner).get(self.name) == self.value  # not `is`: a copied object has a bound method twice
 
     def restore(self) -> None:
+        """Puts the attribute from before back, unless ours was replaced."""
         if not self.holds:
             return
         delattr(self.owner, self.name)
@@ -174,12 +193,25 @@ class _Hidden:
 
 
 class PSA:
-    """A pipeline that draws for users. Called as the pipeline is, with `user`, `scale` and `unconditional` more.
+    """Pipeline with a user adapter (`load_psa`). Calls take the pipeline's arguments, and users.
 
-    One call at a time: in another thread it is refused while this one draws.
+    One call at a time: calls of other threads are refused meanwhile.
+
+    Attributes:
+      pipe: the pipeline of diffusers.
+      adapter: the adapter, in float32.
+      table: embeddings of known users; None without a table.
     """
 
-    def __init__(self, pipe, unet, adapter, path, table, device):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        unet: torch.nn.Module,
+        adapter: UserAdapter,
+        path: Path,
+        table: EmbeddingTable | None,
+        device: str | torch.device | None,
+    ):
         self.pipe, self.adapter, self.table = pipe, adapter, table
         self._path, self._device = path, device
         self._request: _Request | None = None
@@ -193,7 +225,7 @@ class PSA:
         pipe.psa = self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy that is made during a call has no part in it."""
+        """State of a copy. A copy made during a call does not take part in the call."""
         return vars(self) | {"_request": None}
 
     def __call__(
@@ -205,15 +237,19 @@ class PSA:
         allow_unprotected: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """What the pipeline gives, for these users (see `applied`).
+        """Output of the pipeline for the given users.
+
+        Args:
+          args, kwargs: of the pipeline.
+          user, scale, unconditional, allow_unprotected: as in `applied`.
 
         Raises:
-          PSAError: as `applied`; also what was drawn is not given out where it is not for the user.
+          PSAError: as `applied`, or a call that did not use the adapter; its pictures are not returned.
         """
         with self.applied(user, scale=scale, unconditional=unconditional, allow_unprotected=allow_unprotected):
             result = self.pipe(*args, **kwargs)
             if self._request.users is not None and not (self._request.steps and self._watches(self.pipe.scheduler)):
-                raise PSAError("the pipeline drew without the steps of its own scheduler, so nobody saw for whom")
+                raise PSAError("the pipeline did not use the steps of its own scheduler, so no step could be checked")
         return result
 
     @contextlib.contextmanager
@@ -225,18 +261,18 @@ class PSA:
         unconditional: str = "off",
         allow_unprotected: bool = False,
     ) -> Iterator[None]:
-        """Within it, the pipeline itself draws for these users.
+        """Context in which calls of the pipeline itself generate for the given users.
 
         Args:
-          user: an id of the table or an embedding [D], or one for each prompt; one stands for all prompts.
-          scale: strength s of the adapter, or one for each prompt; 0 is the base model.
-          unconditional: what the adapter does on the unconditional side of guidance: "off", "zeros" (a user of zeros)
-            or "same" (the user).
-          allow_unprotected: with `user=None`, let the base model draw.
+          user: an id of the table or an embedding [D] for all prompts, or one for each prompt.
+          scale: strength s of the adapter, for all prompts or for each; 0 is the base model.
+          unconditional: adapter on the unconditional side of guidance: "off", "zeros" (an embedding of zeros) or
+            "same" (the user's embedding).
+          allow_unprotected: allows `user=None`, for the base model.
 
         Raises:
-          PSAError: no user, an unknown one, a wrong number of them, or an embedding that is none; the adapter is not in
-            the pipeline any more, or was left out of a step; another pipeline drew.
+          PSAError: no user, an unknown one, a wrong number of users, or an invalid embedding; an adapter that is no
+            longer in the pipeline, or was left out of a step; a call of another pipeline.
         """
         if unconditional not in UNCONDITIONAL:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
@@ -245,7 +281,7 @@ class PSA:
         users, scales = self._users(user, allow_unprotected), _scales(scale)
         self._installed.start()
         try:
-            self._unwatch()  # a copy that was made during a call has its watch
+            self._unwatch()  # a copy made during a call still has its watch
             self._check()
             request = self._request = _Request(users, scales, unconditional)
             if users is None:
@@ -259,7 +295,7 @@ class PSA:
             self._installed.end()
 
     def unload(self) -> None:
-        """The pipeline as it was before; once is enough, and twice no error."""
+        """Takes the adapter out of the pipeline. A second call does nothing."""
         if self._hook is None:
             return
         self._hook.restore()
@@ -268,9 +304,13 @@ class PSA:
         self.pipe.psa = None
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """The base model in diffusers' layout, and the adapter beside it: `load_psa(pipe, folder)`.
+        """Writes the base model in diffusers' layout with the adapter beside it, for `load_psa(pipe, folder)`.
 
-        `kwargs` are those of the pipeline's own method, which may be used too: it leaves the adapter out.
+        The pipeline's own method writes the base model alone.
+
+        Args:
+          folder: to write.
+          kwargs: of the pipeline's own method.
         """
         self.pipe.save_pretrained(folder, **kwargs)
         target = Path(folder) / ADAPTER_FILE
@@ -278,6 +318,7 @@ class PSA:
             shutil.copyfile(self._path, target)
 
     def _users(self, user: Users | None, allow_unprotected: bool) -> Tensor | None:
+        """User embeddings [n, D] in float32 on the CPU; None without a user."""
         if user is None:
             if not allow_unprotected:
                 raise PSAError("no user was given; give user=..., or allow_unprotected=True for the base model")
@@ -291,7 +332,7 @@ class PSA:
         else:
             numbers = isinstance(user, Tensor) and user.is_floating_point() and user.layout is torch.strided
         if not numbers:
-            # In an order: of a set or a dict nobody knows whose prompt is whose.
+            # A list or tuple: a set or a dict has no order that matches the prompts.
             if not isinstance(user, (list, tuple)) or not user or not all(isinstance(one, str) for one in user):
                 raise PSAError("user must be a list of ids, or embeddings as one array or tensor [n, D] of floats")
             if self.table is None:
@@ -307,38 +348,38 @@ class PSA:
         return users
 
     def _check(self) -> None:
-        """The adapter is where `load_psa` put it."""
+        """Raises PSAError if the adapter is not in its place in the pipeline."""
         if self._hook is None:
             raise PSAError("the adapter was taken out by unload(); call load_psa again")
         if _unet(self.pipe) is not self._installed.unet:
             raise PSAError(f"pipe.unet is another UNet now, without the user's adapter; {AGAIN}")
         if not self._hook.holds:
-            raise PSAError(f"pipe.encode_prompt was replaced, and with it what asks the user's adapter; {AGAIN}")
+            raise PSAError(f"pipe.encode_prompt was replaced, and with it the call of the user's adapter; {AGAIN}")
         self._installed.add_pipeline(self)  # a copied pipeline is not yet known to its copied UNet
         self._installed.check()
 
     def draws_with(self, unet: torch.nn.Module) -> bool:
-        """Whether the adapter is in the pipeline, and this is its UNet."""
+        """Whether the adapter is loaded and `unet` is the pipeline's UNet."""
         return self._hook is not None and _unet(self.pipe) is unet
 
     def _check_steps(self, request: _Request) -> None:
-        """What the UNet did since the last step that was looked at, also for another pipeline, was for the users."""
+        """Raises PSAError if the UNet ran since the last check with other text states, also for another pipeline."""
         if request.text is not None and self._installed.were_run():
             self._installed.check_run(request.text)
 
     def _finish(self, request: _Request) -> None:
-        """What was drawn in `applied` was drawn for its users."""
+        """Raises PSAError if pictures generated in `applied` were not generated for its users."""
         self._check()
         if not request.used:
-            raise PSAError("this pipeline drew nothing; applied() speaks for the pipeline given to load_psa alone")
+            raise PSAError("this pipeline was not called; applied() works for the pipeline given to load_psa alone")
         if request.steps and not self._watches(self.pipe.scheduler):
             raise PSAError(
-                "the pipeline's scheduler was replaced after it had begun, so nobody saw for whom it drew on"
+                "the pipeline's scheduler was replaced during the call, so the later steps could not be checked"
             )
         self._check_steps(request)  # of loops that call the UNet themselves
 
     def _watch(self, request: _Request) -> None:
-        """From now on, before each step of the scheduler the processors are looked at."""
+        """Checks the processors before every following step of the scheduler."""
         scheduler = self.pipe.scheduler
         if self._watches(scheduler):
             return
@@ -352,7 +393,7 @@ class PSA:
             predicted = args[0] if args else kwargs["model_output"]
             if not torch.isfinite(predicted).all():
                 raise PSAError(
-                    "the UNet's prediction is not finite, and no picture is given out: take bfloat16 or float32 in "
+                    "the UNet's prediction is not finite, and no picture is returned: use bfloat16 or float32 in "
                     "place of float16, or a smaller scale"
                 )
             return step(*args, **kwargs)
@@ -369,7 +410,7 @@ class PSA:
 
     @torch.no_grad()
     def _encode(self, *args: Any, **kwargs: Any) -> tuple:
-        """The pipeline's `encode_prompt`, and after it the adapter."""
+        """The pipeline's `encode_prompt`, followed by the adapter. Arguments and result are the pipeline's."""
         request = self._request
         if request is None:
             raise PSAError(NOBODY)
@@ -377,7 +418,7 @@ class PSA:
         encoded = self._encode_prompt(*args, **kwargs)
         if request.users is None:
             return encoded
-        self._check_steps(request)  # before it is forgotten
+        self._check_steps(request)  # before `request.text` is replaced
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         images, guided = (bound.arguments[n] for n in ("num_images_per_prompt", "do_classifier_free_guidance"))
@@ -407,7 +448,7 @@ class PSA:
         return encoded
 
     def _rows(self, request: _Request, rows: int, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Users [rows, D] and scales [rows], where the adapter works: each prompt's for each of its images."""
+        """Users [rows, D] and scales [rows] on the adapter's device: those of a prompt for each of its images."""
         self.adapter.to(self._device or device)
         prompts, spread = rows // images, []
         for what, values in (("users", request.users), ("scales", request.scale)):

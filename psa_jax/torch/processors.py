@@ -1,8 +1,8 @@
-"""Attention processors that add what a user adds, and the watch over them.
+"""Attention processors with the user's part, and checks that they are used.
 
-A pipeline of diffusers lets anybody put other processors, another UNet or another forward pass in the place of these,
-and draws on without a word. So nothing is taken on trust: before a call, at each step and after it, `Installed` looks
-whether our processors are in their places, were all run, and with the text states that the user's part was made for.
+In diffusers, other code can replace processors, the UNet or its forward pass, and the pipeline continues silently.
+Therefore `Installed` checks before a call, at each step and after it that all processors are in place, that all of them
+ran, and that they ran with the text states for which the user's part was computed.
 """
 
 import threading
@@ -33,15 +33,19 @@ _REPLACED_BY = {
 _IP_ADAPTER = "load_ip_adapter()", "one pipeline cannot have both: unload_ip_adapter(), psa.unload() and load_psa again"
 
 
-_TURN = threading.Lock()  # not one for each UNet: a copy or a file cannot hold a lock
+_TURN = threading.Lock()  # one for all UNets: a lock cannot be copied or pickled
 
 
 class UserProcessor:
-    """Attention processor of diffusers for one cross-attention with a user.
+    """Attention processor of diffusers for one cross-attention with a user's part.
 
-    A plain object: an nn.Module would become part of the UNet, and of what `save_pretrained` writes. `context` is set
-    for a call and taken away after it. A tensor that is read from an attribute is an input of a compiled graph, so
-    another user compiles nothing again; `text`, the states it was run with, is only written there.
+    A plain object: an nn.Module would become part of the UNet and of `save_pretrained`. A tensor attribute is an input
+    of a compiled graph, so another user needs no new compilation.
+
+    Attributes:
+      context: the user's part, for the length of a call.
+      text: text states of the last run, [batch, text, C]; written only.
+      unprotected: without a context, run as the base model.
     """
 
     def __init__(self):
@@ -50,10 +54,22 @@ class UserProcessor:
         self.unprotected = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy that is made during a call draws for nobody, and is not unprotected either."""
+        """State of a copy. A copy made during a call has no user and is not unprotected."""
         return vars(self) | {"context": None, "text": None, "unprotected": False}
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
+        """Cross-attention output [batch, pixels, width], as diffusers' AttnProcessor2_0, with the user's part.
+
+        Args:
+          attn: diffusers' Attention, whose projections are used.
+          hidden_states: pixels [batch, pixels, width].
+          encoder_hidden_states: text states [batch, text, C].
+          attention_mask: of the text.
+          temb, kwargs: ignored, as in diffusers.
+
+        Raises:
+          PSAError: no user was given, or another batch size than the users'.
+        """
         context = self.context
         if context is None:
             if not self.unprotected:
@@ -84,23 +100,28 @@ class UserProcessor:
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    """Processor name -> cross-attention, in the order of the adapter's layers."""
+    """Cross-attentions of a UNet by processor name, in the order of the adapter's layers."""
     names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
     return {name: unet.get_submodule(name.removesuffix(".processor")) for name in names}
 
 
 def attach(unet: nn.Module) -> list[UserProcessor]:
-    """Gives every cross-attention a `UserProcessor`; the self-attentions keep theirs."""
+    """Gives every cross-attention of a UNet a `UserProcessor`. Self-attentions keep their processors.
+
+    Returns:
+      The new processors, in the order of the adapter's layers.
+    """
     processors = {name: UserProcessor() for name in cross_attentions(unet)}
     unet.set_attn_processor(unet.attn_processors | processors)
     return list(processors.values())
 
 
 class Installed:
-    """Our processors in one UNet, for all pipelines that share it (`installed`).
+    """The processors of this package in one UNet, shared by all pipelines with that UNet (`installed`).
 
     Attributes:
-      drawing: whether a call is under way.
+      unet: the UNet.
+      drawing: a call is in progress.
     """
 
     def __init__(self, unet: nn.Module):
@@ -112,18 +133,19 @@ class Installed:
         self._processors = dict(zip(self._attentions, attach(unet), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or what a file gives back, is in no pipeline until one says so."""
+        """State of a copy or a pickle: it belongs to no pipeline yet."""
         return vars(self) | {"_pipelines": [], "drawing": False}
 
     @property
     def count(self) -> int:
+        """Number of cross-attentions."""
         return len(self._processors)
 
     def start(self) -> None:
-        """A call begins: only one at a time, whatever threads there are.
+        """Marks the start of a call. Only one runs at a time, over all threads.
 
         Raises:
-          PSAError: another call is under way.
+          PSAError: another call is in progress.
         """
         with _TURN:
             if self.drawing:
@@ -131,10 +153,10 @@ class Installed:
             self.drawing = True
 
     def check(self) -> None:
-        """Our processors are where they were put.
+        """Checks that all processors are in place.
 
         Raises:
-          PSAError: they are not; it names what put others there.
+          PSAError: one was replaced; the message names the method of diffusers that did it.
         """
         now = cross_attentions(self.unet)
         if now.keys() != self._processors.keys():
@@ -143,30 +165,30 @@ class Installed:
             self._check_place(name, attention)
 
     def begin(self, contexts: Sequence[Context]) -> None:
-        """What the processors add from now on."""
+        """Sets the user's part of each processor, in the order of the adapter's layers."""
         for processor, context in zip(self._processors.values(), contexts, strict=True):
             processor.context, processor.text = context, None
 
     def leave_unprotected(self) -> None:
-        """The base model draws, until `end`."""
+        """Lets the processors run as the base model until `end`."""
         for processor in self._processors.values():
             processor.unprotected = True
 
     def end(self) -> None:
-        """For nobody."""
+        """Marks the end of a call: the processors have no user any more."""
         self.drawing = False
         for processor in self._processors.values():
             processor.context, processor.text, processor.unprotected = None, None, False
 
     def were_run(self) -> bool:
-        """Whether one of the processors was run since the last `check_run`."""
+        """Whether a processor ran since the last `check_run`."""
         return any(processor.text is not None for processor in self._processors.values())
 
     def check_run(self, text: Tensor) -> None:
-        """Every processor was run since the last check, with these text states.
+        """Checks that every processor ran since the last check, with the given text states [batch, text, C].
 
         Raises:
-          PSAError: one was not, so what was drawn is not for the user.
+          PSAError: one did not, so the pictures are not for the user.
         """
         known = None
         for name, processor in self._processors.items():
@@ -187,12 +209,12 @@ class Installed:
             known = seen
 
     def add_pipeline(self, psa: Any) -> None:
-        """Counts a `PSA`, once, for as long as it lives."""
+        """Registers a `PSA` by weak reference; a second call does nothing."""
         if all(known() is not psa for known in self._pipelines):
             self._pipelines.append(weakref.ref(psa))
 
     def remove_pipeline(self, psa: Any) -> None:
-        """Without the last of the pipelines the UNet is as it was; processors that others put there stay."""
+        """Removes a `PSA`. After the last one, the UNet's own processors are put back where ours are."""
         self._pipelines = [known for known in self._pipelines if known() not in (None, psa)]
         if any(known().draws_with(self.unet) for known in self._pipelines):
             return
@@ -212,7 +234,7 @@ class Installed:
 
 
 def installed(unet: nn.Module) -> Installed:
-    """Our processors in this UNet: those that are there, or new ones."""
+    """The `Installed` of a UNet; installs new processors if it has none."""
     if getattr(unet, "psa", None) is None:
         unet.psa = Installed(unet)
     return unet.psa

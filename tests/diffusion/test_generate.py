@@ -2,13 +2,15 @@
 
 import copy
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch_adapters import adapted_unet, random_adapter, untrained_adapter
 from torch_models import tensor
 
-from psa_jax.diffusion.generate import Generator, initial_latents, picture_grid, to_bytes
+from psa_jax.diffusion.generate import Generator, initial_latents, picture_grid
+from psa_jax.diffusion.pixels import from_bytes, to_bytes
 from psa_jax.errors import PSAError
 from psa_jax.models.adapter_config import AdapterConfig
 
@@ -180,6 +182,14 @@ def test_to_bytes():
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(PSAError, match="a picture is not finite and was not made"):
             to_bytes(np.append(pixels, np.float32(bad)))
+
+
+def test_every_byte_comes_back():
+    everything = np.arange(256, dtype=np.uint8)
+    pixels = from_bytes(everything)
+    assert pixels.dtype == np.float32 and (pixels[0], pixels[-1]) == (-1, 1)
+    np.testing.assert_array_equal(to_bytes(pixels), everything)
+    np.testing.assert_array_equal(from_bytes(jnp.asarray(everything)), pixels)
 
 
 def test_picture_grid():

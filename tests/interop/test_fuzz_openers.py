@@ -175,10 +175,12 @@ def config_case(kind: str, tree: dict) -> tuple[str, Callable, Callable]:
     return "config.json", change, lambda path: read_config(kind, path)
 
 
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory) -> list[tuple[str, Callable[[random.Random], bytes], Callable[[Path], object]]]:
-    """File name, what makes a changed file, what opens it."""
-    folder = tmp_path_factory.mktemp("whole")
+Case = tuple[str, Callable[[random.Random], bytes], Callable[[Path], object]]
+"""File name, what makes a changed file, what opens it."""
+
+
+def config_cases() -> list[Case]:
+    """Configurations of all models."""
     made = []
     for kind, config in (
         ("unet", torch_unet("linear_deep").config),
@@ -200,7 +202,12 @@ def cases(tmp_path_factory) -> list[tuple[str, Callable[[random.Random], bytes],
                 lambda path: Qwen2Config.from_json(read_json(path), str(path)),
             )
         )
+    return made
 
+
+def weight_cases(folder: Path) -> list[Case]:
+    """A text encoder's weights, in one file and with an index."""
+    made = []
     theirs = torch_clip("old_eos")
     theirs.save_pretrained(folder)
     shapes = abstract_model(CLIPText, read_config("text_encoder", folder / "config.json"))
@@ -220,7 +227,12 @@ def cases(tmp_path_factory) -> list[tuple[str, Callable[[random.Random], bytes],
         return load(path)
 
     made.append(("model.safetensors.index.json", index, load_index))
+    return made
 
+
+def adapter_cases(folder: Path) -> list[Case]:
+    """Native files of three kinds, opened by both readers."""
+    made = []
     adapters = {}
     for kind in ("text", "prompt", "published"):
         adapter = random_adapter(AdapterConfig(kind, 4, 7, CROSS, LAYERS))
@@ -248,7 +260,12 @@ def cases(tmp_path_factory) -> list[tuple[str, Callable[[random.Random], bytes],
         return ours
 
     made.append(("psa_adapter.safetensors", adapter, load_both))
+    return made
 
+
+def table_cases(folder: Path) -> list[Case]:
+    """The original's pickle, a table of embeddings, and shards."""
+    made = []
     groups = {"psa_adapter": {"0.to_k_user.0.weight": torch.ones(2, 3)}, "user_proj": {"proj.bias": torch.ones(3)}}
     bin_ = save(folder / "a.bin", groups).read_bytes()
     made.append(("psa_adapter.bin", lambda rng: changed_bytes(bin_, rng), read_bin))
@@ -263,6 +280,12 @@ def cases(tmp_path_factory) -> list[tuple[str, Callable[[random.Random], bytes],
     info |= {"pictures": 6, "files": {"a": {"bytes": 1}}}
     made.append(("fingerprint.json", lambda rng: changed_json(info, rng), lambda path: read_info(path.parent)))
     return made
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> list[Case]:
+    folder = tmp_path_factory.mktemp("whole")
+    return [*config_cases(), *weight_cases(folder), *adapter_cases(folder), *table_cases(folder)]
 
 
 def fuzz(cases, folder: Path, count: int) -> dict[str, list[int]]:

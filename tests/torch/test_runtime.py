@@ -218,7 +218,7 @@ def test_users_that_are_none(pipe, files, table):
             unchecked(_scales)(none)
     with psa.applied(IDS), says("drawing for another user"):
         draw(psa, user=IDS)
-    with says("not finite, and no picture is given out"):
+    with says("not finite, and no picture is returned"):
         draw(psa, user=IDS, scale=1e30)
     expected = draw(psa, user=IDS)  # nothing stays behind
     assert np.isfinite(expected).all()

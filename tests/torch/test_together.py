@@ -64,7 +64,7 @@ def test_a_pipeline_of_the_same_parts(models, table, kind):
 def test_applied_around_another_pipeline(models, table):
     model, path = models["text"]
     psa, stranger = load_psa(copy.deepcopy(model), path, table=table), copy.deepcopy(model)
-    with pytest.raises(PSAError, match="this pipeline drew nothing"), psa.applied(IDS):
+    with pytest.raises(PSAError, match="this pipeline was not called"), psa.applied(IDS):
         draw(stranger)
 
 
