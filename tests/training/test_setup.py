@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def test_everything_comes_from_the_configuration(training_config):
     setup = Setup.from_config(config, user_dim=user_dim(config), abstract=MODELS)
     assert (setup.accumulate, setup.remat, setup.ema, setup.frozen_sharding) == (2, "full", 0.9, "split")
     assert dict(setup.mesh.shape) == {"data": 2, "fsdp": 1} and setup.fixed_draws.count == 3
-    assert (setup.adapter.tokens, setup.adapter.user_dim) == (2, EmbeddingTable.load(config.data.table).dim)
+    assert (setup.adapter.tokens, setup.adapter.user_dim) == (2, EmbeddingTable.load(Path(config.data.table)).dim)
     assert dataclasses.asdict(setup.objective) == config.objective.to_dict()
     assert setup.abstract_state().ema.keys() == setup.abstract_state().params.keys()
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(setup.frozen()))
@@ -46,9 +47,9 @@ def test_everything_comes_from_the_configuration(training_config):
 @pytest.mark.parametrize("draws", [0, 2])
 def test_the_batch_is_that_of_the_pipeline(training_config, draws):
     config = training_config(**{"reference.draws": draws})
-    table = EmbeddingTable.load(config.data.table)
+    table = EmbeddingTable.load(Path(config.data.table))
     setup = Setup.from_config(config, user_dim=table.dim, abstract=MODELS)
-    made = next(iter(make_pipeline(open_shards(config.data.shards, "train"), table, batch_size=4, seed=0)))
+    made = next(iter(make_pipeline(open_shards(Path(config.data.shards), "train"), table, batch_size=4, seed=0)))
     pairs, shared = setup.batch.split(kinds(setup.batch.abstract(4, 32)))
     assert pairs == {name: kinds(made)[name] for name in setup.batch.pair_columns}
     assert ("row" in pairs) == (draws > 0)
