@@ -144,7 +144,15 @@ class UserSampler:
         return cls(users, columns)
 
     def sample(self, row: int, rng: np.random.Generator) -> tuple[int, bool]:
-        """The index of a user, and whether that user bans the row's category."""
+        """Samples the user for a row.
+
+        Args:
+          row: its number.
+          rng: the source of randomness.
+
+        Returns:
+          The index of the user, and whether that user bans the row's category.
+        """
         banned = bool(rng.integers(2))
         return int(rng.choice(self.users[int(self.columns.categories[row])][banned])), banned
 

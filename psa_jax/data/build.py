@@ -33,7 +33,7 @@ from safetensors.numpy import save
 from tensorflow_datasets.core.utils import tqdm_utils
 
 from psa_jax.data.builder import Sage, moment_names, token_names
-from psa_jax.data.chunks import Encoded, fill_chunks, plan_chunks
+from psa_jax.data.chunks import Chunk, Encoded, fill_chunks, plan_chunks
 from psa_jax.data.dataset_card import dataset_card
 from psa_jax.data.encoding import PictureEncoder, Pictures, TextCache, distinct_prompts, file_hash
 from psa_jax.data.preprocess import Preprocess
@@ -124,22 +124,8 @@ def build_shards(
     if part is not None:
         return work
 
-    info = {
-        "format": FORMAT,
-        "fingerprint": vae_fingerprint,
-        "inputs": inputs,
-        "family": family,
-        "resolution": preprocess.resolution,
-        "latent_shape": list(latent_shape),
-        "preprocess": asdict(preprocess),
-        "flips": flips,
-        "tokens": list(source.token_lengths),
-        "text": {} if prompts is None else prompts.shapes(),
-        "splits": {split: len(rows) for split, rows in source.records.items()},
-        "pictures": len(source.pictures.paths),
-    }
-    if text is not None:
-        info["text_fingerprint"] = text.fingerprint
+    given = {"fingerprint": vae_fingerprint, "inputs": inputs, "family": family, "flips": flips}
+    info = given | _info(source, preprocess, latent_shape, prompts)
     _write_folder(out, work, source, Encoded(chunks), prompts, info, hashes)
     shutil.rmtree(work)
     return out
@@ -231,22 +217,26 @@ class _Prompts:
       ids: token ids [k, t] of each prompt.
       number: split → the prompt of each row.
       empty: the number of the empty prompt.
+      fingerprint: of the text encoders.
       chunks: the work files.
     """
 
     ids: Sequence[np.ndarray]
     number: Mapping[str, Sequence[int]]
     empty: int
-    chunks: Sequence[Any]
+    fingerprint: str
+    chunks: Sequence[Chunk]
 
     @classmethod
     def of(
         cls, source: _Source, tokenizers: Sequence[Tokenizer], work: Path, text: TextCache, batch_size: int
     ) -> "_Prompts":
+        """Collects the prompts and plans their work files."""
         ids, number = distinct_prompts(source.tokens | {"": [_tokenize(each, [""]) for each in tokenizers]})
         settings = {"text": text.fingerprint, "batch_size": batch_size}
         digests = [_hash(each.tolist()) for each in ids]
-        return cls(ids, number, number[""][0], plan_chunks(work, settings, digests, batch_size * _CHUNK_BATCHES))
+        chunks = plan_chunks(work, settings, digests, batch_size * _CHUNK_BATCHES)
+        return cls(ids, number, number[""][0], text.fingerprint, chunks)
 
     @functools.cached_property
     def states(self) -> Encoded:
@@ -259,6 +249,23 @@ class _Prompts:
 
 
 # --- writing
+
+
+def _info(
+    source: _Source, preprocess: Preprocess, latent_shape: tuple[int, int, int], prompts: _Prompts | None
+) -> dict[str, Any]:
+    """What fingerprint.json says, but for what was given to `build_shards` and the files."""
+    return {
+        "format": FORMAT,
+        "resolution": preprocess.resolution,
+        "latent_shape": list(latent_shape),
+        "preprocess": asdict(preprocess),
+        "tokens": list(source.token_lengths),
+        "splits": {split: len(rows) for split, rows in source.records.items()},
+        "pictures": len(source.pictures.paths),
+        "text": {} if prompts is None else prompts.shapes(),
+        **({} if prompts is None else {"text_fingerprint": prompts.fingerprint}),
+    }
 
 
 def _write_folder(

@@ -116,7 +116,15 @@ class Sage(tfds.core.GeneratorBasedBuilder):
         )
 
     def as_dataset(self, split: Any = None, *, decoders: Any = None, **options: Any) -> Any:
-        """The same as `as_data_source`: rows by number. TFDS has no `tf.data` reader for ArrayRecord."""
+        """The same as `as_data_source`: rows by number. TFDS has no `tf.data` reader for ArrayRecord.
+
+        Args:
+          split, decoders: as in TFDS.
+          options: other arguments of TFDS, which must be left at their defaults.
+
+        Raises:
+          PSAError: an option that only `tf.data` has.
+        """
         for name in ("batch_size", "shuffle_files", "as_supervised"):
             if options.get(name):
                 raise PSAError(f"sage: {name} is for tf.data, which does not read these shards; leave it out")
@@ -150,6 +158,7 @@ class _SortedExampleWriter(tfds_writer.ExampleWriter):
     """
 
     def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> None:
+        """Writes (key, record) pairs in the given order; TFDS calls it."""
         writer = ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
         for _, record in examples:
             writer.write(_sorted_example(record))

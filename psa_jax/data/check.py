@@ -208,7 +208,12 @@ def quarantine(report: Report) -> bytes:
 
 
 def population_findings(rows: Rows, population: Mapping[str, UserProfile]) -> Iterator[Finding]:
-    """Finds rows whose user differs from the population, or from the majority of the user's rows."""
+    """Finds rows whose user differs from the population, or from the majority of the user's rows.
+
+    Args:
+      rows: of all splits.
+      population: user id → profile.
+    """
     said = defaultdict(Counter)
     for _, row in _readable(rows):
         said[row.record.user_id][row.record.profile, row.record.cluster_id] += 1
@@ -248,7 +253,12 @@ def prompt_findings(rows: Rows) -> Iterator[Finding]:
 
 
 def picture_findings(rows: Rows, decoded: Mapping[tuple[str, str], Surveyed]) -> Iterator[Finding]:
-    """Finds rows with a picture that cannot be decoded, or whose pictures differ in size and so in their crop."""
+    """Finds rows with a picture that cannot be decoded, or whose pictures differ in size and so in their crop.
+
+    Args:
+      rows: of all splits.
+      decoded: (split, name of the picture) → the result of decoding it.
+    """
     for split, row in _readable(rows):
         sizes = set()
         for name in row.pictures:

@@ -110,23 +110,10 @@ def make_pipeline(
     # Sampled here, keyed by the position in the global order: the same however batches are divided.
     sample = _Sample(flips, UserSampler.of(source.columns) if balance == "users" else None)
     examples = dataset.repeat(num_epochs).random_map(sample).map(_Load.of(source, table))
-    whole_batches = num_epochs is not None and drop_remainder
-
-    def batches(position: int) -> grain.IterDataset:
-        # Every process must make the same number of batches, or the others would wait for it without end.
-        end = len(examples)
-        if whole_batches:
-            end = position + (end - position) // batch_size * batch_size
-        part = examples[position:end]
-        if process_count > 1:
-            part = _Block(part, batch_size, process_index, process_count)
-        part = part.batch(batch_size // process_count, drop_remainder=drop_remainder)
-        options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=_PREFETCH if read_threads else 0)
-        part = part.to_iter_dataset(options)
-        if place is not None:
-            part = ThreadPrefetchIterDataset(part.map(place), prefetch_buffer_size=2)
-        return part
-
+    endless = num_epochs is None
+    batches = _BatchesFrom(
+        examples, batch_size, process_index, process_count, endless, drop_remainder, read_threads, place
+    )
     return _Batches(batches, batch_size, len(examples))
 
 
@@ -258,11 +245,40 @@ class _Block(grain.MapDataset):
 # --- the position
 
 
+@dataclass(frozen=True, eq=False)
+class _BatchesFrom:
+    """Position in the global order → the batches of this process from there on."""
+
+    examples: grain.MapDataset
+    batch_size: int
+    process_index: int
+    process_count: int
+    endless: bool
+    drop_remainder: bool
+    read_threads: int
+    place: Place | None
+
+    def __call__(self, position: int) -> grain.IterDataset:
+        end, size = len(self.examples), self.batch_size
+        if self.drop_remainder and not self.endless:
+            # Every process must make the same number of batches, or the others would wait for it without end.
+            end = position + (end - position) // size * size
+        part = self.examples[position:end]
+        if self.process_count > 1:
+            part = _Block(part, size, self.process_index, self.process_count)
+        part = part.batch(size // self.process_count, drop_remainder=self.drop_remainder)
+        prefetch = _PREFETCH if self.read_threads else 0
+        part = part.to_iter_dataset(grain.ReadOptions(num_threads=self.read_threads, prefetch_buffer_size=prefetch))
+        if self.place is not None:
+            part = ThreadPrefetchIterDataset(part.map(self.place), prefetch_buffer_size=2)
+        return part
+
+
 class _Batches(grain.IterDataset):
     """Batches from any position on.
 
     Args:
-      batches: position in the global order → the batches of this process from there on.
+      batches: position → batches.
       batch_size: over all processes.
       length: of the global order.
     """

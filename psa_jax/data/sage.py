@@ -280,6 +280,10 @@ def read_split(root: Path, split: str) -> list[SageRecord]:
 
     Pictures are not opened: `psa_jax.data.images` does that.
 
+    Args:
+      root: folder in SAGE's layout.
+      split: one of SPLITS.
+
     Raises:
       PSAError: a bad row; the message names the file and the line of the first one.
     """
@@ -295,6 +299,10 @@ def split_lines(root: Path, split: str) -> list[bytes]:
     """Lines of `root/split/metadata.jsonl`. Only a line feed ends one: JSON strings may hold every other separator.
 
     A byte-order mark at the start and empty lines at the end, as editors leave them, are dropped.
+
+    Args:
+      root: folder in SAGE's layout.
+      split: one of SPLITS.
 
     Raises:
       PSAError: the file is missing, unreadable, empty, or a link that leads out of `root`.
@@ -352,6 +360,10 @@ def scan_lines(root: Path, split: str, lines: Iterable[bytes]) -> Iterator[Scann
 def split_folder(root: Path, split: str) -> Path:
     """Path of a split's folder, which must lie under `root`.
 
+    Args:
+      root: folder in SAGE's layout.
+      split: one of SPLITS.
+
     Raises:
       PSAError: no such split, no such folder, or a link that leads out.
     """
@@ -367,6 +379,11 @@ def split_folder(root: Path, split: str) -> Path:
 
 def image_path(root: Path, split: str, name: str) -> Path:
     """Path of a picture, with all links resolved.
+
+    Args:
+      root: folder in SAGE's layout.
+      split: one of SPLITS.
+      name: file name of the picture.
 
     Raises:
       PSAError: the name holds a path, or the file is missing or lies outside `root`.

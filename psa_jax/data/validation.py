@@ -91,12 +91,24 @@ def batches_in_order(
 
 
 def row_noise(row: int, shape: tuple[int, ...], seed: int) -> Float32[np.ndarray, "..."]:
-    """Standard normal noise that depends only on the row, the shape and the seed."""
+    """Standard normal noise that depends only on the row, the shape and the seed.
+
+    Args:
+      row: number of the row.
+      shape: of the noise.
+      seed: of the validation.
+    """
     return np.random.default_rng((seed, row)).standard_normal(shape, np.float32)
 
 
 def spread_timesteps(count: int, timesteps: int, seed: int) -> Int32[np.ndarray, " n"]:
-    """Timesteps [count]: one from each of `count` equal parts of [0, timesteps), in random order."""
+    """Samples one timestep from each of `count` equal parts of [0, timesteps), in random order.
+
+    Args:
+      count: number of timesteps.
+      timesteps: of the noise schedule.
+      seed: of the random choices.
+    """
     rng = np.random.default_rng((seed, count, timesteps))
     parts = (rng.permutation(count) + rng.random(count)) / count
     return (parts * timesteps).astype(np.int32)

@@ -47,6 +47,10 @@ def sample_population(count: int, seed: int = 2025) -> list[UserProfile]:
 
     Seed 2025 gives the users released with SAGE.
 
+    Args:
+      count: number of users.
+      seed: of the random choices.
+
     Raises:
       PSAError: a count outside 1 to 9,999,999 or a seed outside 0 to 2**32 - 1.
 
@@ -89,6 +93,10 @@ def _is_plausible(age: int, age_group: str, religion: str, mental: str) -> bool:
 def write_users_csv(path: str | Path, profiles: Sequence[UserProfile]) -> None:
     """Writes users.csv with mode 0600: id, attributes, and the categories banned and allowed.
 
+    Args:
+      path: the file, in an existing folder.
+      profiles: the users, with ids.
+
     Raises:
       PSAError: a profile without an id, an id given twice, or a file that cannot be written.
     """
@@ -109,12 +117,12 @@ def write_users_csv(path: str | Path, profiles: Sequence[UserProfile]) -> None:
 
 
 def read_users_csv(path: str | Path) -> list[UserProfile]:
-    """Reads users.csv, strictly. Columns of banned and allowed categories are optional and must agree with `bans`.
+    """Reads users.csv strictly. Columns of banned and allowed categories are optional and must agree with `bans`.
 
     The file released with SAGE has no User_ID column: there the id is the number of the row, from 0000001.
 
     Raises:
-      PSAError: naming the line and what is wrong in it.
+      PSAError: a bad line; the message names it and what is wrong in it.
     """
     try:
         # utf-8-sig: spreadsheets put a byte-order mark in front

@@ -1,4 +1,4 @@
-"""`psa-jax encode`: users to an embedding table, and out of it again. The last line on stdout is JSON."""
+"""`psa-jax encode`: makes embedding tables, adds users, forgets users. The last line on stdout is JSON."""
 
 import json
 from argparse import Namespace
@@ -15,7 +15,11 @@ from psa_jax.profiles.table import EmbeddingTable
 
 
 def run(args: Namespace) -> int:
-    """Writes a table from a users.csv or a folder of the torch original's .npy files, adds to one, or forgets users."""
+    """Makes a table from users.csv or a folder of the torch original's .npy files, adds users to one, or forgets users.
+
+    Raises:
+      PSAError: flags that exclude each other, a missing or existing table, or wrong users.
+    """
     if args.forget is not None:
         return _forget(args)
     if args.out is None:
@@ -66,7 +70,7 @@ def _encoder(args: Namespace) -> Encoder:
 
 
 def _forget(args: Namespace) -> int:
-    """Rewrites the table without these users; nothing of them stays in the file."""
+    """Rewrites the table without some users; no trace of them stays in the file."""
     path: Path = args.source
     if args.out is not None or args.add or args.update or args.standardise:
         raise PSAError("--forget changes the table itself: leave out --out, --add, --update and --standardise")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_builder import assert_same_bytes
 
-from psa_jax.data import build, builder, sage
+from psa_jax.data import build, sage
 from psa_jax.data.shards import open_shards
 from psa_jax.errors import PSAError
 
@@ -27,7 +27,7 @@ functions = {{"encode": CountingEncoder(), "replace": os.replace, "row": builder
              "rename": os.rename, "rmtree": shutil.rmtree}}
 
 
-def build(killed_in, out):
+def run_build(killed_in, out):
     calls = dict.fromkeys(functions, 0)
 
     def counted(name):
@@ -48,7 +48,7 @@ def build(killed_in, out):
 results = []
 for killed_in in json.loads(sys.argv[3]):
     if (child := os.fork()) == 0:
-        os._exit(100 + build(killed_in, Path(sys.argv[2])))
+        os._exit(100 + run_build(killed_in, Path(sys.argv[2])))
     results.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(json.dumps(results))
 """
@@ -86,7 +86,7 @@ def test_what_is_encoded_is_not_encoded_again(sage_dir: Path, tmp_path: Path, un
 
 
 def test_parts_of_three_hosts(sage_dir: Path, tmp_path: Path, undisturbed: Path, encode, build_options, monkeypatch):
-    monkeypatch.setattr(builder, "_CHUNK_BATCHES", 1)  # 12 chunks
+    monkeypatch.setattr(build, "_CHUNK_BATCHES", 1)  # 12 chunks
     out, calls = tmp_path / "out", []
     for host in range(3):
         before = len(encode.batches)
@@ -104,7 +104,7 @@ def test_parts_of_three_hosts(sage_dir: Path, tmp_path: Path, undisturbed: Path,
 
 
 def test_a_changed_picture_is_encoded_again(sage_dir: Path, tmp_path: Path, encode, build_options, monkeypatch):
-    monkeypatch.setattr(builder, "_CHUNK_BATCHES", 1)
+    monkeypatch.setattr(build, "_CHUNK_BATCHES", 1)
     build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options, part=(0, 1))
     record = sage.read_split(sage_dir, "train")[0]
     folder, before = sage_dir / "train", len(encode.batches)
