@@ -78,7 +78,7 @@ One user is in the weights, at one scale, on both sides of guidance.""",
 UPSTREAM_DIM = 3584
 """Length of a user embedding in the torch original: the width of Qwen2.5-7B's states."""
 
-UNCONDITIONAL = {"native": "off", "diffusers": "off", "upstream": "zeros", "ip-adapter": "zeros", "baked": "same"}
+UNCONDITIONAL_OF = {"native": "off", "diffusers": "off", "upstream": "zeros", "ip-adapter": "zeros", "baked": "same"}
 """Export format -> the adapter on the unconditional side of guidance. Rates measured in another way do not apply to it.
 
 The native format supports all three ways; `off` is the default of `psa-jax generate` and `load_psa`.
@@ -161,7 +161,7 @@ def _facts(config: AdapterConfig, about: Mapping[str, Any]) -> list[tuple[str, A
 
 def _results(report: Mapping[str, Any] | None, format_: str, scale: float) -> str:
     """Table of rates measured in the format's way, or a sentence that there are none."""
-    report, way = report or {}, UNCONDITIONAL[format_]
+    report, way = report or {}, UNCONDITIONAL_OF[format_]
     measured = report.get("sampling", {})
     method = "psa" if measured.get("unconditional") == way else f"psa_{way}"
     if not any(name.startswith("psa") for split in _SPLITS for name in report.get(split, {})):
