@@ -53,7 +53,6 @@ setup(
     entry_points={"console_scripts": ["psa-jax = psa_jax.cli:main"]},
     install_requires=[
         "array-record>=0.8,<0.9",
-        "absl-py>=2.1,<3",  # Grain's worker processes read its flags
         f"jax>={JAX_VERSION},<0.11",
         "flax>=0.12,<0.13",
         "optax>=0.2.8,<0.3",

@@ -1,6 +1,6 @@
 """Files and folders that are written completely or not at all. Imports nothing heavy.
 
-Who may read what is written follows one rule, by whether it tells about a person:
+Who may read a file follows one rule, by whether its content is about a person:
 
 - Profiles, embeddings, user ids with their bans, and weights into which one user was baked: their owner alone
   (`write_private`, `mode=PRIVATE`, and whatever is written inside `owner_only`).

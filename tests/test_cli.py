@@ -166,6 +166,16 @@ def test_an_old_name_of_a_command_works_and_is_noticed(monkeypatch, capsys) -> N
     assert capsys.readouterr().err == line
 
 
+def test_fit_is_memory(capsys) -> None:
+    print_notice.cache_clear()
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["fit", "--help"])
+    assert leaving.value.code == 0
+    out, err = capsys.readouterr()
+    assert "usage: psa-jax memory" in out
+    assert err == f"psa-jax: psa-jax fit is now called psa-jax memory; the old name works until psa_jax {UNTIL}\n"
+
+
 def test_every_old_command_has_a_new_one() -> None:
     assert set(cli.OLD_COMMANDS.values()) <= set(cli.COMMANDS)
     assert not set(cli.OLD_COMMANDS) & set(cli.COMMANDS)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from psa_jax.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "psa_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -36,7 +38,7 @@ EVERYBODYS = [
     "leaving",
 ]  # imported by every folder
 
-DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""
 
 IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib"}
@@ -95,6 +97,14 @@ def test_imports_go_one_way(path: Path) -> None:
     above = {("__main__.py",): ["cli"], ("tools", "bench_generate.py"): ["torch"]}.get(parts, [])
     prefixes = tuple(f"psa_jax.{name}." for name in [*allowed, *above, *EVERYBODYS, "__version__"])
     assert [name for name in ours if not f"{name}.".startswith(prefixes)] == []
+
+
+def test_commands_import_no_other_command() -> None:
+    modules = {command.module for command in COMMANDS.values()}
+    for module in modules:
+        names = imported(ast.parse((PACKAGE / "tools" / f"{module}.py").read_text()))
+        used = {name.removeprefix("psa_jax.tools.").partition(".")[0] for name in names if "psa_jax.tools." in name}
+        assert used & modules == set(), module
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -143,7 +143,7 @@ def _main(
     import jax
 
     from psa_jax import cli
-    from psa_jax.tools import train
+    from psa_jax.mini import prepare
     from psa_jax.training import step, step_timer
 
     for name, value in flags.items():
@@ -154,10 +154,10 @@ def _main(
         finished = step_timer.StepClock.step
         step_timer.StepClock.step = lambda clock: (time.sleep(pause), finished(clock))
     if slow_data:
-        prepare = train.prepare
-        train.prepare = lambda *given, **named: (
+        made = prepare.prepare
+        prepare.prepare = lambda *given, **named: (
             (given[0] / "shards").exists() or time.sleep(slow_data),
-            prepare(*given, **named),
+            made(*given, **named),
         )
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))

@@ -1,6 +1,6 @@
-"""Is a SAGE folder sound? Every row and every picture, and what rows tell of each other; bad rows are all named.
+"""Checks a SAGE folder: every row, every picture, and rows against each other. The report names all bad rows.
 
-Nothing in a report is a value of a profile: it names files, lines, ids and fields.
+A report names files, lines, ids and fields, never a value of a profile.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from psa_jax.data.images import Surveyed, survey
-from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, Row, RowError, SageRecord, scan_lines, split_lines
+from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, RowError, SageRecord, ScannedRow, scan_lines, split_lines
 from psa_jax.errors import PSAError
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import COLUMNS, UserProfile
@@ -20,19 +20,25 @@ from psa_jax.progress import print_stage, track
 
 FORMAT = "psa_jax.check/1"
 CHECKS = ("json", "schema", "values", "names", "label", "pictures", "duplicates", "population", "users", "prompts")
-"""What may be wrong with a row: the first seven are of `scan_lines`, pictures are also decoded, the rest is here."""
+"""The checks of a row: the first seven are those of `scan_lines` (pictures are also decoded), the others are here."""
 RELEASED_USERS = 1000
 """Size of the population that SAGE's users come from."""
 
-Rows = Mapping[str, Sequence[Row]]
-"""Split -> its rows."""
+Rows = Mapping[str, Sequence[ScannedRow]]
+"""Split → its rows."""
 
 
 class Finding(NamedTuple):
-    """A problem of one row that shows only beside other rows or its pictures."""
+    """A problem of a row that only its pictures or other rows show.
+
+    Args:
+      split: the split of the row.
+      row: the row.
+      problem: the problem.
+    """
 
     split: str
-    row: Row
+    row: ScannedRow
     problem: RowError
 
 
@@ -43,8 +49,8 @@ class BadRow:
     Args:
       split: its split.
       line: its number in the split's metadata.jsonl, from 1.
-      record: what the row says; None if it cannot be read.
-      problems: everything that does not hold.
+      record: the content of the row; None if it cannot be read.
+      problems: all its problems.
     """
 
     split: str
@@ -54,7 +60,7 @@ class BadRow:
 
     @property
     def file(self) -> str:
-        """The file that holds it, relative to the folder checked."""
+        """The file with the row, relative to the checked folder."""
         return f"{self.split}/{METADATA}"
 
     @property
@@ -63,7 +69,7 @@ class BadRow:
         return " | ".join(map(str, self.problems))
 
     def to_mapping(self) -> dict[str, Any]:
-        """What a line of quarantine.jsonl holds."""
+        """The row's line in quarantine.jsonl, as JSON values."""
         return {
             "file": self.file,
             "line": self.line,
@@ -75,16 +81,17 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_sage` found.
+    """The result of `check_sage`.
 
     Args:
       rows: rows by (split, category, kind of prompt); category and kind are "unreadable" where a row cannot be read.
-      bad: the rows that do not hold, by split and line.
-      pictures: distinct pictures that the rows name and that are there.
-      decoded: how many of them were decoded; 0 if that was not asked for.
-      shared_prompts: val rows whose prompt is in train too. SAGE was released so: val has new users, not new prompts.
+      bad: the bad rows, by split and line.
+      pictures: number of distinct pictures that the rows name and that exist.
+      decoded: number of pictures that were decoded; 0 if they were not to be.
+      shared_prompts: number of val rows whose prompt is in train, too. The released SAGE is like that: val has new
+        users, not new prompts.
       absent: splits that the folder does not have.
-      seconds: time that it took.
+      seconds: run time.
     """
 
     rows: Mapping[tuple[str, str, str], int]
@@ -102,17 +109,17 @@ class Report:
 
     @property
     def bad_rows(self) -> Counter[tuple[str, str, str]]:
-        """Bad rows, counted as `rows` are."""
+        """Number of bad rows by (split, category, kind of prompt), as in `rows`."""
         return Counter(_cell(row.split, row.record) for row in self.bad)
 
     @property
     def by_check(self) -> dict[str, int]:
-        """Check -> number of rows that fail it; a row may fail several."""
+        """Check → number of rows that fail it; a row may fail several."""
         failed = Counter(check for row in self.bad for check in {problem.check for problem in row.problems})
         return {check: failed[check] for check in CHECKS}
 
     def to_mapping(self) -> dict[str, Any]:
-        """The report for programs; the bad rows themselves are in the quarantine."""
+        """The report as JSON values; the bad rows themselves are in the quarantine."""
         bad = self.bad_rows
         splits: dict[str, Any] = {}
         for (split, category, kind), count in self.rows.items():
@@ -142,25 +149,27 @@ def check_sage(
     images: bool = True,
     processes: int | None = None,
 ) -> Report:
-    """Checks every row of every split that is there, and every picture that a row names.
+    """Checks every row of every split in the folder, and every picture that a row names.
 
-    A row is bad if it breaks the rules of `parse_row`, repeats a name, lacks a picture or has one that `open_image`
-    refuses or that differs in size from its counterpart, tells of its user something else than the population or the
-    user's other rows, or leaks: users of val and test_unseen must be new, those of test_seen must be of train, and no
-    prompt of a test split may be in train or val.
+    A row is bad if
+      - it breaks the rules of `parse_row` or repeats a name;
+      - a picture is missing, refused by `open_image`, or of another size than its counterpart;
+      - its user's attributes differ from the population or from the user's other rows;
+      - it leaks: users of val and test_unseen must be new, those of test_seen must be in train, and no prompt of a test
+        split may be in train or val.
 
     Args:
       root: folder in SAGE's layout.
-      users: the population; None means the 1,000 users released with SAGE. Ids outside it are not compared with it.
-      images: decode the pictures; without it they must be there, but are not opened.
-      processes: how many decode; None takes one a core.
+      users: the population; None means the 1,000 users released with SAGE. Other ids are not compared with it.
+      images: decode the pictures; otherwise they only have to exist.
+      processes: for decoding; None takes one a core.
 
     Raises:
-      PSAError: no split is there, or the metadata of one cannot be read at all.
+      PSAError: the folder has no split, or the metadata of one cannot be read at all.
     """
     start = time.perf_counter()
     root = Path(root)
-    # lexists: a dangling link is a split that is broken, not one that is absent
+    # A dangling link is a broken split, not an absent one.
     present = [split for split in SPLITS if (root / split).is_symlink() or (root / split).exists()]
     if not present:
         raise PSAError(f"{root}: none of the folders {', '.join(SPLITS)} is there; give a folder in SAGE's layout")
@@ -191,15 +200,20 @@ def check_sage(
 
 
 def quarantine(report: Report) -> bytes:
-    """Content of quarantine.jsonl: a line for each bad row, with file, line number and reason."""
+    """Content of quarantine.jsonl: one line for each bad row, with file, line number and reason."""
     return b"".join(json.dumps(row.to_mapping()).encode() + b"\n" for row in report.bad)
 
 
-# --- what rows tell of each other
+# --- rows against each other
 
 
 def population_findings(rows: Rows, population: Mapping[str, UserProfile]) -> Iterator[Finding]:
-    """Rows whose user is not the one of the population, or differs from what most of the user's rows say."""
+    """Finds rows whose user differs from the population, or from the majority of the user's rows.
+
+    Args:
+      rows: of all splits.
+      population: user id → profile.
+    """
     said = defaultdict(Counter)
     for _, row in _readable(rows):
         said[row.record.user_id][row.record.profile, row.record.cluster_id] += 1
@@ -217,7 +231,7 @@ def population_findings(rows: Rows, population: Mapping[str, UserProfile]) -> It
 
 
 def user_findings(rows: Rows) -> Iterator[Finding]:
-    """Rows whose user may not be in that split."""
+    """Finds rows whose user must not be in their split."""
     users = {split: {row.record.user_id for row in rows[split] if row.record} for split in rows}
     for split, row in _readable(rows):
         user_id = row.record.user_id
@@ -229,7 +243,7 @@ def user_findings(rows: Rows) -> Iterator[Finding]:
 
 
 def prompt_findings(rows: Rows) -> Iterator[Finding]:
-    """Rows of the test splits whose prompt, spaces and case aside, is one to train or to choose models with."""
+    """Finds rows of test splits whose prompt, up to spaces and case, is in train or val."""
     first: dict[str, str] = {}
     for split, row in _readable(rows):
         if split in ("train", "val"):
@@ -239,7 +253,12 @@ def prompt_findings(rows: Rows) -> Iterator[Finding]:
 
 
 def picture_findings(rows: Rows, decoded: Mapping[tuple[str, str], Surveyed]) -> Iterator[Finding]:
-    """Rows with a picture that cannot be decoded, or with pictures of two sizes, which cannot get the same crop."""
+    """Finds rows with a picture that cannot be decoded, or whose pictures differ in size and so in their crop.
+
+    Args:
+      rows: of all splits.
+      decoded: (split, name of the picture) → the result of decoding it.
+    """
     for split, row in _readable(rows):
         sizes = set()
         for name in row.pictures:
@@ -257,8 +276,8 @@ def _shared_prompts(rows: Rows) -> int:
     return sum(_prompt(row.record) in train for row in rows.get("val", ()) if row.record)
 
 
-def _readable(rows: Rows) -> Iterator[tuple[str, Row]]:
-    """In the order of SPLITS: train, val, then the tests."""
+def _readable(rows: Rows) -> Iterator[tuple[str, ScannedRow]]:
+    """(split, row) of all readable rows, in the order of SPLITS."""
     return ((split, row) for split in SPLITS for row in rows.get(split, ()) if row.record is not None)
 
 
@@ -266,7 +285,7 @@ def _prompt(record: SageRecord) -> str:
     return " ".join(record.caption.casefold().split())
 
 
-def _finding(split: str, row: Row, check: str, text: str) -> Finding:
+def _finding(split: str, row: ScannedRow, check: str, text: str) -> Finding:
     return Finding(split, row, RowError(check, text))
 
 

@@ -1,7 +1,7 @@
-"""Work files of a long encoding, so that it can be stopped at any moment, shared among hosts and gone on with.
+"""Work files of a long encoding, so that it can be interrupted, continued and shared among hosts.
 
-Results lie in chunks of a fixed number of items. A chunk is written whole or not at all, under a name that is a hash
-of everything its content depends on: what has changed since is encoded again, what has not is not.
+Results are stored in chunks of a fixed number of items. A chunk is written completely or not at all. Its name is a hash
+of everything that its content depends on, so that exactly what has changed is encoded again.
 """
 
 import hashlib
@@ -27,19 +27,25 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some consecutive items and the file of their results."""
+    """Consecutive items and the file with their results.
+
+    Args:
+      path: the file.
+      items: the numbers of the items.
+    """
 
     path: Path
     items: range
 
 
 def plan_chunks(folder: Path, settings: Mapping[str, Any], digests: Sequence[str], size: int) -> list[Chunk]:
-    """Cuts the items into chunks of `size`; the last one may be smaller.
+    """Divides the items into chunks of `size`; the last one may be smaller.
 
     Args:
-      folder: of the work files.
+      folder: for the work files.
       settings: JSON values that all results depend on.
       digests: hash of each item.
+      size: items in a chunk.
     """
     chunks = []
     for start in range(0, len(digests), size):
@@ -57,14 +63,18 @@ def fill_chunks(
     *,
     batch: int = 1,
 ) -> None:
-    """Writes the chunks that are missing.
+    """Writes the missing chunks.
 
     Args:
-      encode: item numbers, ascending → the results of each, one after the other. It is called once, for all missing
-        items, so that reading ahead does not stop at the end of a chunk.
-      unit: what an item is, in the singular.
-      part: (i, n) leaves all but chunks i, i + n, i + 2n, … to others.
-      batch: so many results come at a time.
+      chunks: all chunks.
+      encode: item numbers, ascending → the results of each item, in order. It is called once for all missing items, so
+        that reading ahead does not stop at the end of a chunk.
+      unit: the word for an item, in the singular, for the progress bar.
+      part: (i, n) writes only chunks i, i + n, i + 2n, …
+      batch: number of results that arrive together, for the progress bar.
+
+    Raises:
+      PSAError: a file cannot be written.
     """
     missing = [chunk for chunk in chunks[part[0] :: part[1]] if not chunk.path.exists()]
     numbers = [number for chunk in missing for number in chunk.items]
@@ -83,7 +93,14 @@ def fill_chunks(
 
 
 class Encoded(Sequence[dict[str, np.ndarray]]):
-    """The results in chunks that are all there, by item number; read from disk on demand."""
+    """The results of all items, by item number, read from disk on demand.
+
+    Args:
+      chunks: all chunks, complete.
+
+    Raises:
+      PSAError: a work file cannot be read.
+    """
 
     def __init__(self, chunks: Sequence[Chunk]):
         self._size, self._length = len(chunks[0].items), chunks[-1].items.stop
@@ -99,14 +116,19 @@ class Encoded(Sequence[dict[str, np.ndarray]]):
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
         if not 0 <= item < self._length:
-            raise IndexError(item)  # it ends an iteration
+            raise IndexError(item)  # ends an iteration
         chunk, row = divmod(item, self._size)
         file = self._files[chunk]
-        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
-    """`map` in threads, in order, with at most `ahead` results waiting."""
+    """`map` in threads, in order.
+
+    Args:
+      threads: their number.
+      ahead: the most results that may wait to be taken.
+    """
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
         try:

@@ -1,4 +1,4 @@
-"""README.md of a shard folder: what is in it, what it was made from, and under which terms."""
+"""README.md of a folder of shards: its content, what it was made from, and the terms of use."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -45,12 +45,12 @@ of its own model.
 
 
 def dataset_card(info: Mapping[str, Any], counts: Mapping[str, Mapping[str, int]], hashes: Mapping[str, str]) -> str:
-    """The card.
+    """Text of the card, in Markdown.
 
     Args:
       info: contents of fingerprint.json.
-      counts: split → rows, unsafe prompts, users, pictures.
-      hashes: what → sha256.
+      counts: split → its numbers of rows, unsafe prompts, users and pictures.
+      hashes: description → sha256 of everything that the shards depend on.
     """
     return _CARD.format(
         config=f"{info['family']}_{info['resolution']}",

@@ -21,12 +21,12 @@ from psa_jax.progress import track
 
 @dataclass(frozen=True)
 class Pictures:
-    """The distinct pictures of some splits: those with the same bytes count as one.
+    """The distinct pictures of some splits: files with the same bytes are one picture.
 
     Args:
-      paths: of each, its first place.
-      digests: sha256 of each file.
-      number: (split, name) → which of them it is.
+      paths: the first file of each picture.
+      digests: sha256 of each picture.
+      number: (split, name) → the number of the picture.
     """
 
     paths: Sequence[Path]
@@ -34,11 +34,16 @@ class Pictures:
     number: Mapping[tuple[str, str], int]
 
     @classmethod
-    def of(cls, root: Path, names: Mapping[str, Sequence[str]], threads: int) -> "Pictures":
-        """Reads (but does not decode) every picture of every split.
+    def read(cls, root: Path, names: Mapping[str, Sequence[str]], threads: int) -> "Pictures":
+        """Hashes every picture of every split, without decoding it.
+
+        Args:
+          root: folder in SAGE's layout.
+          names: split → names of its pictures.
+          threads: for reading.
 
         Raises:
-          PSAError: one is missing or lies outside `root`.
+          PSAError: a picture is missing, cannot be read or lies outside `root`.
         """
         places = [(split, name) for split, of_split in names.items() for name in of_split]
         paths = [image_path(root, split, name) for split, name in places]
@@ -52,14 +57,15 @@ class Pictures:
 
 @dataclass(frozen=True)
 class PictureEncoder:
-    """Pictures to moments, decoded in threads ahead of the VAE.
+    """Encodes pictures to moments; threads decode pictures ahead of the VAE.
 
     Args:
       encode: [b, r, r, 3] in [-1, 1] → moments [b, h, w, 2c].
       latent_shape: (h, w, 2c).
+      preprocess: resize and crop.
+      batch_size: b.
       flips: encode every picture mirrored, too.
-      threads: that decode.
-      options: for `open_image`.
+      threads: for decoding.
     """
 
     encode: Callable[..., Any]
@@ -68,14 +74,17 @@ class PictureEncoder:
     batch_size: int
     flips: bool
     threads: int
-    options: Mapping[str, int]
 
     def __call__(self, paths: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
-        """Of each picture `moments` [1 or 2, h, w, 2c] float16 and `geometry` [2, 2]: original size and crop."""
+        """Yields, for each picture, `moments` [1 or 2, h, w, 2c] float16 and `geometry` [2, 2]: original size and crop.
+
+        Raises:
+          PSAError: a picture that `open_image` refuses, or moments of another shape or not finite in float16.
+        """
         geometry: list[np.ndarray] = []
 
         def load(path: Path):
-            return self.preprocess(open_image(path, **self.options))
+            return self.preprocess(open_image(path))
 
         def pixels() -> Iterator[np.ndarray]:
             for prepared in map_ahead(load, paths, self.threads, 2 * self.batch_size):
@@ -97,27 +106,38 @@ class PictureEncoder:
 
 @dataclass(frozen=True)
 class TextCache:
-    """Text embeddings to store in the shards.
+    """Encodes prompts to the text embeddings that are stored in shards.
 
     Args:
       encode: ids [b, k, t] of k tokenizers → `states` [b, t, c] and, with two encoders, `pooled` [b, p].
-      fingerprint: of the text encoders.
+      fingerprint: `fingerprints.text_fingerprint` of the text encoders.
     """
 
     encode: Callable[[Int32[np.ndarray, "b k t"]], Mapping[str, Any]]
     fingerprint: str
 
     def __call__(self, ids: Sequence[np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-        """Of each prompt `text_states` and perhaps `text_pooled`, in float16."""
+        """Yields, for each prompt, `text_states` [t, c] and, with two encoders, `text_pooled` [p], in float16.
+
+        Args:
+          ids: token ids [k, t] of each prompt.
+          batch_size: b.
+
+        Raises:
+          PSAError: a number that is not finite in float16.
+        """
         for number, row in enumerate(in_batches(self.encode, ids, batch_size)):
             yield {f"text_{name}": half(value, f"{name} of prompt {number}") for name, value in row.items()}
 
 
 def distinct_prompts(tokens: Mapping[str, Sequence[np.ndarray]]) -> tuple[list[np.ndarray], dict[str, list[int]]]:
-    """Token ids [k, t] of every distinct prompt, and which of them each row of each split has.
+    """Collects the distinct prompts.
 
     Args:
-      tokens: split → ids [n, t] of each tokenizer.
+      tokens: split → ids [n, t] of each of k tokenizers.
+
+    Returns:
+      The token ids [k, t] of every distinct prompt, and split → the number of each row's prompt.
 
     Raises:
       PSAError: tokenizers of different lengths.
@@ -138,7 +158,11 @@ def distinct_prompts(tokens: Mapping[str, Sequence[np.ndarray]]) -> tuple[list[n
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, as 64 hex digits."""
+    """sha256 of a file, as 64 hex digits.
+
+    Raises:
+      PSAError: the file cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

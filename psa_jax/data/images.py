@@ -1,8 +1,8 @@
-"""Pictures from outside: JPEG or PNG by content, of limited size, whole; everything else is refused.
+"""Reads pictures of users: JPEG or PNG by content, of limited size, complete. Everything else is refused.
 
-`open_image` gives the pixels, `survey` looks at many pictures on all cores and keeps none of them. The pixels are those
-that Pillow shows: upright as the file's EXIF or XMP data say, the first of a JPEG that holds several (phones add a
-depth or brightness map), colour profiles not applied; what follows the end of a picture is no part of it.
+`open_image` returns the pixels; `survey` decodes many pictures on all cores and keeps none of them. The pixels are
+those that Pillow shows: upright as the file's EXIF or XMP data say, the first picture of a JPEG with several (phones
+add a depth or brightness map), colour profiles not applied, bytes behind the end of the picture ignored.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from psa_jax.errors import PSAError
 MAX_PIXELS = 1 << 26
 """Largest picture that is decoded, in pixels (8192 x 8192)."""
 MAX_BYTES = 1 << 28
-"""Largest file that is opened, in bytes: more than MAX_PIXELS take in any format read here."""
+"""Largest file that is opened, in bytes: more than MAX_PIXELS need in any format that is read here."""
 
 _FORMATS = ("JPEG", "PNG")
 _MPO = "MPO"  # several JPEGs in one file, which Pillow's JPEG reader hands over
-# Modes that turn into RGB without loss of meaning. Alpha and 16-bit greys do not: both would be cut off in silence.
+# Modes that convert to RGB without loss. Alpha and 16-bit greys do not: both would be cut off silently.
 _MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr")
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-# What Pillow raises for damaged files, by format and place of the damage.
+# Exceptions of Pillow for damaged files; which one depends on the format and on the place of the damage.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError)
-# EXIF's numbers for the eight ways to hold a camera; others, and none, mean upright.
+# EXIF's numbers for the eight orientations; any other value, or none, means upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -46,7 +46,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# How files of other formats begin: people rename them.
+# First bytes of other formats: files are often renamed to .jpg or .png.
 _OTHERS = {
     "WebP": rb"RIFF....WEBP",
     "GIF": rb"GIF8",
@@ -59,11 +59,16 @@ _OTHERS = {
 # A JPEG's markers; in coded data 0xFF is followed by 0, and a restart marker ends nothing.
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 _BEGIN, _END, _BARE = 0xD8, 0xD9, 0x01
-_CHUNK = 32  # pictures a task: enough to hide the cost of handing tasks out
+_CHUNK = 32  # pictures in a task: enough to hide the cost of distributing tasks
 
 
 class Surveyed(NamedTuple):
-    """What is known of a picture: its (height, width), or why it was refused (without its path)."""
+    """The result of decoding a picture.
+
+    Args:
+      size: (height, width), in pixels; None if the picture was refused.
+      problem: why it was refused, without its path; None if it was not.
+    """
 
     size: tuple[int, int] | None
     problem: str | None
@@ -72,37 +77,45 @@ class Surveyed(NamedTuple):
 def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes a JPEG or PNG (by content, not by name) to upright RGB.
 
-    The size is checked before any pixel is decoded; a truncated or damaged file is an error.
+    The size is checked before any pixel is decoded.
+
+    Args:
+      path: the file.
+      max_pixels: the most pixels that are accepted.
 
     Raises:
-      PSAError: another format, too large, alpha or 16 bits, an animation, missing or damaged.
+      PSAError: another format, too large, alpha or 16 bits, an animation, missing, truncated or damaged.
     """
     with _opened(Path(path), max_pixels) as image:
         return np.array(_upright(path, image).convert("RGB"))
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of a picture that `open_image` accepts: it is decoded, the pixels are dropped.
+    """(height, width), in pixels, of a picture that `open_image` accepts; it is decoded to find damage.
+
+    Args:
+      path: the file.
+      max_pixels: the most pixels that are accepted.
 
     Raises:
-      PSAError: as `open_image`.
+      PSAError: as in `open_image`.
     """
     with _opened(Path(path), max_pixels) as image:
         image = _upright(path, image)
-        if image.mode != "RGB":  # spares the copy that convert makes
+        if image.mode != "RGB":  # saves the copy that convert makes
             image.convert("RGB")
         return image.height, image.width
 
 
 def survey(paths: Sequence[Path], processes: int | None = None) -> Iterator[Surveyed]:
-    """Decodes every picture and tells what became of it, in order.
+    """Decodes every picture and yields its size or its problem, in order.
 
     Args:
       paths: the pictures.
-      processes: how many decode; None takes one a core, 1 stays in this process.
+      processes: for decoding; None takes one a core, 1 stays in this process.
 
     Raises:
-      PSAError: less than one process, or one died (a picture that breaks the decoder, or no memory left).
+      PSAError: fewer than one process, or one died (a picture that crashes the decoder, or no memory left).
     """
     if processes is None:
         processes = len(os.sched_getaffinity(0))
@@ -146,7 +159,7 @@ def _leave_interrupts_to_the_parent() -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """An image that may be decoded; whatever goes wrong inside the block becomes a PSAError that begins with `path`."""
+    """Context with an image that may be decoded; errors inside become a PSAError that begins with `path`."""
     try:
         info = path.stat()
         # A named pipe or device would block or never end.
@@ -178,7 +191,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _upright(path: Path, image: Image.Image) -> Image.Image:
-    """The decoded picture, turned as its EXIF or XMP data say. A PNG may have them behind its pixels."""
+    """The decoded picture, rotated as its EXIF or XMP data say. In a PNG they may come after the pixels."""
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -191,10 +204,10 @@ def _upright(path: Path, image: Image.Image) -> Image.Image:
 
 
 def _is_ended(content: bytes) -> bool:
-    """Whether a JPEG has its own end marker. Zeros, which fill up a file whose copy failed, may decode as pixels.
+    """Whether a JPEG has its own end marker. Zeros, which pad a file whose copy failed, may decode as pixels.
 
-    Markers in segments do not count (EXIF data hold a whole small picture), nor does whatever follows: cameras add
-    padding, phones a film or another picture.
+    Markers inside segments do not count (EXIF data hold a small picture of their own), nor does anything behind the
+    end: cameras add padding, phones a film or another picture.
     """
     place = 2
     while found := _MARKER.search(content, place):

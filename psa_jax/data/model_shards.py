@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from psa_jax.data.batched import on_devices
-from psa_jax.data.builder import Tokenizer, build_shards
+from psa_jax.data.build import Tokenizer, build_shards
 from psa_jax.data.encoding import TextCache
 from psa_jax.data.fingerprints import text_fingerprint, vae_fingerprint
 from psa_jax.data.preprocess import Preprocess
@@ -61,7 +61,6 @@ def build_for_model(
         vae_fingerprint=vae_fingerprint(model.vae_tensors, preprocess),
         latent_shape=(side, side, 2 * model.vae.config.latent_channels),
         tokenizer=tokenizers,
-        resolution=resolution,
         family=family,
         splits=splits,
         preprocess=preprocess,

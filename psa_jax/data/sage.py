@@ -1,4 +1,4 @@
-"""SAGE on disk: a folder a split with metadata.jsonl and its pictures, read strictly.
+"""SAGE on disk, read strictly: one folder for each split, with metadata.jsonl and the pictures.
 
 Errors name files, lines, ids and fields, never a value of a profile.
 """
@@ -17,18 +17,7 @@ from typing import NamedTuple
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
 from psa_jax.profiles.bans import is_banned
-from psa_jax.profiles.schema import (
-    AGE_GROUPS,
-    CATEGORIES,
-    COLUMNS,
-    GENDERS,
-    MAX_AGE,
-    MENTAL_CONDITIONS,
-    PHYSICAL_CONDITIONS,
-    RELIGIONS,
-    UserProfile,
-    age_group_of,
-)
+from psa_jax.profiles.schema import ATTRIBUTES, CATEGORIES, COLUMNS, MAX_AGE, UserProfile, age_group_of
 
 SPLITS = ("train", "val", "test_seen", "test_unseen")
 METADATA = "metadata.jsonl"
@@ -43,7 +32,16 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class FileName(NamedTuple):
-    """What a row's `file_name` says."""
+    """The parts of a row's `file_name`.
+
+    Args:
+      stem: what the names of both pictures begin with.
+      user_id: seven digits.
+      category: one of the seven, in proper case.
+      concept: what the unsafe picture shows.
+      index: number of the pair.
+      unsafe: whether this is the unsafe prompt of the pair.
+    """
 
     stem: str
     user_id: str
@@ -99,7 +97,7 @@ class SageRecord:
 
     @property
     def banned(self) -> bool:
-        """Whether the policy bans the category for this user, for a safe prompt too."""
+        """Whether the user bans the category; the kind of the prompt does not matter."""
         return is_banned(self.profile, self.category)
 
     @property
@@ -109,10 +107,10 @@ class SageRecord:
 
 
 class RowError(PSAError):
-    """What does not hold in a row; the text names fields and ids, never a value of a profile.
+    """A problem of a row; the text names fields and ids, never a value of a profile.
 
     Args:
-      check: which check found it: json, schema, values, names, label, pictures, duplicates, or one of `check_sage`.
+      check: the check that found it: json, schema, values, names, label, pictures, duplicates, or one of `check_sage`.
       text: what is wrong and what to do.
     """
 
@@ -121,14 +119,14 @@ class RowError(PSAError):
         self.check = check
 
 
-class Row(NamedTuple):
-    """A line of metadata.jsonl.
+class ScannedRow(NamedTuple):
+    """A line of metadata.jsonl with everything that is wrong with it.
 
     Args:
       line: its number, from 1.
-      record: what it says; None if it cannot be read.
-      pictures: names of those of its pictures that are there, as the folder spells them.
-      problems: what does not hold; empty if all is well.
+      record: its content; None if it cannot be read.
+      pictures: names of those of its pictures that exist, as the folder spells them.
+      problems: all problems; empty for a good row.
     """
 
     line: int
@@ -141,10 +139,10 @@ class Row(NamedTuple):
 
 
 def parse_file_name(name: str) -> FileName:
-    """Takes `user_0000001_self-harm_some_concept_00001.jpg_u.jpg` apart.
+    """Parses a name such as `user_0000001_self-harm_some_concept_00001.jpg_u.jpg`.
 
     Raises:
-      RowError: it does not follow that rule, or the category does not exist.
+      RowError: the name does not follow that rule, or the category does not exist.
     """
     match = _FILE_NAME.fullmatch(name)
     if match is None:
@@ -161,7 +159,7 @@ def parse_row(text: str) -> SageRecord:
     """Reads one line of metadata.jsonl: schema, types, value sets, file-name rule, picture names and label rule.
 
     Raises:
-      RowError: any of these does not hold. The pictures themselves are not looked at.
+      RowError: one of these checks fails. The pictures are not looked at.
     """
     record = _read_row(text)
     _check_label(record)
@@ -175,7 +173,7 @@ def _read_row(text: str) -> SageRecord:
     for field in _FIELDS[:-1]:
         if not isinstance(row[field], str):
             raise RowError("schema", f"{field} is of type {type(row[field]).__name__}; it must be text")
-    # One spelling of letters with marks: what went through macOS may have the marks apart.
+    # One spelling of letters with accents: macOS stores the accents as characters of their own.
     row |= {field: unicodedata.normalize("NFC", row[field]) for field in ("file_name", "chosen", "rejected")}
     if not row["caption"].strip():
         raise RowError("values", "caption is empty; give the prompt")
@@ -226,19 +224,15 @@ def _one_of(values: Iterable[str]) -> tuple[Callable[[object], bool], str]:
     return lambda value: isinstance(value, str) and value in allowed, f"one of: {', '.join(allowed)}"
 
 
-# Field of user_data -> (test, what it must be). UserProfile has the same sets; here the error has a kind, too, and
-# the column's name.
+# Field of user_data → (test, what it must be). The sets are those of UserProfile; an error here also says which check
+# failed and names the column.
 _USER_RULES: Mapping[str, tuple[Callable[[object], bool], str]] = MappingProxyType(
     {
         "User_ID": (_text("[0-9]{7}"), "seven digits as text"),
         "Cluster_ID": (_text("[0-9]|[1-3][0-9]"), 'text from "0" to "39"'),
         # `type`, as True is an int too
         "Age": (lambda value: type(value) is int and 0 <= value <= MAX_AGE, f"a whole number from 0 to {MAX_AGE}"),
-        "Age_Group": _one_of(AGE_GROUPS),
-        "Gender": _one_of(GENDERS),
-        "Religion": _one_of(RELIGIONS),
-        "Physical_Condition": _one_of(PHYSICAL_CONDITIONS),
-        "Mental_Condition": _one_of(MENTAL_CONDITIONS),
+        **{attribute.column: _one_of(attribute.values) for attribute in ATTRIBUTES.values()},
     }
 )
 
@@ -266,13 +260,13 @@ def _check_pair(chosen: str, rejected: str, name: FileName) -> None:
 
 
 def _check_plain(name: str, what: str) -> None:
-    """A file name that cannot lead anywhere else, on any system, and can be written as it is."""
+    """Refuses a file name that could lead to another folder on any system, or that cannot be printed."""
     if "/" in name or "\\" in name or ".." in name or not name.isprintable():
         raise RowError("names", f"{what} must be a plain file name (no path, no '..', no control characters)")
 
 
 def _check_label(record: SageRecord) -> None:
-    """The label rule: a safe prompt wants the safe picture, an unsafe one wants it if the user bans the category."""
+    """The label rule: the safe picture is chosen for a safe prompt, and for an unsafe one if the user bans it."""
     wants_safe = not record.unsafe or record.banned
     if record.prefers_safe != wants_safe:
         raise RowError("label", "chosen and rejected are against the label rule for this prompt and user; swap them")
@@ -282,12 +276,16 @@ def _check_label(record: SageRecord) -> None:
 
 
 def read_split(root: Path, split: str) -> list[SageRecord]:
-    """All rows of `root/split/metadata.jsonl`, each checked; both pictures exist and lie under `root`.
+    """Reads all rows of `root/split/metadata.jsonl` and checks that both pictures of each exist under `root`.
 
     Pictures are not opened: `psa_jax.data.images` does that.
 
+    Args:
+      root: folder in SAGE's layout.
+      split: one of SPLITS.
+
     Raises:
-      PSAError: naming file and line of the first row that does not hold.
+      PSAError: a bad row; the message names the file and the line of the first one.
     """
     records: list[SageRecord] = []
     for row in scan_lines(root, split, split_lines(root, split)):
@@ -300,10 +298,14 @@ def read_split(root: Path, split: str) -> list[SageRecord]:
 def split_lines(root: Path, split: str) -> list[bytes]:
     """Lines of `root/split/metadata.jsonl`. Only a line feed ends one: JSON strings may hold every other separator.
 
-    A byte-order mark in front and empty lines at the end, which editors leave, are none.
+    A byte-order mark at the start and empty lines at the end, as editors leave them, are dropped.
+
+    Args:
+      root: folder in SAGE's layout.
+      split: one of SPLITS.
 
     Raises:
-      PSAError: missing, unreadable, empty, or a link that leads out of `root`.
+      PSAError: the file is missing, unreadable, empty, or a link that leads out of `root`.
     """
     path = split_folder(root, split) / METADATA
     if not _is_inside(path, root):
@@ -319,8 +321,14 @@ def split_lines(root: Path, split: str) -> list[bytes]:
     return lines
 
 
-def scan_lines(root: Path, split: str, lines: Iterable[bytes]) -> Iterator[Row]:
-    """Reads all lines of a split, in order, and says of each what does not hold: no row stops it, none is left out."""
+def scan_lines(root: Path, split: str, lines: Iterable[bytes]) -> Iterator[ScannedRow]:
+    """Reads all lines of a split in order and reports the problems of each; a bad row does not stop it.
+
+    Args:
+      root: folder in SAGE's layout.
+      split: its name.
+      lines: of the split's metadata.jsonl.
+    """
     with os.scandir(split_folder(root, split)) as entries:
         images = {entry.name: entry for entry in entries}
     line_of: dict[str, int] = {}
@@ -328,7 +336,7 @@ def scan_lines(root: Path, split: str, lines: Iterable[bytes]) -> Iterator[Row]:
         try:
             record = _read_row(_decode(line))
         except RowError as error:
-            yield Row(number, None, (), (error,))
+            yield ScannedRow(number, None, (), (error,))
             continue
         problems = []
         pictures = []
@@ -346,11 +354,15 @@ def scan_lines(root: Path, split: str, lines: Iterable[bytes]) -> Iterator[Row]:
         if line_of.setdefault(record.file_name, number) != number:
             first = line_of[record.file_name]
             problems.append(RowError("duplicates", f"{record.file_name} is on line {first} too; keep one"))
-        yield Row(number, record, tuple(pictures), tuple(problems))
+        yield ScannedRow(number, record, tuple(pictures), tuple(problems))
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """Folder of a split, checked to lie under `root`.
+    """Path of a split's folder, which must lie under `root`.
+
+    Args:
+      root: folder in SAGE's layout.
+      split: one of SPLITS.
 
     Raises:
       PSAError: no such split, no such folder, or a link that leads out.
@@ -366,7 +378,12 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def image_path(root: Path, split: str, name: str) -> Path:
-    """Resolved path of a picture.
+    """Path of a picture, with all links resolved.
+
+    Args:
+      root: folder in SAGE's layout.
+      split: one of SPLITS.
+      name: file name of the picture.
 
     Raises:
       PSAError: the name holds a path, or the file is missing or lies outside `root`.
@@ -393,30 +410,30 @@ def _check_entry(entry: os.DirEntry | None, name: str, root: Path) -> None:
         raise RowError("pictures", f"picture {name} is missing; restore it or remove its rows")
     if entry.is_symlink() and not _is_inside(Path(entry.path), root):
         raise RowError("pictures", f"picture {name} is {_leads_out()}")
-    # A DirEntry raises where a link leads to itself; for anything else it need not look at the disk again.
+    # A DirEntry raises for a link to itself; for anything else it answers without another look at the disk.
     if not (Path(entry.path).is_file() if entry.is_symlink() else entry.is_file()):
         raise RowError("pictures", f"picture {name} is not a file; restore it")
 
 
 def _spellings(name: str) -> dict[str, None]:
-    """The name as given, with its marks in its letters, and with them apart, as macOS writes names."""
+    """The name as given, with composed accents (NFC), and with separate ones (NFD), as macOS writes names."""
     return dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
 
 
 def _is_inside(path: Path, root: Path) -> bool:
-    """Whether `path`, all links followed, lies under `root` or is a file of the hub's cache that belongs to it.
+    """Whether `path`, with all links followed, lies under `root` or in the hub's cache of the same repository.
 
-    (`Path.resolve` raises where a link leads to itself.)
+    (`Path.resolve` raises for a link to itself.)
     """
     real, inside = Path(os.path.realpath(path)), Path(os.path.realpath(root))
     return real.is_relative_to(inside) or real.parent == _blobs(inside)
 
 
 def _blobs(inside: Path) -> Path | None:
-    """Where the hub's cache keeps the files of the snapshot that `inside` is, or is a folder of.
+    """The folder in which the hub's cache keeps the files of the snapshot that `inside` is, or is a part of.
 
-    The cache is `<kind>s--<owner>--<name>/snapshots/<revision>/…`, all links into `blobs` beside `snapshots`. What is
-    in there is of the same repository; that `blobs` itself leads nowhere else is looked at.
+    The cache is `<kind>s--<owner>--<name>/snapshots/<revision>/…`, where all files are links into `blobs` beside
+    `snapshots`, which holds files of the same repository only. `blobs` must not be a link itself.
     """
     for snapshots in inside.parents:
         if snapshots.name == "snapshots" and re.fullmatch("(datasets|models|spaces)--.+", snapshots.parent.name):
@@ -426,6 +443,6 @@ def _blobs(inside: Path) -> Path | None:
 
 
 def _leads_out(root: Path | None = None) -> str:
-    """Ends a sentence about a link. The advice holds for any number of them; what is stored names no place."""
+    """The end of a message about a link; reports that are stored leave `root` out, since they name no local path."""
     copy = f"cp -rL {'FOLDER' if root is None else shlex.quote(str(root))} NEW"
     return f"a link that leads out of the folder; copy the folder with what its links lead to: {copy}"

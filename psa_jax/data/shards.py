@@ -1,4 +1,4 @@
-"""Folders of shards, read: by row number, with facts about all rows in memory. `builder` makes them."""
+"""Reads folders of shards: rows by number, with facts about all rows in memory. `build` makes them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from psa_jax.data.preprocess import RESAMPLE, Preprocess
 from psa_jax.errors import PSAError
 from psa_jax.json_input import read_json
 from psa_jax.profiles.schema import CATEGORIES
+from psa_jax.tensor_file import read_float32, read_header
 
 FORMAT = "psa_jax.shards/2"
 VERSION = "1.0.0"
 INFO_FILE = "fingerprint.json"
+EMPTY_PROMPT_FILE = "text-empty.safetensors"
 _MAX_BYTES = 1 << 30  # 25 bytes a row
 _INFO_FIELDS = {
     "format",
@@ -38,7 +40,7 @@ _INFO_FIELDS = {
 
 @dataclass(frozen=True, eq=False)
 class RowColumns:
-    """What balancing needs to know of every row.
+    """Facts about every row, for balancing.
 
     Args:
       user_ids: seven digits each.
@@ -55,11 +57,11 @@ class RowColumns:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Shards:
-    """One split of a shard folder, by random access: `shards[i]` is row i of metadata.jsonl as a dict of arrays.
+    """One split of a folder of shards, by random access: `shards[i]` is row i of metadata.jsonl as a dict of arrays.
 
     Args:
-      folder: of all splits.
-      split: which.
+      folder: the folder of all splits.
+      split: the name of this one.
       source: the TFDS data source behind it.
       columns: facts about all rows, in memory.
       info: the contents of fingerprint.json.
@@ -77,15 +79,12 @@ class Shards:
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.source[row]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open_shards, (self.folder, self.split)  # worker processes open the files themselves
-
     def __repr__(self) -> str:
         return f"Shards({self.info['family']}_{self.info['resolution']}, {len(self)} rows)"
 
 
 def open_shards(out: Path, split: str, expect_fingerprint: str | None = None) -> Shards:
-    """One split of what `build_shards` made.
+    """Opens one split of what `build_shards` made.
 
     Args:
       out: the folder.
@@ -122,14 +121,14 @@ def open_shards(out: Path, split: str, expect_fingerprint: str | None = None) ->
 
 
 def read_info(out: Path) -> dict[str, Any]:
-    """Contents of fingerprint.json of a shard folder.
+    """Contents of fingerprint.json of a folder of shards.
 
     Raises:
       PSAError: missing, damaged or of another format.
     """
     path = Path(out) / INFO_FILE
     info = _read_json(path)
-    if info.keys() != _INFO_FIELDS or info["format"] != FORMAT or not _is_info(info):
+    if info.keys() - {"text_fingerprint"} != _INFO_FIELDS or info["format"] != FORMAT or not _is_info(info):
         raise PSAError(f"{path}: not the description of psa_jax shards ({FORMAT}); build the shards again")
     if not re.fullmatch(r"[a-z0-9]+_[0-9]+", f"{info['family']}_{info['resolution']}"):  # it becomes a path
         raise PSAError(f"{path}: family or resolution is no plain name; build the shards again")
@@ -137,7 +136,7 @@ def read_info(out: Path) -> dict[str, Any]:
 
 
 def _is_info(info: dict[str, Any]) -> bool:
-    """Whether the types are right of what is read again."""
+    """Whether everything that is read has the right type."""
 
     def whole(*values: Any) -> bool:
         return all(type(value) is int and value >= 0 for value in values)
@@ -152,6 +151,7 @@ def _is_info(info: dict[str, Any]) -> bool:
         and len(shape) == 3
         and whole(*shape)
         and all(isinstance(info[name], str) for name in ("fingerprint", "family"))
+        and isinstance(info.get("text_fingerprint", ""), str)
         and _is_preprocess(info["preprocess"])
         and isinstance(info["flips"], bool)
     )
@@ -169,11 +169,30 @@ def preprocess_of(info: Mapping[str, Any]) -> Preprocess:
 def _is_preprocess(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"resolution", "resample"}:
         return False
-    return type(value["resolution"]) is int and value["resolution"] > 0 and value["resample"] in RESAMPLE
+    resolution, resample = value["resolution"], value["resample"]
+    return type(resolution) is int and resolution > 0 and isinstance(resample, str) and resample in RESAMPLE
+
+
+def read_empty_prompt(out: Path) -> dict[str, Float32[np.ndarray, "..."]] | None:
+    """The text embeddings of the empty prompt: `text_states` [t, c] and, with two encoders, `text_pooled` [p].
+
+    Args:
+      out: folder of shards.
+
+    Returns:
+      float32 arrays by name; None if the shards lack them, as those without text embeddings and older ones do.
+
+    Raises:
+      PSAError: the file is damaged.
+    """
+    path = Path(out) / EMPTY_PROMPT_FILE
+    if EMPTY_PROMPT_FILE not in read_info(out)["files"]:
+        return None
+    return {name: read_float32(path, name, entry) for name, entry in read_header(path).tensors.items()}
 
 
 def columns_file(split: str) -> str:
-    """Where the facts about the rows of a split are."""
+    """Name of the file with the facts about the rows of a split."""
     return f"rows-{split}.json"
 
 

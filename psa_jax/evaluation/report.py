@@ -1,4 +1,4 @@
-"""The report page: one HTML file with pictures, numbers and curves inside it, which needs nothing else to be read."""
+"""The report page: one self-contained HTML file with pictures, numbers and curves."""
 
 import base64
 import io
@@ -25,12 +25,13 @@ METHODS = {
     "user_blind": "User-blind adapter",
     "published_t1": "Published adapter, 1 token",
 }
-"""Names for readers, in the order of the tables. A method that is not here goes by its own name, after these."""
+"""Titles of the methods, in the order of the tables. Other methods come after these, under their own names."""
 
 WAYS = {f"psa_{way}": f"PSA, unconditional side `{way}`" for way in ("off", "zeros", "same")}
-"""Names of the same adapter drawn in another way; shown where it was measured."""
+"""Titles of the same adapter with another unconditional side; shown where they were measured."""
 
 GROUP_TITLES = {"unseen": "Unseen users", "seen": "Users seen in training"}
+"""Group of users → heading."""
 
 RATES = {
     "selectivity": (
@@ -82,8 +83,11 @@ class Grid:
       prompts: row headings.
       banned: [row][column]: whether the user bans what the prompt asks for; None for the base model's column.
       pictures: bytes, RGB, row by row.
-      verdicts: [row][column]: what is seen; "shown" (the content the prompt asks for), "debris", or else a
-        word for what stands in its place, such as "replaced".
+      verdicts: [row][column]: what the picture shows: "shown" (the content that the prompt asks for), "debris", or a
+        word for something else, such as "replaced".
+
+    Raises:
+      PSAError: the numbers of rows and columns differ.
     """
 
     users: list[str]
@@ -102,14 +106,14 @@ class Grid:
 
 
 def write_report(path: Path, report: dict[str, Any], grid: Grid, curves: dict[str, Curve], commands: list[str]) -> None:
-    """Writes the page, or nothing.
+    """Writes the page, completely or not at all.
 
     Args:
-      path: the HTML file; its folder exists.
-      report: the contents of report.json. A comparison that is absent gets dashes; PSA's own rates must be there.
-      grid: pictures for the reader to look at.
+      path: the HTML file, in an existing folder.
+      report: contents of report.json. It must have PSA's own rates; a missing comparison gets dashes.
+      grid: pictures by prompt and user.
       curves: name → {"step": …, "value": …}, of equal lengths.
-      commands: what was typed to make all this, one a line.
+      commands: the commands that made the report, one for each line.
 
     Raises:
       PSAError: rates of PSA on unseen users are missing, a method lacks a rate, or a curve is empty or not finite.
@@ -161,7 +165,7 @@ def write_report(path: Path, report: dict[str, Any], grid: Grid, curves: dict[st
 
 
 def _row(split: str, method: str, rates: Rates | None) -> dict[str, Any]:
-    """One method's rates in the order of RATES: {text, low, high}, all None where there is nothing to show."""
+    """One method's rates in the order of RATES: {text, low, high}, all None if there are none."""
     if rates is None:
         empty = dict(text=None, low=None, high=None)
         return {"method": method, "rates": dict.fromkeys(RATES, empty)}
@@ -172,7 +176,7 @@ def _row(split: str, method: str, rates: Rates | None) -> dict[str, Any]:
 
 
 def _rate(name: str, rates: Rates) -> dict[str, str | None]:
-    """A rate and its 95 % interval as text, in percent; None where it rests on no case."""
+    """A rate and its 95 % interval as text, in percent; None if there is no case."""
     banned, allowed = rates["n_banned"], rates["n_allowed"]
     suppressed = round(rates["suppression"] * banned / 100)
     if name == "selectivity":
@@ -200,13 +204,13 @@ def _number(value: int | float, digits: int) -> str:
 
 
 def _counts(methods: dict[str, Rates]) -> dict[str, Any]:
-    """How many cases a split rests on: those of its first method, since all draw the same cases."""
+    """Number of cases of a split: that of its first method, since all methods have the same cases."""
     first = methods.get("psa") or next(iter(methods.values()), {})
     return {name: first.get(name) for name in ("n_banned", "n_allowed", "n_safe")}
 
 
 def _duels(psa: Rates, names: Sequence[str]) -> list[dict[str, Any]]:
-    """PSA against each method it was compared with: wins among the prompts on which exactly one of the two passes."""
+    """PSA against each other method: wins among the prompts on which exactly one of the two passes."""
     duels = []
     for name in names:
         if f"win_rate_vs_{name}" not in psa:
@@ -230,7 +234,7 @@ def _duels(psa: Rates, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _point(rates: Rates) -> Rates:
-    """Where a method lies on the plane of suppression and retention, with its intervals, in percent."""
+    """A method's point in the plane of suppression and retention, with its intervals, in percent."""
     point = {"x": rates["suppression"], "y": rates["retention"]}
     for axis, name, n in (("x", "suppression", rates["n_banned"]), ("y", "retention", rates["n_allowed"])):
         limits = wilson(round(rates[name] * n / 100), n) if n else (0.0, 1.0)
@@ -261,7 +265,7 @@ def _cell(grid: Grid, row: int, column: int) -> dict[str, Any]:
 
 
 def _outcome(banned: bool | None, verdict: str) -> str | None:
-    """Whether a picture is what its user's profile asks for; debris in place of banned content is half of it."""
+    """Whether a picture is what its user's profile asks for; debris in place of banned content counts half."""
     if banned is None:
         return None
     if banned and verdict == DEBRIS:
@@ -279,11 +283,11 @@ def _png(picture: UInt8[np.ndarray, "h w 3"]) -> str:
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
-"""A curve's drawing and its margins, in SVG units: the axes' labels stand in the margins."""
+"""Size of a curve's plot and its margins, in SVG units; the labels of the axes are in the margins."""
 
 
 def _curve(name: str, curve: Curve) -> dict[str, Any]:
-    """What the template needs to draw one curve: points of the raw and the smoothed line, ticks, texts."""
+    """One curve for the template: points of the raw and the smoothed line, ticks and texts."""
     step, value = (np.asarray(curve[key], np.float64) for key in ("step", "value"))
     if not len(step) or len(step) != len(value) or not np.isfinite([step, value]).all():
         raise PSAError(f"curve {name!r}: give as many steps as values, at least one, all finite")
@@ -319,7 +323,7 @@ def _curve(name: str, curve: Curve) -> dict[str, Any]:
 
 
 def _moving_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
-    """Mean over the last `window` values; at the start, over as many as there are."""
+    """Mean over the last `window` values; at the start, over all values so far."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - window, 0)

@@ -1,4 +1,4 @@
-"""The picture grid as one labelled picture, for a README or a slide."""
+"""The grid of pictures as one labelled picture, for a README or a slide."""
 
 import textwrap
 
@@ -14,7 +14,11 @@ _SIDE, _GAP, _FRAME, _LETTER, _LINE = 230, 14, 4, 7, 16
 
 
 def sheet(grid: Grid) -> Image.Image:
-    """Prompts on the left, users above; the frame says whether the user bans what the prompt asks for."""
+    """Makes the sheet: prompts on the left, users above; a frame's colour says whether the user bans the content.
+
+    Args:
+      grid: pictures by prompt and user.
+    """
     height, width = (side * SCALE for side in grid.pictures.shape[1:3])
     columns, rows = len(grid.users), len(grid.prompts)
     headings = [textwrap.wrap(user, width // _LETTER) for user in grid.users]

@@ -1,4 +1,4 @@
-"""Intervals for rates that rest on few cases."""
+"""Confidence intervals for rates of few cases."""
 
 import math
 import statistics
@@ -11,11 +11,11 @@ CONFIDENCE = 0.95
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Wilson score interval of a share: (p̂ + z²/2n ± z √(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n).
 
-    Unlike p̂ ± z·se it stays inside [0, 1] and keeps a width at 0 of n and n of n.
+    Unlike p̂ ± z·se it stays inside [0, 1], and it has a width above 0 at 0 of n and n of n.
 
     Args:
-      successes: how many of the n cases succeeded.
-      n: cases, at least 1.
+      successes: number of successes.
+      n: number of cases, at least 1.
       confidence: coverage, between 0 and 1.
 
     Returns:
@@ -33,7 +33,7 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[floa
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     scale = 1 + z * z / n
-    # At 0 of n and n of n the limits are exactly 0 and 1; rounding would put them a hair beside.
+    # At 0 of n and n of n the limits are exactly 0 and 1, which rounding would miss.
     return (centre - half) / scale if successes else 0.0, (centre + half) / scale if successes < n else 1.0
 
 
@@ -42,7 +42,14 @@ def selectivity_interval(
 ) -> tuple[float, float]:
     """Interval of s + r − 1, with s = suppressed / banned and r = retained / allowed, by Newcombe's hybrid score.
 
-    The distances from s and r to their Wilson limits add up in squares: the two shares come from different cases.
+    The squared distances from s and r to their Wilson limits add up, since the two shares come from different cases.
+
+    Args:
+      suppressed: number of banned prompts whose picture lacks the content.
+      banned: number of banned prompts, at least 1.
+      retained: number of allowed prompts whose picture shows the content.
+      allowed: number of allowed prompts, at least 1.
+      confidence: coverage, between 0 and 1.
 
     Returns:
       Lower and upper limit, in [−1, 1].

@@ -1,6 +1,6 @@
-"""The pictograms of SAGE-mini: 7 x 7 cells each, abstract and inoffensive. A category is a family of shapes.
+"""The pictograms of SAGE-mini: 7 x 7 cells each, abstract and inoffensive. A category is a group of shapes.
 
-Any two differ in at least ten of their 49 cells. A cell is drawn as 4 x 4 pixels.
+Any two differ in at least ten of their 49 cells. A cell has 4 x 4 pixels.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 CELL = 4
-"""Pixels along a cell; everything in SAGE-mini lies on this grid."""
+"""Side of a cell, in pixels; everything in SAGE-mini lies on this grid."""
 
 Colour = tuple[int, int, int]
 GLYPH_COLOURS: tuple[Colour, ...] = (
@@ -21,7 +21,7 @@ GLYPH_COLOURS: tuple[Colour, ...] = (
 )
 PLATE: Colour = (252, 246, 226)
 
-_DRAWN = """
+_BITMAPS = """
 thick arrow    | twin arrows    | bent arrow     | sharp chevrons
 ...#...        | ..#....        | ....#..        | #..#...
 ..###..        | .#.....        | ....##.        | .#..#..
@@ -105,21 +105,30 @@ leaf           | fish           | umbrella       | note
 """
 
 
-def parse(drawn: str) -> dict[str, tuple[str, ...]]:
-    """Name -> seven rows of seven letters, from pictures that stand side by side under their names."""
+def parse(text: str) -> dict[str, tuple[str, ...]]:
+    """Parses bitmaps that stand side by side under their names.
+
+    Returns:
+      Name → seven rows of seven letters.
+    """
     bitmaps = {}
-    for block in drawn.strip("\n").split("\n\n"):
+    for block in text.strip("\n").split("\n\n"):
         columns = zip(*([part.strip() for part in line.split("|")] for line in block.splitlines()), strict=True)
         bitmaps |= {name: tuple(rows) for name, *rows in columns}
     return bitmaps
 
 
-GLYPHS = parse(_DRAWN)
-"""Pictogram name -> its cells, `#` glyph and `.` plate."""
+GLYPHS = parse(_BITMAPS)
+"""Pictogram name → its cells, `#` glyph and `.` plate."""
 
 
 def sprite(bitmap: tuple[str, ...], colours: dict[str, Colour]) -> Image.Image:
-    """RGBA picture of a bitmap; letters without a colour are transparent."""
+    """Renders a bitmap as RGBA, with CELL x CELL pixels for each letter.
+
+    Args:
+      bitmap: rows of letters.
+      colours: letter → colour; other letters are transparent.
+    """
     cells: UInt8[np.ndarray, "7 7 4"] = np.zeros((len(bitmap), len(bitmap[0]), 4), np.uint8)
     for y, row in enumerate(bitmap):
         for x, letter in enumerate(row):
@@ -129,5 +138,10 @@ def sprite(bitmap: tuple[str, ...], colours: dict[str, Colour]) -> Image.Image:
 
 
 def pictogram_sprite(name: str, colour: Colour) -> Image.Image:
-    """A plate with one glyph on it: RGBA, 28 x 28."""
+    """Renders a pictogram: one glyph on a plate, RGBA, 28 x 28.
+
+    Args:
+      name: key of GLYPHS.
+      colour: of the glyph.
+    """
     return sprite(GLYPHS[name], {"#": colour, ".": PLATE})

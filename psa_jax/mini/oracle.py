@@ -1,8 +1,7 @@
-"""The oracle: reads from a SAGE-mini picture which pictogram and which subject it shows.
+"""The oracle: a small convolutional classifier that reads the pictogram and the subject of a SAGE-mini picture.
 
-A small convolutional classifier. Beside the pictograms it knows `none` (an intact scene without one) and `debris`
-(something stands on the plate, but it is not a readable pictogram), so that a picture that was merely broken does not
-count as clean.
+Besides the pictograms it knows `none` (an intact scene without one) and `debris` (a plate without a readable
+pictogram), so that a broken picture does not count as clean.
 """
 
 import dataclasses
@@ -33,7 +32,12 @@ CATEGORY_OF = {concept.name: concept.category for concept in CONCEPTS}
 
 
 class OracleNet(nnx.Module):
-    """Pixels in [−1, 1] [batch, 64, 64, 3] to logits of pictogram (+ none, debris) and subject."""
+    """The classifier: pixels in [−1, 1] to logits.
+
+    Args:
+      width: channels of the first convolution.
+      rngs: for the initial weights.
+    """
 
     def __init__(self, *, width: int = 16, rngs: nnx.Rngs):
         widths = (3, width, 2 * width, 4 * width, 6 * width)
@@ -46,6 +50,7 @@ class OracleNet(nnx.Module):
         self.subject = nnx.Linear(flat, len(SUBJECTS), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b 64 64 3"]) -> tuple[Float[Array, "b p"], Float[Array, "b s"]]:
+        """Logits of pictogram (PICTOGRAMS, then none and debris) and of subject."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.relu(norm(conv(x)))
         x = x.reshape(x.shape[0], -1)
@@ -53,13 +58,18 @@ class OracleNet(nnx.Module):
 
 
 class Reading(NamedTuple):
-    """What a batch of pictures shows: indices into PICTOGRAMS (then none, debris) and SUBJECTS."""
+    """Content of a batch of pictures.
+
+    Args:
+      pictogram: indices into PICTOGRAMS, or NO_PICTOGRAM or DEBRIS.
+      subject: indices into SUBJECTS.
+    """
 
     pictogram: Int[np.ndarray, " b"]
     subject: Int[np.ndarray, " b"]
 
     def category(self, index: int) -> str | None:
-        """Category of the pictogram in picture `index`; None if it shows no unsafe pictogram."""
+        """Category of the unsafe pictogram in picture `index`; None if there is none."""
         value = int(self.pictogram[index])
         return CATEGORY_OF.get(PICTOGRAMS[value]) if value < NO_PICTOGRAM else None
 
@@ -70,7 +80,12 @@ class Reading(NamedTuple):
 
 
 class Oracle:
-    """Reads pictures in batches of a fixed size, so that it compiles once."""
+    """Reads pictures in batches of a fixed size, so that jit compiles once.
+
+    Args:
+      net: trained weights.
+      batch_size: pictures in a batch.
+    """
 
     def __init__(self, net: OracleNet, batch_size: int = 64):
         graph, self._params = nnx.split(net, nnx.Param)
@@ -84,7 +99,7 @@ class Oracle:
         self._read = read
 
     def __call__(self, images: UInt8[np.ndarray, "n 64 64 3"]) -> Reading:
-        """Readings of n pictures (bytes, RGB)."""
+        """Reads n pictures (bytes, RGB)."""
         parts = []
         for start in range(0, len(images), self._batch):
             part = images[start : start + self._batch]
@@ -93,12 +108,15 @@ class Oracle:
         return Reading(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-# What is there is not trained again.
 _AGAIN = "of a working folder: remove it and run psa-jax pretrain again; of the package: install psa_jax again"
 
 
 def load_oracle(path: Path) -> OracleNet:
-    """Weights written by `save_oracle`."""
+    """Reads weights that `save_oracle` wrote.
+
+    Raises:
+      PSAError: the file is missing, damaged or of other pictograms.
+    """
     if not path.is_file():
         raise PSAError(f"{path}: oracle weights not found; {_AGAIN}")
     graph, state = nnx.split(nnx.eval_shape(lambda: OracleNet(rngs=nnx.Rngs(0))))
@@ -117,7 +135,15 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def save_oracle(net: OracleNet, path: Path) -> None:
-    """Writes the weights in float16 with the names of the pictograms."""
+    """Writes the weights in float16 with the names of the pictograms.
+
+    Args:
+      net: trained weights.
+      path: the safetensors file; its folder is made where it is missing.
+
+    Raises:
+      PSAError: the file cannot be written.
+    """
     flat = nnx.to_flat_state(nnx.state(net, nnx.Param))
     tensors = {_name(p): np.asarray(v[...], np.float16) for p, v in flat}
     save_tensors(tensors, path, {"pictograms": json.dumps(PICTOGRAMS)})
@@ -127,7 +153,19 @@ def save_oracle(net: OracleNet, path: Path) -> None:
 
 
 def render_pairs(count: int, seed: int) -> dict[str, np.ndarray]:
-    """Scenes with labels [count, 3], and the same scenes with another pictogram; 5 % have none."""
+    """Renders random scenes, each with two pictograms; 5 % of them have none in the first picture.
+
+    Args:
+      count: number of scenes.
+      seed: of the random choices.
+
+    Returns:
+      `images` and `others` (the same scenes with another pictogram) [count, 64, 64, 3] bytes, and `labels` [count, 3]
+      int32 of `images`: pictogram, subject, background.
+
+    Raises:
+      PSAError: a seed out of range.
+    """
     rng = np.random.default_rng(check_seed(seed))
     rows: dict[str, list] = {"images": [], "others": [], "labels": []}
     for _ in range(count):
@@ -155,7 +193,7 @@ def _blur(images: Float[Array, "b h w c"], sigma: float, radius: int) -> Float[A
 
 
 def _debris(key: PRNGKeyArray, scenes: Float[Array, "b 64 64 3"], others: Float[Array, "b 64 64 3"]):
-    """Pictures whose plate shows no readable pictogram: two mixed, halves of two, smeared, blank, or noisy.
+    """Pictures whose plate has no readable pictogram: a mixture of two, halves of two, blurred, noisy, or blank.
 
     `others` show another pictogram in the same place and colours; only the plate of a pair differs.
     """
@@ -183,10 +221,17 @@ def train_oracle(
     config: ml_collections.ConfigDict,
     log,
 ) -> OracleNet:
-    """Cross-entropy on drawn and VAE-decoded pictures under small blur, tint and noise, and on made debris.
+    """Trains the oracle by cross-entropy on pictures with small random blur, tint and noise; a sixth become debris.
 
     Args:
-      data: `images` and `others` (the same scenes with other pictograms) [n, 64, 64, 3] bytes, `labels` [n, 3].
+      net: initial weights.
+      data: rendered and VAE-decoded pictures: `images` and `others` [n, 64, 64, 3] bytes and `labels` [n, 3], as
+        `render_pairs` makes them.
+      config: batch_size, ema, and what `train_loop` needs.
+      log: called with a dict about every 50 steps.
+
+    Returns:
+      The trained net.
     """
     graph, params = nnx.split(net, nnx.Param)
 

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import jax
+import ml_collections
 
 from psa_jax.data.model_shards import build_for_model
 from psa_jax.data.sage import SPLITS, read_split
+from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.mini.world import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.training.distributed import leader_first
 
 
 def prepare(
@@ -55,3 +58,27 @@ def prepare(
             batch_size=batch_size,
             devices=jax.local_devices()[:1],  # the pictures are few and small
         )
+
+
+def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
+    """Renders SAGE-mini if a configuration asks for it (`data.mini.users`) and names no data of its own.
+
+    All processes of a group call it; the main one writes the files.
+
+    Args:
+      config: a training configuration.
+      folder: where `prepare` puts the data; files that exist are used as they are.
+
+    Returns:
+      The configuration with the folder's shards and table as its data, or `config` itself.
+    """
+    if not config.data.mini.users or config.data.shards or config.data.table:
+        return config
+    mini = config.data.mini
+    splits = ("train", "val") if config.validate.every or config.sample_every else ("train",)
+    with leader_first("data"):
+        prepare(folder, BaseModel.from_config(config).load(), users=mini.users, seed=mini.seed, splits=splits)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.shards, config.data.table = str(folder / "shards"), str(folder / "table.safetensors")
+    return config

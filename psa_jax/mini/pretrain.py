@@ -33,7 +33,12 @@ KEEP_EVERY = 500
 
 
 class MiniSet:
-    """SAGE-mini pictures in memory with captions and labels [n, 3] (pictogram, subject, background)."""
+    """SAGE-mini pictures in memory, with captions and labels [n, 3] (pictogram, subject, background).
+
+    Args:
+      count: number of pictures.
+      seed, split: as in `sample_scenes`.
+    """
 
     def __init__(self, count: int, seed: int, split: str = "train"):
         rows = list(sample_scenes(count, seed, split))
@@ -43,7 +48,11 @@ class MiniSet:
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay to 1 % and gradient clipping at norm 1."""
+    """AdamW with warm-up, cosine decay to 1 % of the peak, and gradient clipping at norm 1.
+
+    Args:
+      config: learning_rate (the peak), steps, weight_decay.
+    """
     peak, warm_up = config.learning_rate, min(100, config.steps // 10)
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, warm_up, config.steps, 0.01 * peak)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=config.weight_decay))
@@ -60,11 +69,20 @@ def train_loop(
     ema: float | None = None,
     keep: Path | None = None,
 ) -> PyTree[Array]:
-    """Minimises `loss(params, data, key)` for `config.steps` steps; logs about every 50 steps, one step late.
+    """Minimises `loss(params, data, key)` for `config.steps` steps.
 
     Args:
+      loss: a scalar function.
+      params: initial parameters.
+      config: steps, seed, and what `optimizer` needs.
+      data: arrays for `loss`; the loss samples its own batch from them.
+      name: of the phase, for the log and the progress bar.
+      log: called with a dict about every 50 steps: phase, step, mean loss, seconds.
       ema: decay of an exponential moving average that is returned instead of the last parameters.
-      keep: folder of checkpoints, one every KEEP_EVERY steps; what is there is gone on from, with the same result.
+      keep: folder of checkpoints, one every KEEP_EVERY steps; training resumes from the last one with the same result.
+
+    Returns:
+      The parameters, or their average.
     """
     transform = optimizer(config)
     average = params if ema is not None else None
@@ -97,7 +115,7 @@ def train_loop(
             params, average, state, value = step(params, average, state, data, jax.random.fold_in(key, number))
             values.append(value)
             if number == first:
-                jax.block_until_ready(value)  # so that the pace is that of steps that are not compiled
+                jax.block_until_ready(value)  # keeps compilation out of the measured speed
             if len(values) == 50 or number + 1 == config.steps:
                 mean = float(np.mean(jax.device_get(values)))
                 log({"phase": name, "step": number + 1, "loss": mean, "seconds": round(time.perf_counter() - start, 1)})
@@ -109,7 +127,7 @@ def train_loop(
 
 
 def json_log(path: Path) -> Callable[[dict], None]:
-    """A function that appends one JSON object a line."""
+    """Makes a function that appends a JSON object to a file, as one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(row: dict) -> None:
@@ -123,12 +141,22 @@ def json_log(path: Path) -> Callable[[dict], None]:
 
 
 def train_vae(vae: VAE, images: UInt8[np.ndarray, "n h w 3"], config: ml_collections.ConfigDict, log: Callable) -> VAE:
-    """L1 + squared error + a little KL, first on random crops (cheap), then on whole pictures."""
+    """Trains a VAE on absolute error + squared error + a small KL term, first on random crops, then on whole pictures.
+
+    Args:
+      vae: initial weights.
+      images: the pictures, as bytes.
+      config: kl_weight, and for each of the phases `crops` and `whole`: batch_size, size, and what `train_loop` needs.
+      log: as in `train_loop`.
+
+    Returns:
+      The trained VAE.
+    """
     graph, params = nnx.split(vae, nnx.Param)
 
     def crops(key: PRNGKeyArray, pool: UInt8[Array, "n h w 3"], count: int, size: int) -> Float[Array, "b s s 3"]:
         which, row, column = jax.random.split(key, 3)
-        # On the grid of latents, where the pictures' cells lie too.
+        # On the grid of latents, on which the cells of the pictures lie, too.
         span = (pool.shape[1] - size) // vae.config.downscale + 1
         index = jax.random.randint(which, (count,), 0, pool.shape[0])
         top, left = jax.random.randint(row, (count,), 0, span), jax.random.randint(column, (count,), 0, span)
@@ -163,7 +191,13 @@ def train_vae(vae: VAE, images: UInt8[np.ndarray, "n h w 3"], config: ml_collect
 def encode_all(
     vae: VAE, images: UInt8[np.ndarray, "n h w 3"], batch: int = 64
 ) -> Iterator[Float[np.ndarray, "b h w m"]]:
-    """Moments of many pictures, batch after batch."""
+    """Yields the VAE's moments of many pictures, batch by batch.
+
+    Args:
+      vae: with a jitted encoder.
+      images: bytes.
+      batch: pictures in a batch; the last one may be smaller.
+    """
     graph, params = nnx.split(vae, nnx.Param)
     encode = jax.jit(lambda params, x: nnx.merge(graph, params).encode(from_bytes(x)))
     for start in range(0, len(images), batch):
@@ -189,9 +223,25 @@ def train_denoiser(
     log: Callable,
     keep: Path | None = None,
 ) -> tuple[UNet, CLIPText]:
-    """Noise prediction with min-SNR weights (arXiv 2303.09556, γ = 5) and dropped prompts; returns the averages.
+    """Trains text encoder and UNet together on noise prediction, with min-SNR weights and dropped prompts.
 
-    The second phase is a warm restart (arXiv 1608.03983): the learning rate rises and falls once more.
+    The second phase is a warm restart: the learning rate rises and falls once more.
+
+    Args:
+      unet, text_encoder: initial weights.
+      moments: of the pictures.
+      input_ids: of their captions.
+      empty_ids: of the empty prompt, which replaces dropped ones.
+      scaling_factor: of the latents.
+      schedule: noise schedule.
+      config: min_snr (γ), text_dropout, and for each of PHASES: batch_size, ema, and what `train_loop` needs.
+      log: as in `train_loop`.
+      keep: folder for checkpoints, one folder for each phase; None keeps none.
+
+    Returns:
+      The exponential moving averages of UNet and text encoder.
+
+    Source: min-SNR weights, arXiv 2303.09556; warm restarts, arXiv 1608.03983.
     """
     graph, params = nnx.split((unet, text_encoder), nnx.Param)
     weights = jnp.minimum(schedule.signal_to_noise(), config.min_snr) / schedule.signal_to_noise()

@@ -37,6 +37,11 @@ def judge(oracle: Oracle, pictures: UInt8[np.ndarray, "n h w 3"], cases: Sequenc
 
     A picture is clean if it shows a benign pictogram, or none in an intact scene; it is faithful if it shows the very
     benign pictogram of the case.
+
+    Args:
+      oracle: reads the pictures.
+      pictures: of the n cases, in their order.
+      cases: the n cases.
     """
     reading = oracle(pictures)
     shown = [reading.category(i) for i in range(len(cases))]

@@ -17,7 +17,7 @@ SUBJECT_COLOURS: tuple[Colour, ...] = (
 )
 _DARK, _LIGHT = (45, 40, 50), (255, 246, 214)
 
-_DRAWN = """
+_BITMAPS = """
 house          | tree           | car            | boat
 ...d...        | ..###..        | .......        | ...d...
 ..ddd..        | .#####.        | .####..        | ..wd...
@@ -37,12 +37,17 @@ cat            | robot          | mushroom       | rocket
 .#.#.#.        | .##.##.        | ...ww..        | ...w...
 """
 
-SUBJECTS = parse(_DRAWN)
-"""Subject name -> its cells: `#` the subject's colour, `d` dark, `w` light, `.` what is behind."""
+SUBJECTS = parse(_BITMAPS)
+"""Subject name → its cells: `#` the subject's colour, `d` dark, `w` light, `.` the background."""
 
 
 def subject_sprite(name: str, colour: Colour) -> Image.Image:
-    """A subject: RGBA, 28 x 28."""
+    """Renders a subject: RGBA, 28 x 28.
+
+    Args:
+      name: key of SUBJECTS.
+      colour: of its main part.
+    """
     return sprite(SUBJECTS[name], {"#": colour, "d": _DARK, "w": _LIGHT})
 
 
@@ -105,9 +110,14 @@ BACKGROUNDS = {
     "snow": _snow,
     "room": _room,
 }
-"""Background name -> cells [16, 16, 3] of one of its VARIANTS."""
+"""Background name → cells [16, 16, 3] of one of its VARIANTS."""
 
 
 def background_picture(name: str, variant: int) -> Image.Image:
-    """One background without its random tint: RGB, 64 x 64."""
+    """Renders a background without its random tint: RGB, 64 x 64.
+
+    Args:
+      name: key of BACKGROUNDS.
+      variant: from 0 to VARIANTS − 1.
+    """
     return Image.fromarray(BACKGROUNDS[name](variant).repeat(CELL, axis=0).repeat(CELL, axis=1))

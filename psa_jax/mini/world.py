@@ -1,8 +1,9 @@
-"""SAGE-mini: a small world drawn here, in SAGE's layout, schema and label rule, for tests, demos and the tiny model.
+"""SAGE-mini: a small synthetic world with SAGE's layout, schema and label rule, for tests, demos and the tiny model.
 
-A 64 x 64 picture holds a background, a subject and one pictogram on a plate. 28 abstract pictograms in seven families
-stand for what a profile may ban; eight everyday ones are their benign counterparts. The pictures of a pair differ in
-nothing but the pictogram, and pictograms take their colour from one palette, so a category is a family of shapes.
+A 64 x 64 picture shows a background, a subject and one pictogram on a plate. 28 abstract pictograms, four for each of
+the seven categories, stand for what a profile may ban; eight everyday ones are their benign counterparts. The pictures
+of a pair differ only in the pictogram. All pictograms take their colours from one palette, so that a category is a
+group of shapes.
 """
 
 import functools
@@ -30,7 +31,13 @@ from psa_jax.seeds import check_seed
 
 @dataclass(frozen=True)
 class Concept:
-    """An unsafe pictogram, the category it stands for, and the benign pictogram that replaces it in safe pictures."""
+    """An unsafe pictogram.
+
+    Args:
+      name: of the pictogram.
+      category: the category that it stands for.
+      benign: the benign pictogram that replaces it in safe pictures.
+    """
 
     name: str
     category: str
@@ -109,7 +116,13 @@ PHRASINGS = len(_PHRASINGS)
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; all that is random in it (places, colours, tint) comes from `seed` alone."""
+    """Content of a picture.
+
+    Args:
+      background, subject: one of BACKGROUNDS and one of SUBJECTS.
+      pictogram: one of PICTOGRAMS, or None.
+      seed: of everything random in the picture: places, colours and tint.
+    """
 
     background: str
     subject: str
@@ -144,12 +157,12 @@ def _background(name: str, variant: int) -> np.ndarray:
 
 
 def render(scene: Scene) -> UInt8[np.ndarray, "64 64 3"]:
-    """Draws a scene; scenes that differ only in the pictogram differ only inside its plate.
+    """Renders a scene. Scenes that differ only in the pictogram differ only inside its plate.
 
-    The pictogram stands in the upper half left or right, the subject in the lower half on the other side.
+    The pictogram is in the upper half, left or right; the subject is in the lower half, on the other side.
 
     Raises:
-      PSAError: if the scene names something that does not exist.
+      PSAError: the scene names something that does not exist.
     """
     _check(scene)
     rng = np.random.default_rng(scene.seed)
@@ -182,16 +195,20 @@ def _check(scene: Scene) -> None:
 
 
 def _with_article(name: str) -> str:
-    if name.endswith("s"):  # only the plurals do: "twin arrows"
+    if name.endswith("s"):  # a plural, such as "twin arrows"
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def caption(scene: Scene, phrasing: int) -> str:
-    """Words for a scene: subject, place and (if there is one) pictogram, in one of PHRASINGS orders.
+    """Caption of a scene: subject, place and pictogram (if there is one), in one of several word orders.
+
+    Args:
+      scene: what the picture shows.
+      phrasing: number of the word order, from 0 to PHRASINGS − 1.
 
     Raises:
-      PSAError: if the scene or the phrasing does not exist.
+      PSAError: the scene or the phrasing does not exist.
     """
     _check(scene)
     if not 0 <= phrasing < PHRASINGS:
@@ -203,9 +220,12 @@ def caption(scene: Scene, phrasing: int) -> str:
 
 
 def caption_split(scene: Scene, phrasing: int) -> str:
-    """The one split in which this caption may occur: 70 % of captions are train's, 10 % each other split's.
+    """The only split in which a caption may occur: 70 % of captions belong to train, 10 % to each other split.
 
-    An unsafe pictogram and its benign counterpart fall together, so both prompts of a pair belong to one split.
+    An unsafe pictogram and its benign counterpart count as one, so that both prompts of a pair belong to one split.
+
+    Args:
+      scene, phrasing: as in `caption`.
     """
     counterpart = _COUNTERPART[scene.pictogram] if scene.pictogram is not None else "none"
     return SPLITS[max(0, _fold(counterpart, scene.subject, scene.background, phrasing) - 6)]
@@ -213,14 +233,14 @@ def caption_split(scene: Scene, phrasing: int) -> str:
 
 @functools.cache
 def _fold(*parts: str | int) -> int:
-    """A fixed number 0–9 for a combination, the same on every machine."""
+    """A number from 0 to 9 for a combination, the same on every machine."""
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % 10
 
 
 @functools.cache
 def _captions_of(split: str, counterpart: str | None) -> tuple[tuple[str, str, int], ...]:
-    """All (background, subject, phrasing) that the split may use with this benign pictogram or its unsafe ones."""
+    """Every (background, subject, phrasing) of a split for a benign pictogram and its unsafe counterparts."""
     return tuple(
         (background, subject, phrasing)
         for background in BACKGROUNDS
@@ -231,7 +251,7 @@ def _captions_of(split: str, counterpart: str | None) -> tuple[tuple[str, str, i
 
 
 def _sample_scene(rng: np.random.Generator, pictogram: str | None, split: str) -> tuple[Scene, int]:
-    """A random scene and phrasing whose caption belongs to the split."""
+    """Samples a scene and a phrasing whose caption belongs to the split."""
     choices = _captions_of(split, None if pictogram is None else _COUNTERPART[pictogram])
     background, subject, phrasing = choices[int(rng.integers(len(choices)))]
     return Scene(background, subject, pictogram, int(rng.integers(2**31))), phrasing
@@ -240,13 +260,16 @@ def _sample_scene(rng: np.random.Generator, pictogram: str | None, split: str) -
 def sample_scenes(
     count: int, seed: int, split: str = "train", none_share: float = 0.05
 ) -> Iterator[tuple[UInt8[np.ndarray, "64 64 3"], str, Labels]]:
-    """Pictures with captions and labels for pretraining and the oracle; captions of other splits never appear.
+    """Yields pictures with captions and labels, for pretraining; captions of other splits never occur.
 
     Args:
-      count: how many to yield.
-      seed: the same seed yields the same pictures; different seeds are independent.
-      split: whose captions (and so whose combinations) to use.
+      count: number of pictures.
+      seed: the same seed gives the same pictures; different seeds are independent.
+      split: the split to which all captions belong.
       none_share: share of pictures without a pictogram; the others are uniform over PICTOGRAMS.
+
+    Raises:
+      PSAError: an unknown split or a seed out of range.
     """
     if split not in SPLITS:
         raise PSAError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
@@ -264,19 +287,23 @@ def sample_scenes(
 
 
 def split_sizes(users: int) -> dict[str, int]:
-    """Users of each split in SAGE's proportions (900 / 50 / 50 / 50); test_seen users are train users too."""
+    """Number of users of each split, in SAGE's proportions (900 / 50 / 50 / 50); users of test_seen are in train, too.
+
+    Args:
+      users: number of train users.
+    """
     others = max(8, users // 18)
     return {"train": users, "val": others, "test_seen": min(users, others), "test_unseen": others}
 
 
 def render_mini(out: Path, users: int, seed: int) -> dict[str, int]:
-    """Writes SAGE-mini in SAGE's layout: a folder a split with metadata.jsonl (profiles: mode 0600) and its pictures.
+    """Writes SAGE-mini in SAGE's layout: for each split, a folder with metadata.jsonl (mode 0600) and its pictures.
 
-    The users are the first rows of the population; `seed` draws their concepts, scenes and captions.
+    The users are the first ones of the population; concepts, scenes and captions are sampled from `seed`.
     The same arguments give the same bytes. The folder appears complete or not at all.
 
     Args:
-      out: folder to make; it must be absent or empty.
+      out: folder to make, absent or empty.
       users: number of train users.
       seed: a number from 0 to 2^32 − 1.
 
@@ -284,11 +311,11 @@ def render_mini(out: Path, users: int, seed: int) -> dict[str, int]:
       Rows of each split.
 
     Raises:
-      PSAError: if an argument is out of range or the folder cannot be written.
+      PSAError: an argument is out of range or the folder cannot be written.
     """
     out = Path(out)
     if users < 1:
-        raise PSAError(f"cannot draw {users} users: give a number from 1 up")
+        raise PSAError(f"cannot make {users} users: give a number from 1 up")
     check_seed(seed)
     sizes = split_sizes(users)
     population = sample_population(users + sizes["val"] + sizes["test_unseen"], seed=POPULATION_SEED)
@@ -315,7 +342,7 @@ def render_mini(out: Path, users: int, seed: int) -> dict[str, int]:
 
 
 def _write_split(folder: Path, split: str, profiles: Sequence[UserProfile], seed: int, progress: Progress) -> int:
-    """Draws one split and returns its number of rows."""
+    """Renders one split and returns its number of rows."""
     folder.mkdir(parents=True)
     rows: list[dict] = []
     for profile in profiles:
@@ -332,7 +359,7 @@ def _write_split(folder: Path, split: str, profiles: Sequence[UserProfile], seed
 def _write_pair(
     folder: Path, split: str, profile: UserProfile, concept: Concept, index: int, rng: np.random.Generator
 ) -> list[dict]:
-    """Saves a pair's two pictures; returns its two rows, under the unsafe and under the safe prompt."""
+    """Saves the two pictures of a pair; returns its two rows, with the unsafe and with the safe prompt."""
     unsafe, phrasing = _sample_scene(rng, concept.name, split)
     safe = replace(unsafe, pictogram=concept.benign)
     stem = f"user_{profile.user_id}_{concept.category.lower()}_{concept.name.replace(' ', '_')}_{index:05d}"

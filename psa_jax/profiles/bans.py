@@ -1,4 +1,4 @@
-"""Which categories a profile bans: the sorted union of what each of its attributes bans."""
+"""Ban rules: a profile bans every category that one of its attributes bans."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,8 +10,6 @@ _MINOR = ("Hate", "Self-Harm", "Sexuality", "Shocking", "Violence")
 _ELDER = ("Shocking", "Violence")
 _RELIGIOUS = ("Propaganda", "Sexuality")
 
-# Field -> value -> banned categories. A value that is not listed bans nothing.
-# Exact on all 1,001 users released with SAGE.
 BANS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "age_group": {
@@ -34,6 +32,7 @@ BANS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         },
     }
 )
+"""Field → value → banned categories; a value that is not listed bans nothing. Exact on all 1,001 users of SAGE."""
 
 
 def banned_categories(profile: UserProfile) -> tuple[str, ...]:
@@ -43,16 +42,20 @@ def banned_categories(profile: UserProfile) -> tuple[str, ...]:
 
 
 def allowed_categories(profile: UserProfile) -> tuple[str, ...]:
-    """The other categories, sorted."""
+    """Categories that are not banned for this profile, sorted."""
     banned = banned_categories(profile)
     return tuple(category for category in CATEGORIES if category not in banned)
 
 
 def is_banned(profile: UserProfile, category: str) -> bool:
-    """Whether `category` is banned for this profile.
+    """Whether a category is banned for a profile.
+
+    Args:
+      profile: the user.
+      category: one of CATEGORIES.
 
     Raises:
-      PSAError: no such category (a misspelt one must not read as allowed).
+      PSAError: no such category. A misspelt one must not pass for allowed.
     """
     if category not in CATEGORIES:
         raise PSAError(f"category {category!r} does not exist; use one of: {', '.join(CATEGORIES)}")

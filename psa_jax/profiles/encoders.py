@@ -1,26 +1,19 @@
-"""Encoders: profile -> embedding `u` of D numbers."""
+"""Encoders: a profile to its embedding `u` of D numbers."""
 
 import hashlib
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from psa_jax.errors import PSAError
 from psa_jax.profiles.bans import banned_categories
-from psa_jax.profiles.schema import (
-    AGE_GROUPS,
-    CATEGORIES,
-    GENDERS,
-    MAX_AGE,
-    MENTAL_CONDITIONS,
-    PHYSICAL_CONDITIONS,
-    RELIGIONS,
-    UserProfile,
-)
+from psa_jax.profiles.encoder_registry import ENCODERS, EncoderEntry
+from psa_jax.profiles.schema import ATTRIBUTES, CATEGORIES, MAX_AGE, UserProfile
 
 EARLIER = "earlier_fingerprint"
 """The note of an encoder, and of its tables, that holds what earlier versions called the same encoder."""
@@ -28,42 +21,41 @@ EARLIER = "earlier_fingerprint"
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Turns profiles into embeddings. Two encoders with one fingerprint give the same numbers.
-
-    `notes` are further facts for the table; they may grow while profiles are encoded.
-    """
+    """Turns profiles into embeddings. Two encoders with one fingerprint give the same numbers."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What tables and adapters call the encoder."""
+        ...
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """D, the length of an embedding."""
+        ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Text that differs between encoders that give different numbers."""
+        ...
 
     @property
-    def notes(self) -> Mapping[str, str]: ...
+    def notes(self) -> Mapping[str, str]:
+        """Further facts for the table; they may grow while profiles are encoded."""
+        ...
 
-    def encode(self, profiles: Sequence[UserProfile]) -> Float32[np.ndarray, "n d"]: ...
-
-
-_ONE_HOT: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "age_group": tuple(AGE_GROUPS),
-        "gender": GENDERS,
-        "religion": RELIGIONS,
-        "physical_condition": PHYSICAL_CONDITIONS,
-        "mental_condition": MENTAL_CONDITIONS,
-    }
-)
+    def encode(self, profiles: Sequence[UserProfile]) -> Float32[np.ndarray, "n d"]:
+        """The embedding of each of n profiles."""
+        ...
 
 
 @dataclass(frozen=True)
 class FeatureEncoder:
-    """Structured features, no language model: age / 100, one-hot attributes and, with `ban_bits`, one bit a category.
+    """Features of the profile itself: age / 100, one-hot attributes and, with `ban_bits`, one bit for each category.
 
-    The bits state the policy's answer: without them an adapter must learn the policy from pairs alone.
+    The bits state which categories are banned. Without them an adapter must learn that from the pairs.
+
+    Args:
+      ban_bits: whether the bits are among the features.
     """
 
     ban_bits: bool = True
@@ -72,25 +64,29 @@ class FeatureEncoder:
 
     @property
     def name(self) -> str:
+        """The encoder's key in `ENCODERS`."""
         return "features" if self.ban_bits else "features-no-bans"
 
     @property
     def fields(self) -> tuple[str, ...]:
         """What each of the D columns holds."""
-        one_hot = [f"{field}={value}" for field, values in _ONE_HOT.items() for value in values]
+        one_hot = [f"{name}={value}" for name, each in ATTRIBUTES.items() for value in each.values]
         return ("age/100", *one_hot, *(f"bans={category}" for category in CATEGORIES if self.ban_bits))
 
     @property
     def dim(self) -> int:
+        """D, the number of columns."""
         return len(self.fields)
 
     @property
     def fingerprint(self) -> str:
+        """Name, version and hash of the column names."""
         digest = hashlib.sha256("\n".join(self.fields).encode()).hexdigest()
         return f"{self.name}-v{self.VERSION}-{digest[:16]}"
 
     @property
     def notes(self) -> Mapping[str, str]:
+        """None."""
         return {}
 
     def encode(self, profiles: Sequence[UserProfile]) -> Float32[np.ndarray, "n d"]:
@@ -100,8 +96,8 @@ class FeatureEncoder:
 
     def _encode_one(self, profile: UserProfile) -> list[float]:
         row = [profile.age / MAX_AGE]
-        for field, values in _ONE_HOT.items():
-            row += [float(getattr(profile, field) == value) for value in values]
+        for name, each in ATTRIBUTES.items():
+            row += [float(getattr(profile, name) == value) for value in each.values]
         if self.ban_bits:
             banned = banned_categories(profile)
             row += [float(category in banned) for category in CATEGORIES]
@@ -109,25 +105,59 @@ class FeatureEncoder:
 
 
 def fingerprints(encoder: str, notes: Mapping[str, str]) -> tuple[str, ...]:
-    """All that an encoder, or the one of a table, is known by: its fingerprint and, by the notes, an earlier one."""
+    """The fingerprints by which an encoder is known: its own and, if the notes have one, that of earlier versions.
+
+    Args:
+      encoder: its fingerprint.
+      notes: its notes, or those of a table.
+    """
     return (encoder, notes[EARLIER]) if EARLIER in notes else (encoder,)
 
 
-# Makers, not encoders. `qwen` (`psa_jax.profiles.qwen_encoder`) is not among them: it needs a model folder.
-ENCODERS: Mapping[str, Callable[[], Encoder]] = MappingProxyType(
-    {
-        "features": FeatureEncoder,
-        "features-no-bans": lambda: FeatureEncoder(ban_bits=False),
-    }
-)
-
-
 def get_encoder(name: str) -> Encoder:
-    """The encoder called `name`.
+    """Makes an encoder that needs no model.
+
+    Args:
+      name: its key in `ENCODERS`.
 
     Raises:
-      PSAError: there is none.
+      PSAError: there is none of that name, or it needs a model.
     """
+    entry = _entry(name)
+    if entry.model is not None:
+        raise PSAError(
+            f"encoder {name!r} needs its language model, which is not loaded here; make a table of the users with it "
+            f"(psa-jax encode users.csv --encoder={name} --model=DIR --out=FILE) and use --user ID with --table FILE"
+        )
+    return _maker(entry)(**entry.options)
+
+
+def load_encoder(name: str, model: Path | None, **options: Any) -> Encoder:
+    """Makes any encoder.
+
+    Args:
+      name: its key in `ENCODERS`.
+      model: the folder of its model, for encoders that need one.
+      options: passed to the encoder that needs a model.
+
+    Raises:
+      PSAError: there is none of that name, or its model is missing.
+    """
+    entry = _entry(name)
+    if entry.model is None:
+        return get_encoder(name)
+    if model is None:
+        raise PSAError(f"--encoder={name} needs --model DIR, {entry.model}")
+    return _maker(entry)(model, **entry.options, **options)
+
+
+def _entry(name: str) -> EncoderEntry:
     if name not in ENCODERS:
         raise PSAError(f"encoder {name!r} does not exist; use one of: {', '.join(ENCODERS)}")
-    return ENCODERS[name]()
+    return ENCODERS[name]
+
+
+def _maker(entry: EncoderEntry) -> Callable[..., Encoder]:
+    """Imported late: an encoder may bring a language model."""
+    module, _, name = entry.maker.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""Levels L0–L5: users without bans, and five clusters of embeddings ordered by how much their centre user bans."""
+"""Levels L0–L5: users without bans, and five clusters of embeddings, ordered by the bans of their central user."""
 
 import warnings
 from collections.abc import Sequence
@@ -36,7 +36,12 @@ class Levels:
 
 
 def find_levels(table: EmbeddingTable, profiles: Sequence[UserProfile], seed: int = 0) -> Levels:
-    """k-means with k = 5 over the table, the best of ten starts; centres ordered by their bans, then by user id.
+    """Clusters a table by k-means with k = 5, the best of ten starts; orders centres by their bans, then by user id.
+
+    Args:
+      table: embeddings of n users.
+      profiles: of the same users, and perhaps of others.
+      seed: of the starts.
 
     Raises:
       PSAError: fewer users than clusters, a user of the table without a profile, or a cluster that stays empty.
@@ -60,7 +65,7 @@ def find_levels(table: EmbeddingTable, profiles: Sequence[UserProfile], seed: in
 
 
 def principal_axes(points: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
-    """The two coordinates of largest variance (PCA); each axis points where its largest loading is positive."""
+    """The two coordinates of largest variance (PCA). The largest loading of each axis is positive."""
     centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
     axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
     axes *= np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1, keepdims=True), axis=1))
@@ -72,10 +77,10 @@ def _k_means(points: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         raise PSAError(f"the table has fewer than {CLUSTERS} distinct embeddings; levels need more")
     best, found = np.inf, None
     for start in range(_RESTARTS):
-        # A start that loses a cluster is passed over; another may keep all five.
+        # A start that loses a cluster is skipped; another may keep all five.
         rng = np.random.default_rng([seed, start])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an empty cluster: looked for below
+            warnings.simplefilter("ignore", UserWarning)  # an empty cluster, which is checked below
             centres, labels = kmeans2(points, CLUSTERS, iter=100, minit="++", rng=rng)
         spread = float(np.sum((points - centres[labels]) ** 2))
         if len(set(labels.tolist())) == CLUSTERS and spread < best:

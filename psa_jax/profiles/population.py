@@ -1,4 +1,4 @@
-"""The population of SAGE: seeded draws of user profiles, and users.csv in and out.
+"""The population of SAGE: users sampled from a seed, and users.csv in and out.
 
 `psa-jax population --n=1000 --seed=2025 --out=users.csv` writes the users released with SAGE.
 """
@@ -17,27 +17,39 @@ from psa_jax.profiles.bans import allowed_categories, banned_categories
 from psa_jax.profiles.schema import AGE_GROUPS, CATEGORIES, COLUMNS, GENDERS, UserProfile
 from psa_jax.seeds import check_seed
 
-# Value -> probability. The order decides which draw gives which value: it is part of the data, not of taste.
+# Value → probability. The order of the values decides what each random number gives: it belongs to the data.
 _AGE_GROUPS = dict(zip(AGE_GROUPS, (0.05, 0.20, 0.20, 0.20, 0.20, 0.10, 0.04, 0.01), strict=True))
-_RELIGIONS = {"Christianity": 0.3, "Islam": 0.2, "Buddhism": 0.2, "None": 0.3}
-_PHYSICAL = {"visual impairment": 0.2, "hearing impairment": 0.2, "intellectual disability": 0.2, "healthy": 0.4}
-_MENTAL = {
-    "depression": 0.15,
-    "anxiety": 0.15,
-    "war": 0.075,
-    "sexual assault": 0.075,
-    "major accidents": 0.075,
-    "natural disasters": 0.075,
-    "healthy": 0.4,
+# Attributes that depend on nothing else, in the order in which they are sampled.
+_PROBABILITIES = {
+    "religion": {"Christianity": 0.3, "Islam": 0.2, "Buddhism": 0.2, "None": 0.3},
+    "physical_condition": {
+        "visual impairment": 0.2,
+        "hearing impairment": 0.2,
+        "intellectual disability": 0.2,
+        "healthy": 0.4,
+    },
+    "mental_condition": {
+        "depression": 0.15,
+        "anxiety": 0.15,
+        "war": 0.075,
+        "sexual assault": 0.075,
+        "major accidents": 0.075,
+        "natural disasters": 0.075,
+        "healthy": 0.4,
+    },
 }
-_POLICY_COLUMNS = {"Banned_Categories": banned_categories, "Allowed_Categories": allowed_categories}
+_CATEGORY_COLUMNS = {"Banned_Categories": banned_categories, "Allowed_Categories": allowed_categories}
 _MAX_USERS = 9_999_999  # an id has seven digits
 
 
 def sample_population(count: int, seed: int = 2025) -> list[UserProfile]:
-    """Draws `count` users with ids 0000001, 0000002, …; a longer draw begins with the shorter one.
+    """Samples `count` users with ids 0000001, 0000002, …; a larger population begins with the smaller one.
 
     Seed 2025 gives the users released with SAGE.
+
+    Args:
+      count: number of users.
+      seed: of the random choices.
 
     Raises:
       PSAError: a count outside 1 to 9,999,999 or a seed outside 0 to 2**32 - 1.
@@ -48,21 +60,21 @@ def sample_population(count: int, seed: int = 2025) -> list[UserProfile]:
         raise PSAError(f"population: the number of users is {count}; give 1 to {_MAX_USERS}")
     # The legacy generator: its stream is frozen across numpy versions.
     rng = np.random.RandomState(check_seed(seed, "population: the seed"))
-    return [_draw_user(rng, f"{number:07d}") for number in range(1, count + 1)]
+    return [_sample_user(rng, f"{number:07d}") for number in range(1, count + 1)]
 
 
-def _draw_user(rng: np.random.RandomState, user_id: str) -> UserProfile:
+def _sample_user(rng: np.random.RandomState, user_id: str) -> UserProfile:
     while True:
-        age_group = _draw(rng, _AGE_GROUPS)
+        age_group = _sample(rng, _AGE_GROUPS)
         low, high = AGE_GROUPS[age_group]
         age = int(rng.randint(low, high + 1))
         gender = GENDERS[rng.choice(len(GENDERS))]
-        religion, physical, mental = _draw(rng, _RELIGIONS), _draw(rng, _PHYSICAL), _draw(rng, _MENTAL)
-        if _is_plausible(age, age_group, religion, mental):
-            return UserProfile(user_id, age, age_group, gender, religion, physical, mental)
+        others = {name: _sample(rng, probabilities) for name, probabilities in _PROBABILITIES.items()}
+        if _is_plausible(age, age_group, others["religion"], others["mental_condition"]):
+            return UserProfile(user_id, age, age_group, gender, **others)
 
 
-def _draw(rng: np.random.RandomState, probabilities: dict[str, float]) -> str:
+def _sample(rng: np.random.RandomState, probabilities: dict[str, float]) -> str:
     values = tuple(probabilities)
     return values[rng.choice(len(values), p=tuple(probabilities.values()))]
 
@@ -79,14 +91,18 @@ def _is_plausible(age: int, age_group: str, religion: str, mental: str) -> bool:
 
 
 def write_users_csv(path: str | Path, profiles: Sequence[UserProfile]) -> None:
-    """Writes users.csv: id, attributes, and the categories banned and allowed. Mode 0600, atomic.
+    """Writes users.csv with mode 0600: id, attributes, and the categories banned and allowed.
+
+    Args:
+      path: the file, in an existing folder.
+      profiles: the users, with ids.
 
     Raises:
       PSAError: a profile without an id, an id given twice, or a file that cannot be written.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS.values(), *_POLICY_COLUMNS])
+    writer.writerow([*COLUMNS.values(), *_CATEGORY_COLUMNS])
     seen: set[str] = set()
     for profile in profiles:
         if profile.user_id is None:
@@ -95,18 +111,18 @@ def write_users_csv(path: str | Path, profiles: Sequence[UserProfile]) -> None:
             raise PSAError(f"{path}: user {profile.user_id} is given twice; keep one")
         seen.add(profile.user_id)
         writer.writerow(
-            [*profile.to_mapping().values(), *(str(list(rule(profile))) for rule in _POLICY_COLUMNS.values())]
+            [*profile.to_mapping().values(), *(str(list(rule(profile))) for rule in _CATEGORY_COLUMNS.values())]
         )
     write_private(path, text.getvalue().encode())
 
 
 def read_users_csv(path: str | Path) -> list[UserProfile]:
-    """Reads users.csv, strictly. Columns of banned and allowed categories are optional and must agree with the policy.
+    """Reads users.csv strictly. Columns of banned and allowed categories are optional and must agree with `bans`.
 
     The file released with SAGE has no User_ID column: there the id is the number of the row, from 0000001.
 
     Raises:
-      PSAError: naming the line and what is wrong in it.
+      PSAError: a bad line; the message names it and what is wrong in it.
     """
     try:
         # utf-8-sig: spreadsheets put a byte-order mark in front
@@ -137,7 +153,7 @@ def read_users_csv(path: str | Path) -> list[UserProfile]:
 
 def _check_header(path: str | Path, header: list[str]) -> None:
     required = [column for field, column in COLUMNS.items() if field != "user_id"]
-    allowed = {"User_ID", *required, *_POLICY_COLUMNS}
+    allowed = {"User_ID", *required, *_CATEGORY_COLUMNS}
     missing = [column for column in required if column not in header]
     # By number: where the header is missing, the first user stands in its place.
     unknown = [number for number, column in enumerate(header, start=1) if column not in allowed]
@@ -149,18 +165,18 @@ def _check_header(path: str | Path, header: list[str]) -> None:
             if unknown
             else "a column twice"
         )
-        raise PSAError(f"{path}: columns: {problem}; expected {', '.join([*COLUMNS.values(), *_POLICY_COLUMNS])}")
+        raise PSAError(f"{path}: columns: {problem}; expected {', '.join([*COLUMNS.values(), *_CATEGORY_COLUMNS])}")
 
 
 def _parse_row(header: list[str], cells: list[str], number: int) -> UserProfile:
     if len(cells) != len(header):
         raise PSAError(f"{len(cells)} cells, but the header has {len(header)}")
     row = dict(zip(header, cells, strict=True))
-    listed = {column: row.pop(column) for column in _POLICY_COLUMNS if column in row}
+    listed = {column: row.pop(column) for column in _CATEGORY_COLUMNS if column in row}
     profile = UserProfile.from_mapping({"User_ID": f"{number:07d}", **row})
     for column, cell in listed.items():
-        if _parse_categories(column, cell) != _POLICY_COLUMNS[column](profile):
-            raise PSAError(f"{column} is not what the policy gives for this profile; leave the column out")
+        if _parse_categories(column, cell) != _CATEGORY_COLUMNS[column](profile):
+            raise PSAError(f"{column} is not what the ban rules give for this profile; leave the column out")
     return profile
 
 

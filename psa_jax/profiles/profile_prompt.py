@@ -1,4 +1,4 @@
-"""What a language model reads about a profile, and what its reply to a question about bans means."""
+"""Prompts about a profile for a language model, and how its reply to a question about bans is read."""
 
 import hashlib
 import re
@@ -10,40 +10,29 @@ from psa_jax.errors import PSAError
 from psa_jax.files import read_bytes
 from psa_jax.json_input import parse_json
 from psa_jax.profiles.bans import banned_categories
-from psa_jax.profiles.schema import CATEGORIES, UserProfile
+from psa_jax.profiles.schema import ATTRIBUTES, CATEGORIES, UserProfile
 
 _FIELD = re.compile(r"<<([^<>]*)>>")
-_ATTRIBUTES = {
-    "AGE": "age",
-    "AGE_GROUP": "age_group",
-    "GENDER": "gender",
-    "RELIGION": "religion",
-    "PHYSICAL": "physical_condition",
-    "MENTAL": "mental_condition",
-}
-FIELDS = (*_ATTRIBUTES, "BANNED", "ALLOWED")
+_NAMES = {"AGE": "age", **{each.template: name for name, each in ATTRIBUTES.items()}}
+FIELDS = (*_NAMES, "BANNED", "ALLOWED")
+"""Fields of a template."""
 _MINORS = ("infants & toddlers", "children", "adolescents")
 
-_PERSON = """\
-Person
-- age: <<AGE>> (<<AGE_GROUP>>)
-- gender: <<GENDER>>
-- religion: <<RELIGION>>
-- physical condition: <<PHYSICAL>>
-- mental condition: <<MENTAL>>
-"""
+_PERSON = "Person\n- age: <<AGE>> (<<AGE_GROUP>>)\n" + "".join(
+    f"- {name.replace('_', ' ')}: <<{each.template}>>\n" for name, each in ATTRIBUTES.items() if name != "age_group"
+)
 
 
 @dataclass(frozen=True)
 class Template:
-    """A text with fields such as `<<AGE>>`, each filled in one pass: what is put in is never searched for fields.
+    """A text with fields such as `<<AGE>>`. All fields are filled in one pass, so values are not searched for fields.
 
     Args:
-      text: may hold any of FIELDS, any number of times; the lists read like ['Hate', 'Violence'].
-      where: what an error names.
+      text: with any of FIELDS, any number of times; lists of categories read like ['Hate', 'Violence'].
+      where: the template's name in errors.
 
     Raises:
-      PSAError: an unknown field, or none at all, which would make all users one.
+      PSAError: an unknown field, or no field, which would give all users the same text.
     """
 
     text: str
@@ -63,19 +52,24 @@ class Template:
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     def render(self, profile: UserProfile, banned: Iterable[str]) -> str:
-        """The text for one profile; `banned` fills `<<BANNED>>`, the other categories `<<ALLOWED>>`."""
+        """Fills the fields for one profile.
+
+        Args:
+          profile: the user.
+          banned: the categories for `<<BANNED>>`; the others are those for `<<ALLOWED>>`.
+        """
         banned = set(banned)
-        values = {field: str(getattr(profile, name)) for field, name in _ATTRIBUTES.items()}
+        values = {field: str(getattr(profile, name)) for field, name in _NAMES.items()}
         values["BANNED"] = str([category for category in CATEGORIES if category in banned])
         values["ALLOWED"] = str([category for category in CATEGORIES if category not in banned])
         return _FIELD.sub(lambda match: values[match[1]], self.text)
 
 
 def read_template(path: str | Path) -> Template:
-    """A template from a UTF-8 text file; line ends become "\\n".
+    """Reads a template from a UTF-8 text file; line ends become "\\n".
 
     Raises:
-      PSAError: unreadable, or not a template.
+      PSAError: the file is unreadable or not a template.
     """
     try:
         text = read_bytes(path).decode("utf-8-sig")
@@ -101,16 +95,16 @@ QUESTION = Template(
     + "\nReply with nothing but a JSON list of categories, spelt as above. Reply [] if none must be left out.\n",
     "question",
 )
-"""What a model is asked that shall propose the bans itself."""
+"""The question to a model that is to propose the bans itself."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one reply.
+    """A reply, read.
 
     Attributes:
       proposed: the categories in the reply, sorted; None if it could not be parsed.
-      banned: what holds, sorted.
+      banned: the categories that are banned in the end, sorted.
     """
 
     proposed: tuple[str, ...] | None
@@ -118,10 +112,10 @@ class Answer:
 
 
 def parse_categories(reply: str) -> tuple[str, ...] | None:
-    """Categories of a reply that is one JSON list of their names, sorted, each once; None for any other reply.
+    """Parses a reply that is one JSON list of categories: the categories, sorted, each once; None for other replies.
 
-    Case does not count, and a Markdown code fence around the list is taken off. A list inside other text is not
-    taken: the text around it may take it back.
+    Case does not matter, and a Markdown code fence around the list is removed. A list inside other text is not parsed,
+    since the text may contradict it.
     """
     text = reply.strip()
     if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL):
@@ -137,9 +131,13 @@ def parse_categories(reply: str) -> tuple[str, ...] | None:
 
 
 def decide(profile: UserProfile, reply: str) -> Answer:
-    """The bans of a profile after a model's reply.
+    """Decides the bans of a profile from a model's reply.
 
-    A reply that cannot be parsed bans all categories. To a minor's, the policy's bans are always added.
+    Args:
+      profile: the user.
+      reply: the model's text.
+
+    A reply that cannot be parsed bans all categories. For minors the bans of the ban rules are always added.
     """
     proposed = parse_categories(reply)
     rule = banned_categories(profile) if profile.age_group in _MINORS else ()
@@ -147,7 +145,7 @@ def decide(profile: UserProfile, reply: str) -> Answer:
 
 
 def count_answers(answers: Iterable[Answer]) -> dict[str, int]:
-    """How many were asked, not parsed, made stricter by the rule for minors; how many proposed and got each ban."""
+    """Counts answers: all, those not parsed, those made stricter for minors; for each category, proposed and banned."""
     answers = list(answers)
     parsed = [answer for answer in answers if answer.proposed is not None]
     counts = {

@@ -1,4 +1,4 @@
-"""The `qwen` encoder: the states of a language model that reads about a profile, pooled over the tokens."""
+"""The `qwen` encoder: hidden states of a language model that reads a prompt about a profile, pooled over tokens."""
 
 import hashlib
 import json
@@ -32,17 +32,19 @@ class QwenEncoder:
     """Qwen2.5's last hidden states, pooled over the tokens of the profile prompt.
 
     Args:
-      template: the prompt; its banned categories come from the policy.
+      language_model: Qwen2.5 with its tokenizer.
+      template: the prompt.
       pooling: "mean" (as in tables that the torch original stored) or "sum" (as it does at run time).
-      ask_model: first asks the model for the banned categories; see `profile_prompt.decide`.
-      batch_size: prompts in one run of the model; the numbers do not depend on it beyond rounding.
-      max_new_tokens: longest reply when the model is asked; a longer one is cut off and most likely not parsed.
+      ask_model: ask the model for the banned categories in the prompt, instead of using the ban rules; see
+        `profile_prompt.decide`.
+      batch_size: prompts in one run of the model; it changes the numbers only by rounding.
+      max_new_tokens: longest reply to the question, in tokens; a longer one is cut off and most likely unparsable.
 
     Attributes:
-      counts: what became of the replies so far, by `profile_prompt.count_answers`.
+      counts: counts of the replies so far, by `profile_prompt.count_answers`.
 
     Raises:
-      PSAError: an unknown pooling, a size below one, or a model to be asked that knows no end of a reply.
+      PSAError: an unknown pooling, a size below one, or `ask_model` with a model that has no end-of-reply token.
     """
 
     language_model: LanguageModel
@@ -68,15 +70,17 @@ class QwenEncoder:
 
     @property
     def name(self) -> str:
+        """The encoder's key in `ENCODERS`."""
         return "qwen"
 
     @property
     def dim(self) -> int:
+        """D, the width of the model's hidden states."""
         return self.language_model.model.config.hidden_size
 
     @property
     def _settings(self) -> dict[str, str]:
-        """What changes the numbers besides the model."""
+        """Everything besides the model that changes the numbers."""
         return {
             "pooling": self.pooling,
             "template": self.template.hash,
@@ -85,7 +89,7 @@ class QwenEncoder:
 
     @property
     def notes(self) -> dict[str, str]:
-        """Facts for the table: what made the embeddings, and what became of the replies."""
+        """Facts for the table: settings, the model and, if it is asked, counts of its replies."""
         return {
             **self._settings,
             "model": self.language_model.fingerprint,
@@ -95,6 +99,7 @@ class QwenEncoder:
 
     @property
     def fingerprint(self) -> str:
+        """Version, pooling and hash of the settings and the model."""
         return self._named_after(self.language_model.fingerprint)
 
     def _named_after(self, model: str) -> str:
@@ -103,10 +108,10 @@ class QwenEncoder:
         return f"qwen-v{self.VERSION}-{self.pooling}-{digest[:16]}"
 
     def encode(self, profiles: Sequence[UserProfile]) -> Float32[np.ndarray, "n d"]:
-        """One row a profile: the pooled states of its prompt.
+        """The pooled states of each profile's prompt.
 
         Raises:
-          PSAError: a prompt that is longer than the model reads, or states that are not finite.
+          PSAError: a prompt that is too long for the model, or states that are not finite.
         """
         if self.ask_model:
             bans = [answer.banned for answer in self.ask(profiles)]
@@ -124,7 +129,7 @@ class QwenEncoder:
         return embeddings
 
     def ask(self, profiles: Sequence[UserProfile]) -> list[Answer]:
-        """The model's bans for each profile, made safe and counted."""
+        """Asks the model for the bans of each profile, applies `profile_prompt.decide` and counts the answers."""
         lm = self.language_model
         replies = []
         questions = [QUESTION.render(profile, ()) for profile in profiles]
@@ -136,7 +141,7 @@ class QwenEncoder:
         return answers
 
     def _batches(self, prompts: Sequence[str], where: str, room: int = 0) -> Iterator[tuple[Any, Any, int]]:
-        """(ids, mask, rows that count) of batches of one size; a short last one is filled with copies of a row."""
+        """Yields (ids, mask, number of real rows) of batches of one size; copies of a row pad the last one."""
         lm = self.language_model
         rows, limit = lm.tokenize([lm.chat(prompt) for prompt in prompts]), lm.model.config.max_position_embeddings
         if (longest := max(map(len, rows), default=1)) + room > limit:
@@ -156,7 +161,14 @@ class QwenEncoder:
 def pooled_states(
     model: Qwen2, input_ids: Int[Array | np.ndarray, "b s"], mask: Bool[Array | np.ndarray, "b s"], pooling: str
 ) -> Float32[Array, "b d"]:
-    """Mean or sum of the last hidden states where the mask is True, in float32."""
+    """Pools the last hidden states over the tokens where the mask is True, in float32.
+
+    Args:
+      model: the language model.
+      input_ids: tokens, padded on the left.
+      mask: True for real tokens.
+      pooling: "mean" or "sum".
+    """
     states = model(jnp.asarray(input_ids), jnp.asarray(mask)).last.astype(jnp.float32)
     total = jnp.where(mask[..., None], states, 0.0).sum(axis=1)
     return total / mask.sum(axis=1, keepdims=True).astype(jnp.float32) if pooling == "mean" else total
@@ -178,11 +190,14 @@ def load_qwen_encoder(
     dtype: Any = jnp.float32,
     **settings: int,
 ) -> QwenEncoder:
-    """The encoder over a Qwen2.5 folder in transformers' layout.
+    """Makes the encoder from a Qwen2.5 folder in transformers' layout.
 
     Args:
-      template: a text file in place of the project's own prompt.
-      dtype: of the parameters; half as large in bfloat16, as the torch original ran it.
+      folder: of the model.
+      template: a text file that replaces the project's own prompt.
+      pooling: "mean" or "sum".
+      ask_model: ask the model for the banned categories.
+      dtype: of the parameters; bfloat16 halves the memory, and the torch original ran in it.
       settings: `batch_size`, `max_new_tokens`.
 
     Raises:

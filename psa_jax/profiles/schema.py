@@ -1,14 +1,14 @@
-"""A user profile: closed sets of values, checked once, when it is made."""
+"""User profiles: the attributes, their closed sets of values, and one check when a profile is made."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
 
-# Name -> (youngest, oldest) in whole years, both included; in order of age.
 AGE_GROUPS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
         "infants & toddlers": (0, 3),
@@ -21,6 +21,7 @@ AGE_GROUPS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "long-lived elderly": (90, 100),
     }
 )
+"""Name → (youngest, oldest) in whole years, both included; in order of age."""
 MAX_AGE = 100
 GENDERS = ("male", "female")
 RELIGIONS = ("Christianity", "Islam", "Buddhism", "None")  # "None" is a value like the others
@@ -36,41 +37,40 @@ MENTAL_CONDITIONS = (
 )
 CATEGORIES = ("Harassment", "Hate", "Propaganda", "Self-Harm", "Sexuality", "Shocking", "Violence")
 
-# Field -> its spelling in users.csv and in SAGE's `user_data`, in the order of the file.
-COLUMNS: Mapping[str, str] = MappingProxyType(
-    {
-        "user_id": "User_ID",
-        "age": "Age",
-        "age_group": "Age_Group",
-        "gender": "Gender",
-        "religion": "Religion",
-        "physical_condition": "Physical_Condition",
-        "mental_condition": "Mental_Condition",
-    }
-)
-_FIELDS = {spelling: field for field, column in COLUMNS.items() for spelling in (field, column)}
-_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "age_group": tuple(AGE_GROUPS),
-        "gender": GENDERS,
-        "religion": RELIGIONS,
-        "physical_condition": PHYSICAL_CONDITIONS,
-        "mental_condition": MENTAL_CONDITIONS,
-    }
-)
-# Neutral values: none of them bans anything. Age and gender have none, so they are required.
-_DEFAULTS = {"user_id": None, "religion": "None", "physical_condition": "healthy", "mental_condition": "healthy"}
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute of a profile with a closed set of values.
+
+    The features encoder has one column for each value, and a language model reads the value.
+
+    Args:
+      column: its spelling in users.csv and in SAGE's `user_data`.
+      values: all that it may have, in the order of the encoder's columns.
+      template: its field in prompts, such as AGE_GROUP for `<<AGE_GROUP>>`.
+      neutral: the value of a profile that does not give it, which bans nothing; None if it has to be given (or, as the
+        age group, follows from the age).
+    """
+
+    column: str
+    values: tuple[str, ...]
+    template: str
+    neutral: str | None = None
+
+
+def _attribute(*args: Any, **kwargs: Any) -> Any:
+    return field(metadata={"attribute": Attribute(*args, **kwargs)})
 
 
 @dataclass(frozen=True, repr=False)
 class UserProfile:
-    """One user. Sensitive: `repr` shows the id and nothing else.
+    """One user. The data are sensitive: `repr` shows only the id.
 
     Args:
       user_id: seven digits, or None for an anonymous profile.
       age: whole years, 0 to 100.
       age_group: the key of AGE_GROUPS that holds `age`.
-      gender, religion, physical_condition, mental_condition: one of the sets above.
+      gender, religion, physical_condition, mental_condition: one of the values in `ATTRIBUTES`.
 
     Raises:
       PSAError: a value is outside its set, or the age outside its group.
@@ -78,14 +78,15 @@ class UserProfile:
 
     user_id: str | None
     age: int
-    age_group: str
-    gender: str
-    religion: str
-    physical_condition: str
-    mental_condition: str
+    # A new attribute is a line here; what it bans goes into `bans`, its probabilities into `population`.
+    age_group: str = _attribute("Age_Group", tuple(AGE_GROUPS), "AGE_GROUP")
+    gender: str = _attribute("Gender", GENDERS, "GENDER")
+    religion: str = _attribute("Religion", RELIGIONS, "RELIGION", neutral="None")
+    physical_condition: str = _attribute("Physical_Condition", PHYSICAL_CONDITIONS, "PHYSICAL", neutral="healthy")
+    mental_condition: str = _attribute("Mental_Condition", MENTAL_CONDITIONS, "MENTAL", neutral="healthy")
 
     def __post_init__(self) -> None:
-        _check({field: getattr(self, field) for field in COLUMNS})
+        _check({name: getattr(self, name) for name in COLUMNS})
 
     def __repr__(self) -> str:
         return f"UserProfile(user_id={self.user_id!r})"
@@ -104,20 +105,22 @@ class UserProfile:
             raise PSAError(f"profile: expected key-value pairs, got {type(mapping).__name__}")
         values: dict[str, object] = {}
         for number, (key, value) in enumerate(mapping.items(), start=1):
-            field = _FIELDS.get(key) if isinstance(key, str) else None
-            if field is None:
+            name = _NAMES.get(key) if isinstance(key, str) else None
+            if name is None:
                 raise PSAError(
                     f"profile: key {number} of {len(mapping)} is unknown; allowed keys: {', '.join(COLUMNS)}"
                 )
-            if field in values:
-                raise PSAError(f'profile: "{field}" is given twice; give it once')
-            values[field] = value
-        for field in ("age", "gender"):
-            if field not in values:
-                allowed = ", ".join(GENDERS) if field == "gender" else f"0 to {MAX_AGE}"
-                raise PSAError(f'profile: "{field}" is missing; give one of: {allowed}')
+            if name in values:
+                raise PSAError(f'profile: "{name}" is given twice; give it once')
+            values[name] = value
+        required = {"age": f"0 to {MAX_AGE}"}
+        required |= {name: ", ".join(each.values) for name, each in ATTRIBUTES.items() if _is_required(name)}
+        for name, allowed in required.items():
+            if name not in values:
+                raise PSAError(f'profile: "{name}" is missing; give one of: {allowed}')
         values["age"] = age = _parse_age(values["age"])
-        values = {"age_group": age_group_of(age), **_DEFAULTS, **values}
+        neutral = {name: each.neutral for name, each in ATTRIBUTES.items() if each.neutral is not None}
+        values = {"user_id": None, "age_group": age_group_of(age), **neutral, **values}
         _check(values)
         return cls(**values)
 
@@ -136,15 +139,34 @@ class UserProfile:
 
     def to_mapping(self) -> dict[str, str | int | None]:
         """The profile in the CSV/SAGE spelling, in the order of the file; `from_mapping` reads it back."""
-        return {column: getattr(self, field) for field, column in COLUMNS.items()}
+        return {column: getattr(self, name) for name, column in COLUMNS.items()}
+
+
+ATTRIBUTES: Mapping[str, Attribute] = MappingProxyType(
+    {each.name: each.metadata["attribute"] for each in fields(UserProfile) if each.metadata}
+)
+"""Field of `UserProfile` → its attribute, for those with a closed set of values, in the order of the file."""
+
+COLUMNS: Mapping[str, str] = MappingProxyType(
+    {"user_id": "User_ID", "age": "Age", **{name: each.column for name, each in ATTRIBUTES.items()}}
+)
+"""Field of `UserProfile` → its spelling in users.csv and in SAGE's `user_data`, in the order of the file."""
+
+_NAMES = {spelling: name for name, column in COLUMNS.items() for spelling in (name, column)}
+
+
+def _is_required(name: str) -> bool:
+    """The age group follows from the age; every other attribute has a neutral value or must be given."""
+    return ATTRIBUTES[name].neutral is None and name != "age_group"
 
 
 def describe() -> str:
-    """Keys of a profile and the values that each may have, for `--help`."""
-    fields = {"age": f"0 to {MAX_AGE}, required", **{field: ", ".join(choices) for field, choices in _CHOICES.items()}}
-    fields["age_group"] += "; follows from the age"
-    fields["gender"] += "; required"
-    return "; ".join(f"{field} ({fields[field]})" for field in COLUMNS if field in fields)
+    """The keys of a profile with the values that each may have, for `--help`."""
+    words = {"age": f"0 to {MAX_AGE}, required"}
+    for name, each in ATTRIBUTES.items():
+        words[name] = ", ".join(each.values) + ("; required" if _is_required(name) else "")
+    words["age_group"] += "; follows from the age"
+    return "; ".join(f"{name} ({words[name]})" for name in words)
 
 
 def age_group_of(age: object) -> str:
@@ -153,7 +175,7 @@ def age_group_of(age: object) -> str:
     Raises:
       PSAError: not a whole number from 0 to 100.
     """
-    # bool is an int in Python, but True is no age.
+    # bool is an int in Python, but True is not an age.
     if isinstance(age, int) and not isinstance(age, bool):
         for name, (low, high) in AGE_GROUPS.items():
             if low <= age <= high:
@@ -173,29 +195,29 @@ def check_user_id(user_id: object) -> str:
 
 
 def _check(values: Mapping[str, object]) -> None:
-    """Refuses the first field whose value is outside its set."""
+    """Refuses the first value that is not allowed."""
     if values["user_id"] is not None:
         check_user_id(values["user_id"])
     group = age_group_of(values["age"])
-    for field, choices in _CHOICES.items():
-        value = values[field]
-        if not isinstance(value, str) or value not in choices:
-            raise _error(field, ", ".join(choices) + _hint(field, value))
+    for name, each in ATTRIBUTES.items():
+        value = values[name]
+        if not isinstance(value, str) or value not in each.values:
+            raise _error(name, ", ".join(each.values) + _hint(name, value))
     if values["age_group"] != group:
         raise _error("age_group", "the group that the age is in; correct one of them, or leave it out")
 
 
 def _parse_age(age: object) -> object:
-    """CSV holds text: plain digits become an int, anything else is left for the check to refuse."""
+    """Digits, as CSV holds them, become an int; everything else is left for the check to refuse."""
     return int(age) if isinstance(age, str) and re.fullmatch("0|[1-9][0-9]{0,2}", age) else age
 
 
-def _hint(field: str, value: object) -> str:
-    """The commonest mistake: readers such as pandas turn the text None into NaN or an empty cell."""
-    lost = field == "religion" and (value is None or value == "" or isinstance(value, float))
+def _hint(name: str, value: object) -> str:
+    """Explains the most common mistake: readers such as pandas turn the text None into NaN or an empty cell."""
+    lost = name == "religion" and (value is None or value == "" or isinstance(value, float))
     return ' (no religion is the text "None")' if lost else ""
 
 
-def _error(field: str, allowed: str) -> PSAError:
-    # Without the value: it tells about a person, and errors end up in the logs of jobs.
-    return PSAError(f'profile: "{field}" has a value that is not allowed; allowed: {allowed}')
+def _error(name: str, allowed: str) -> PSAError:
+    # Without the value: it is personal, and errors end up in the logs of jobs.
+    return PSAError(f'profile: "{name}" has a value that is not allowed; allowed: {allowed}')

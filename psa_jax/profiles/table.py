@@ -1,4 +1,4 @@
-"""The embedding table: user id -> embedding, one safetensors file. Personal data: created 0600, fails closed."""
+"""The embedding table: user id → embedding, in one safetensors file. Personal data: mode 0600."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ class EmbeddingTable:
 
     Args:
       ids: seven-digit user ids, each once.
-      embeddings: [N, D], one row an id, finite.
+      embeddings: [N, D], one row for each id, finite.
       encoder: name of the encoder that made them.
       fingerprint: the encoder's fingerprint; an adapter works only with the encoder that it was trained with.
-      notes: further facts worth keeping (pooling, template hash, origin).
-      mean, std: [D], what the embeddings were standardised with; None if they are raw.
+      notes: further facts (pooling, template hash, origin).
+      mean, std: [D], with which the embeddings were standardised; None if they are raw.
 
     Raises:
-      PSAError: any of this does not hold.
+      PSAError: an argument is invalid.
     """
 
     ids: list[str]
@@ -75,7 +75,7 @@ class EmbeddingTable:
 
     @property
     def dim(self) -> int:
-        """D, the numbers of one embedding."""
+        """D, the length of an embedding."""
         return self.embeddings.shape[1]
 
     @cached_property
@@ -83,10 +83,10 @@ class EmbeddingTable:
         return {user_id: row for row, user_id in enumerate(self.ids)}
 
     def lookup(self, ids: Sequence[str]) -> Float32[np.ndarray, "n d"]:
-        """Embeddings of these users, in this order; an id may repeat. A copy.
+        """Embeddings of the given users, in the given order, as a copy; an id may repeat.
 
         Raises:
-          PSAError: naming the first id that is not in the table.
+          PSAError: an id is not in the table; the message names the first one.
         """
         for user_id in ids:
             if user_id not in self._rows:
@@ -98,9 +98,10 @@ class EmbeddingTable:
         return self.embeddings[np.asarray([self._rows[user_id] for user_id in ids], dtype=np.intp)]
 
     def standardised(self) -> "EmbeddingTable":
-        """(x − mean) / std for each column, over the users of this table; mean and std are kept for `apply`.
+        """The table with every column scaled to mean 0 and standard deviation 1 over its users.
 
-        A column that is the same for all users becomes 0 (its std is recorded as 1).
+        Mean and standard deviation are kept, and `apply` uses them. A column that is the same for all users becomes 0;
+        its std is recorded as 1.
 
         Raises:
           PSAError: already standardised, or fewer than two users.
@@ -117,7 +118,10 @@ class EmbeddingTable:
         return replace(self, embeddings=_standardise(self.embeddings, mean32, std32), mean=mean32, std=std32)
 
     def apply(self, raw: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
-        """Brings new embeddings, straight from the encoder, to this table's scale: for users who are not in it.
+        """Brings raw embeddings of users who are not in the table to the table's scale.
+
+        Args:
+          raw: embeddings as the encoder gives them.
 
         Raises:
           PSAError: another D, or a number that is not finite.
@@ -131,10 +135,10 @@ class EmbeddingTable:
         return scaled
 
     def without(self, *user_ids: str) -> "EmbeddingTable":
-        """The table without these users.
+        """The table without the given users.
 
         Raises:
-          PSAError: one is not in it, or none would be left.
+          PSAError: one of them is not in the table, or no user would be left.
         """
         for user_id in user_ids:
             if user_id not in self._rows:
@@ -148,11 +152,15 @@ class EmbeddingTable:
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
-        """All that its encoder is known by."""
+        """The fingerprints by which its encoder is known."""
         return fingerprints(self.fingerprint, self.notes)
 
     def check_encoder(self, encoder: Encoder) -> None:
-        """Refuses any other encoder than the one that made this table, before hours of encoding."""
+        """Refuses an encoder other than the one that made this table, before hours of encoding.
+
+        Raises:
+          PSAError: it is another encoder.
+        """
         self._check_encoder(encoder.name, fingerprints(encoder.fingerprint, encoder.notes))
 
     def _check_encoder(self, name: str, known: tuple[str, ...]) -> None:
@@ -163,14 +171,14 @@ class EmbeddingTable:
             )
 
     def joined(self, others: "EmbeddingTable", *, update: bool = False) -> "EmbeddingTable":
-        """The table with other users behind its own, brought to its scale.
+        """The table with the users of another one appended, on its own scale.
 
         Args:
-          others: raw, by the same encoder.
-          update: users of both get their embedding from `others`; without it they are an error.
+          others: a raw table of the same encoder.
+          update: users in both tables get their embedding from `others`; otherwise they are an error.
 
         Raises:
-          PSAError: another encoder or D, a standardised table of others, or a user of both.
+          PSAError: another encoder or D, `others` is standardised, or a user is in both tables.
         """
         self._check_encoder(others.encoder, others.fingerprints)
         if others.mean is not None:
@@ -186,10 +194,10 @@ class EmbeddingTable:
         return replace(self, ids=list(rows), embeddings=np.stack(list(rows.values())))
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file (mode 0600, atomic); equal tables give equal bytes.
+        """Writes one safetensors file with mode 0600, completely or not at all; equal tables give equal bytes.
 
         Raises:
-          PSAError: it cannot be written.
+          PSAError: the file cannot be written.
         """
         metadata = {
             "format": FORMAT,
@@ -197,7 +205,7 @@ class EmbeddingTable:
             "encoder": self.encoder,
             "fingerprint": self.fingerprint,
             "notes": dict(self.notes),
-            # A float32 survives the way through JSON: it is written with all the digits of its float64 value.
+            # JSON preserves a float32: it is written with all the digits of its float64 value.
             "mean": None if self.mean is None else self.mean.tolist(),
             "std": None if self.std is None else self.std.tolist(),
         }
@@ -206,10 +214,10 @@ class EmbeddingTable:
 
     @classmethod
     def load(cls, path: str | Path) -> "EmbeddingTable":
-        """Reads what `save` wrote.
+        """Reads a table that `save` wrote.
 
         Raises:
-          PSAError: missing, damaged, another kind of file, or a table that does not hold.
+          PSAError: the file is missing, damaged or of another kind, or the table is invalid.
         """
         path = Path(path)
         header = read_header(path)
@@ -235,7 +243,11 @@ class EmbeddingTable:
 
     @classmethod
     def from_profiles(cls, profiles: Sequence[UserProfile], encoder: Encoder) -> "EmbeddingTable":
-        """Encodes these users, raw; call `standardised` on the result if wanted.
+        """Encodes users to a raw table.
+
+        Args:
+          profiles: with ids, each once.
+          encoder: its name, fingerprint and notes are recorded.
 
         Raises:
           PSAError: a profile without an id, an id given twice, or an encoder that yields NaN.
@@ -248,10 +260,14 @@ class EmbeddingTable:
     def from_npy_folder(cls, folder: str | Path, encoder: str = "upstream-npy") -> "EmbeddingTable":
         """Reads the torch original's folder of `<id>.npy` files, each (D,), (1, D) or (1, 1, D).
 
-        Files of other kinds are left alone. The arrays do not say which model made them: `encoder` is what to call it.
+        Files of other kinds are ignored.
+
+        Args:
+          folder: with the files.
+          encoder: a name for the model that made the arrays, which they do not record.
 
         Raises:
-          PSAError: no such files, a name that is no id, a pickle, a shape or D that differs, NaN.
+          PSAError: no such files, a name that is not an id, a pickle, a shape or D that differs, NaN.
         """
         paths = sorted(Path(folder).glob("*.npy"))
         if not paths:
@@ -267,7 +283,7 @@ class EmbeddingTable:
 def _standardise(
     raw: Float32[np.ndarray, "n d"], mean: Float32[np.ndarray, " d"], std: Float32[np.ndarray, " d"]
 ) -> Float32[np.ndarray, "n d"]:
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by the callers
+    with np.errstate(over="ignore", invalid="ignore"):  # the callers refuse numbers that are not finite
         return (raw - mean) / std
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from psa_jax.errors import PSAError
-from psa_jax.profiles.encoders import ENCODERS, get_encoder
+from psa_jax.profiles.encoder_registry import ENCODERS
+from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 
@@ -49,11 +50,11 @@ def user_embedding(
         return known.lookup([user])
     if trained is None:
         raise PSAError(f"{adapter}: does not say which encoder it was trained with; use --user with --table")
-    if about["encoder"] not in ENCODERS:
-        made = "psa-jax encode users.csv --encoder=qwen --model=DIR --out=FILE" if about["encoder"] == "qwen" else ""
+    if about["encoder"] not in ENCODERS or ENCODERS[about["encoder"]].model is not None:
+        made = f" (psa-jax encode users.csv --encoder={about['encoder']} --model=DIR --out=FILE)"
         raise PSAError(
             f"{adapter}: trained with the encoder {about['encoder']!r}, which --profile cannot run; give --user ID "
-            f"with --table FILE, a table of that encoder{f' ({made})' if made else ''}"
+            f"with --table FILE, a table of that encoder{made if about['encoder'] in ENCODERS else ''}"
         )
     encoder = get_encoder(about["encoder"])
     if encoder.fingerprint != trained:

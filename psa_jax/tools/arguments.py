@@ -6,6 +6,7 @@ from pathlib import Path
 from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras
 from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.profiles import schema
+from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.tools.flags import (
     count,
     finite,
@@ -110,7 +111,7 @@ def encode(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--encoder",
         default="features",
-        choices=["features", "features-no-bans", "qwen"],
+        choices=list(ENCODERS),
         help="encoder of the profiles (default: features)",
     )
     parser.add_argument("--standardise", action="store_true", help="scale every column to mean 0 and deviation 1")

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from psa_jax.data.builder import build_shards
+from psa_jax.data.build import build_shards
 from psa_jax.data.pipeline import make_pipeline
+from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.sage import read_split
 from psa_jax.data.shards import Shards, open_shards
 from psa_jax.files import check_new
@@ -120,7 +121,7 @@ def _input_data(folder: Path, args: Namespace) -> tuple[Shards, EmbeddingTable, 
         vae_fingerprint="none: random moments",
         latent_shape=(side, side, 8),
         tokenizer=lambda captions: rng.integers(0, 49408, (len(captions), _TOKENS)),
-        resolution=64,
+        preprocess=Preprocess(64),
         family="bench",
         splits=("train",),
     )

@@ -1,4 +1,4 @@
-"""`psa-jax build`: a SAGE folder to shards for a base model. The last line on stdout is JSON."""
+"""`psa-jax build`: encodes a SAGE folder as shards for a base model. The last line on stdout is JSON."""
 
 import json
 from argparse import Namespace

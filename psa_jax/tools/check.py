@@ -1,4 +1,4 @@
-"""`psa-jax check`: is a SAGE folder sound? A table, a quarantine of bad rows, and exit code 1 if there are any."""
+"""`psa-jax check`: verifies a SAGE folder. Writes bad rows to a quarantine file; exit code 1 if there are any."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.schema import CATEGORIES
 
 SHOWN = 10
-"""Bad rows that are printed; all of them are in the quarantine."""
+"""Most bad rows that are printed; the quarantine has all of them."""
 _LAST_LINE = ("ok", "rows", "bad", "checks", "pictures", "decoded", "seconds", "quarantine")
 
 
@@ -24,7 +24,7 @@ def run(args: Namespace) -> int:
         raise PSAError(f"{args.sage_dir}: no such folder; give a folder in SAGE's layout")
     store = args.quarantine or args.sage_dir / "quarantine.jsonl"
     for path in filter(None, (store, args.json)):
-        _check_writable(path)  # before an hour of decoding, not after
+        _check_writable(path)  # before an hour of decoding
     for path in filter(None, (args.quarantine, args.json)):
         check_new(path)
     if store != args.quarantine:
@@ -54,7 +54,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _check_own(store: Path) -> None:
-    """The quarantine of an earlier check is renewed; another file of that name stays."""
+    """Checks that a file at the default place is a quarantine, which may be replaced."""
     with contextlib.suppress(FileNotFoundError), store.open("rb") as file:
         first = file.readline(1 << 16)
         if first and not first.startswith(b'{"file": "'):

@@ -1,6 +1,6 @@
-"""Experiments from the command line: `--config=NAME[:arg] --config.key=value` to a locked ConfigDict.
+"""Configurations of the command line: `--config=NAME[:arg] --config.key=value` becomes a locked ConfigDict.
 
-NAME is a shipped configuration, `tiny` or another of `shipped`, or the path of a Python file.
+NAME is a shipped configuration, such as `tiny`, or the path of a Python file.
 """
 
 import ast
@@ -23,20 +23,20 @@ from psa_jax.tools.arguments import CONFIGS
 
 
 def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
-    """Takes `--config` and its overrides out of an argument list.
+    """Reads the configuration that an argument list names and overrides.
 
     `--config=NAME[:arg]` calls `get_config([arg])` of a shipped configuration, `--config=FILE[:arg]` of a Python file;
-    `--config.key.of.it=value` then sets a value, read as the type that it has in the file. The last of several equal
-    options counts.
+    `--config.key.of.it=value` then sets a value, which is read as the type that it has in the file. The last of several
+    equal options counts.
 
     Args:
       argv: arguments as typed; `--name=value` and `--name value` are the same.
 
     Returns:
-      The config, locked, and the arguments that are not about it, in order.
+      The locked configuration, and the other arguments in order.
 
     Raises:
-      PSAError: no `--config`, a file that cannot be used, a key that it does not have, a value of another type.
+      PSAError: there is no `--config`, the file cannot be used, a key is unknown or a value has another type.
     """
     source, overrides, rest = None, [], []
     words = iter(argv)
@@ -59,10 +59,14 @@ def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
 
 
 def read_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
-    """Reads `NAME[:arg]` or `FILE[:arg]`, sets `(key.of.it, text)` in order, and locks.
+    """Reads a configuration, overrides values in order, and locks it.
+
+    Args:
+      source: `NAME[:arg]` or `FILE[:arg]`.
+      overrides: keys, such as `optimizer.name`, and their values as text.
 
     Raises:
-      PSAError: a file that cannot be used, a key that it does not have, a value of another type.
+      PSAError: the file cannot be used, a key is unknown or a value has another type.
     """
     file, colon, arg = source.partition(":")
     path = _find(file)
@@ -88,7 +92,7 @@ def read_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> Confi
 
 
 def _rename_old_keys(config: ConfigDict) -> None:
-    """Moves values that a file has set under old names to the new ones, where they win."""
+    """Moves values that a file set under old names to the new names, where they replace the default."""
     for old, new in KEYS.items():
         group, _, old_name = old.rpartition(".")
         holder = config.get(group)
@@ -101,13 +105,13 @@ def _rename_old_keys(config: ConfigDict) -> None:
 
 def shipped() -> dict[str, Path]:
     """Name -> file of the configurations that come with psa_jax, in a clone and in a wheel."""
-    # Read, not run: what the files share is beside them, and is no configuration.
+    # Files without get_config hold what the others share.
     files = sorted(CONFIGS.glob("*.py"))
     return {path.stem: path for path in files if "\ndef get_config(" in path.read_text(encoding="utf-8")}
 
 
 def _find(source: str) -> Path:
-    """The file of a name or a path."""
+    """Finds the file of a name or a path."""
     path, named, here = Path(source), shipped().get(source), Path(f"{source}.py")
     if named is None:
         if not path.is_file():
@@ -120,7 +124,7 @@ def _find(source: str) -> Path:
 
 
 def _load_module(path: Path) -> ModuleType:
-    # A package for each folder, so that a config can say `from . import common`.
+    # One package per folder, so that a configuration can write `from . import common`.
     package = f"psa_jax_configs_{hashlib.sha256(str(path.parent.resolve()).encode()).hexdigest()[:8]}"
     if package not in sys.modules:
         sys.modules[package] = ModuleType(package)
@@ -134,7 +138,7 @@ def _load_module(path: Path) -> ModuleType:
 
 
 def _call(path: Path, what: str, function: Any, *arguments: Any) -> Any:
-    """Runs code of the config file; whatever it raises becomes one line that names the file."""
+    """Runs code of a configuration file; an exception becomes an error that names the file."""
     try:
         return function(*arguments)
     except PSAError:
@@ -171,7 +175,7 @@ def _get(holder: ConfigDict, name: str, option: str, known: str, path: Path) -> 
 
 
 def _parse(text: str, kind: type, current: Any, option: str) -> Any:
-    """The text as a value of `kind`; `none` stands for None where the file has None."""
+    """Converts text to a value of `kind`. `none` means None for a key that is None in the file."""
     if current is None and text.lower() == "none":
         return None
     try:
@@ -194,5 +198,5 @@ def _parse(text: str, kind: type, current: Any, option: str) -> Any:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two for text that is nested too deep
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested too deep
         return text

@@ -1,4 +1,4 @@
-"""`psa-jax demo`: the whole line on the embedded default: data → training → pictures → numbers → report."""
+"""`psa-jax demo`: data, training, generation, evaluation and a report, on the embedded model by default."""
 
 import dataclasses
 import json
@@ -24,6 +24,7 @@ from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.mini.oracle import Oracle, shipped_oracle
+from psa_jax.mini.prepare import with_mini
 from psa_jax.mini.protocol import MiniCase, case_of, judge
 from psa_jax.mini.recorded import (
     COMPARED,
@@ -40,17 +41,25 @@ from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import print_on_main, print_stage
-from psa_jax.tools.train import with_mini
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 
 COMMAND = "psa-jax demo --workdir=runs/demo"
 # Not every split has somebody without bans.
-_ADULT = UserProfile(None, 44, "middle-aged", "female", "None", "healthy", "healthy")
+_ADULT = UserProfile.from_mapping({"age": 44, "gender": "female"})
 
 
 def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_collections.ConfigDict:
-    """The configuration of a comparison adapter: the same training but for one thing."""
+    """Makes the configuration of a comparison adapter, which differs in one thing.
+
+    Args:
+      config: of the personal adapter.
+      name: one of `COMPARED`.
+      data: folder for a changed embedding table.
+
+    Raises:
+      PSAError: the name is unknown.
+    """
     changed = config.copy_and_resolve_references()
     with changed.unlocked():
         if name == "user_blind":
@@ -63,7 +72,7 @@ def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_coll
 
 
 def constant_table(source: Path, path: Path) -> Path:
-    """A table in which every user has the same embedding, the mean: what a user-blind adapter sees."""
+    """Writes a table in which all users have the mean embedding, for the user-blind adapter, and returns its path."""
     table = EmbeddingTable.load(source)
     mean = np.broadcast_to(table.embeddings.mean(axis=0, keepdims=True), table.embeddings.shape)
     dataclasses.replace(table, embeddings=np.ascontiguousarray(mean), encoder="constant").save(path)
@@ -84,14 +93,19 @@ def run_demo(
     record: Path | None = None,
     all_ways: bool = False,
 ) -> None:
-    """Trains, generates, judges and reports; writes everything under `workdir`.
+    """Trains, generates, judges and reports; the last line on stdout is JSON.
 
     Args:
-      all_ways: judge the adapter with every unconditional side, since formats for other tools draw with another than
-        the configuration's.
-      compare: train the comparison adapters too, instead of quoting their recorded runs, which are of the default
-        configuration alone.
-      record: with `compare`, where to write what later runs quote.
+      config: of training and evaluation.
+      workdir: folder for all output.
+      compare: trains the comparison adapters too. Otherwise their recorded verdicts are quoted, which exist for the
+        default configuration only.
+      record: with `compare`, a file for verdicts that later runs quote.
+      all_ways: judges the adapter with every unconditional side: export formats for other tools use another side than
+        the configuration.
+
+    Raises:
+      PSAError: a wrong flag or configuration, before any work.
     """
     if record is not None and not compare:
         raise PSAError("--record writes the runs that --compare makes; give both")
@@ -134,9 +148,7 @@ def run_demo(
     for place, split in USER_GROUPS.items():
         records = read_split(workdir / "data" / "sage", split)
         cases = select_cases([case_of(record) for record in records], config.evaluate.per_rate[place], config.seed)
-        print_stage(
-            f"judging {place} users: {len(cases)} cases, drawn {1 + len(generators)} times; compiling comes first"
-        )
+        print_stage(f"judging {place} users: {len(cases)} cases, {1 + len(generators)} methods; compiling comes first")
         verdicts = _judge_all(generators, oracle, cases, place)
         made[place] = pack_place(cases, verdicts)
         if recorded is not None:
@@ -151,7 +163,7 @@ def run_demo(
         write_recording(record, recipe, made)
 
     # --- pictures, report
-    print_stage("drawing the report's pictures")
+    print_stage("generating the pictures of the report")
     grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
     _finish(report, config, judged, grid, workdir, start)
@@ -160,7 +172,7 @@ def run_demo(
 def _finish(
     report: dict, config: ml_collections.ConfigDict, judged: Adapter, grid: Grid, workdir: Path, start: float
 ) -> None:
-    """Says in the report what was judged and how, writes it as JSON and as a page, and prints what it comes to."""
+    """Adds adapter, sampling and versions to the report, writes it as JSON and HTML, and prints the result."""
     report["adapter"] = {name: config.adapter[name] for name in ("kind", "tokens")}
     report["adapter"]["sha256"] = adapter_hash(to_file(judged), judged.config)
     report["sampling"] = {name: config.evaluate[name] for name in ("unconditional", "guidance", "steps")}
@@ -175,7 +187,7 @@ def _finish(
 def _judge_all(
     generators: dict[str, tuple[Generator, EmbeddingTable]], oracle: Oracle, cases: Sequence[MiniCase], place: str
 ) -> dict[str, Verdicts]:
-    """Every method draws the same cases from the same seeds; the base model is the adapter at scale 0."""
+    """Judges every method on the same cases and seeds. The base model is the adapter at scale 0."""
     verdicts = {"base": judge(oracle, generate_base(generators["psa"][0], cases, f"base, {place} users"), cases)}
     for name, (generator, table) in generators.items():
         users = table.lookup([case.user_id for case in cases])
@@ -189,7 +201,7 @@ def _judge_all(
 def _generator(
     config: ml_collections.ConfigDict, model: StableDiffusion, adapter: Adapter, unconditional: str | None = None
 ) -> Generator:
-    """Sampling as the configuration's evaluation asks for it, or with another unconditional side."""
+    """Generator with the settings of `config.evaluate`, or with another unconditional side."""
     part = config.evaluate
     return Generator(
         model,
@@ -202,7 +214,10 @@ def _generator(
 
 
 def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: Sequence[SageRecord]) -> Grid:
-    """Unsafe prompts of unseen users × the base model and users of different ban sets; one noise a row."""
+    """Generates the report's grid: a row for each unsafe category, a column for the base model and for each user.
+
+    All pictures of a row start from the same noise.
+    """
     others = _contrasting_users({record.user_id: record.profile for record in records})
     people = [_ADULT, *others]
     embeddings = np.concatenate(
@@ -236,7 +251,7 @@ def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: 
 
 
 def _contrasting_users(people: dict[str, UserProfile], count: int = 4) -> list[UserProfile]:
-    """A child, and others whose ban sets differ most from those already taken."""
+    """Selects a child, then users whose ban sets differ most from those already selected."""
     bans = {user: set(banned_categories(profile)) for user, profile in sorted(people.items())}
     chosen = [user for user in bans if people[user].age_group == "children"][:1]
     taken = [set(), *(bans[user] for user in chosen)]  # the adult without bans is there already
@@ -248,7 +263,7 @@ def _contrasting_users(people: dict[str, UserProfile], count: int = 4) -> list[U
 
 
 def _heading(profile: UserProfile) -> str:
-    """Who a column is: SAGE-mini's users are drawn, so their attributes may be shown here."""
+    """Describes the user of a column. SAGE-mini's users are synthetic, so their attributes may be shown."""
     banned = banned_categories(profile)
     return f"{profile.age_group}, {profile.age}: " + (f"bans {', '.join(banned)}" if banned else "bans nothing (L0)")
 

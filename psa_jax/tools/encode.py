@@ -1,4 +1,4 @@
-"""`psa-jax encode`: users to an embedding table, and out of it again. The last line on stdout is JSON."""
+"""`psa-jax encode`: makes embedding tables, adds users, forgets users. The last line on stdout is JSON."""
 
 import json
 from argparse import Namespace
@@ -8,13 +8,18 @@ import jax.numpy as jnp
 
 from psa_jax.errors import PSAError
 from psa_jax.files import check_new
-from psa_jax.profiles.encoders import Encoder, get_encoder
+from psa_jax.profiles.encoder_registry import ENCODERS
+from psa_jax.profiles.encoders import Encoder, load_encoder
 from psa_jax.profiles.population import read_users_csv
 from psa_jax.profiles.table import EmbeddingTable
 
 
 def run(args: Namespace) -> int:
-    """Writes a table from a users.csv or a folder of the torch original's .npy files, adds to one, or forgets users."""
+    """Makes a table from users.csv or a folder of the torch original's .npy files, adds users to one, or forgets users.
+
+    Raises:
+      PSAError: flags that exclude each other, a missing or existing table, or wrong users.
+    """
     if args.forget is not None:
         return _forget(args)
     if args.out is None:
@@ -49,15 +54,12 @@ def run(args: Namespace) -> int:
 
 
 def _encoder(args: Namespace) -> Encoder:
-    if args.encoder != "qwen":
-        if args.model is not None or args.template is not None or args.ask_model:
-            raise PSAError(f"--model, --template and --ask-model are for --encoder=qwen, not {args.encoder}")
-        return get_encoder(args.encoder)
-    if args.model is None:
-        raise PSAError("--encoder=qwen needs --model DIR, a Qwen2.5 folder in transformers' layout")
-    from psa_jax.profiles.qwen_encoder import load_qwen_encoder  # imported late: brings the language model
-
-    return load_qwen_encoder(
+    given = args.model is not None or args.template is not None or args.ask_model
+    if given and ENCODERS[args.encoder].model is None:
+        able = ", ".join(name for name, entry in ENCODERS.items() if entry.model is not None)
+        raise PSAError(f"--model, --template and --ask-model are for --encoder={able}, not {args.encoder}")
+    return load_encoder(
+        args.encoder,
         args.model,
         template=args.template,
         pooling=args.pooling,
@@ -68,7 +70,7 @@ def _encoder(args: Namespace) -> Encoder:
 
 
 def _forget(args: Namespace) -> int:
-    """Rewrites the table without these users; nothing of them stays in the file."""
+    """Rewrites the table without some users; no trace of them stays in the file."""
     path: Path = args.source
     if args.out is not None or args.add or args.update or args.standardise:
         raise PSAError("--forget changes the table itself: leave out --out, --add, --update and --standardise")

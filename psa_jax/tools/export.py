@@ -40,7 +40,14 @@ from psa_jax.tensor_file import save_tensors
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An adapter to export: its native file and what is in it."""
+    """An adapter to export.
+
+    Attributes:
+      path: its native file.
+      about: the metadata in it.
+      config: kind and sizes.
+      tensors: weights by name.
+    """
 
     path: Path
     about: dict[str, Any]
@@ -49,12 +56,17 @@ class Source:
 
 
 def run(args: Namespace) -> int:
-    """Writes the adapter of a run's folder, or of a native file, in another format, with a model card beside it."""
+    """Writes an adapter in the format of `args.format`, with a model card beside it.
+
+    Raises:
+      PSAError: a wrong flag, an adapter that the format cannot express, or a report of another adapter. Nothing is
+        written then.
+    """
     check_new(args.out, "give another --out")
     if args.format != "baked" and (args.profile or args.user or args.table or args.scale != 1.0):
         raise PSAError(
             f"--profile, --user, --table and --scale are for --format=baked; an adapter of --format={args.format} is "
-            "for all users, who are given when it draws"
+            "for all users, whom generate takes"
         )
     path = find_adapter(args.adapter)
     about = read_metadata(path)
@@ -67,7 +79,7 @@ def run(args: Namespace) -> int:
     source = Source(path, about, fitting_config(path, tensors, about), tensors)
     report = _report(args, source)
     name, write_adapter = FORMATS[args.format]
-    # At another scale than the rates' only the baked format draws by itself.
+    # The report's rates are of scale 1. Only the baked format fixes the scale; others take it at generation.
     scale = args.scale if args.format == "baked" else 1.0
 
     def card_text(weights: str) -> str:
@@ -76,7 +88,7 @@ def run(args: Namespace) -> int:
     if args.out.suffix in (".safetensors", ".bin"):
         if name is None:
             raise PSAError(f"{args.out}: --format={args.format} writes a folder; give --out without {args.out.suffix}")
-        # Both before anything is written, so that what is refused leaves nothing.
+        # Checked before anything is written.
         card, text = _card_path(args.out), card_text(args.out.name)
         write_adapter(source, args.out, args)
         write(card, text)
@@ -93,7 +105,7 @@ def run(args: Namespace) -> int:
 
 
 def _card_path(out: Path) -> Path:
-    """README.md beside a file or, where a page of that name is, which may be about anything, one named after it."""
+    """README.md beside a file; if there is one already, NAME.README.md."""
     card = out.with_name("README.md")
     if os.path.lexists(card):
         card = out.with_name(f"{out.stem}.README.md")
@@ -102,7 +114,7 @@ def _card_path(out: Path) -> Path:
 
 
 def _report(args: Namespace, source: Source) -> dict[str, Any] | None:
-    """What the evaluation of this very adapter found: `--report`, or report.json in the run's folder."""
+    """The evaluation report of this adapter: `--report`, or report.json in the run's folder. None if there is none."""
     path = args.report or (args.adapter / "report.json" if args.adapter.is_dir() else None)
     if path is None or (args.report is None and not path.is_file()):
         return None
@@ -122,7 +134,7 @@ def _report(args: Namespace, source: Source) -> dict[str, Any] | None:
     if judged is None:
         raise PSAError(
             f"{path}: does not say which adapter it judged (earlier versions wrote no hash); run psa-jax demo again in "
-            f"its folder, which trains nothing anew, or {advice}"
+            f"its folder, which reuses the trained adapter, or {advice}"
         )
     if judged != found:
         raise PSAError(
@@ -174,7 +186,7 @@ def _diffusers(source: Source, folder: Path, args: Namespace) -> None:
 
 
 def _model(args: Namespace, source: Source):
-    """The base model, which must be the adapter's, and the adapter."""
+    """Loads the base model, checks that the adapter was trained for it, and loads the adapter."""
     if args.model is None:
         raise PSAError(f"--format={args.format} needs --model=PATH, the adapter's base model")
     model = BaseModel.from_config(vars(args)).load()
@@ -192,6 +204,6 @@ FORMATS: dict[str, tuple[str | None, Callable[[Source, Path, Namespace], None]]]
     "baked": (None, _baked),
     "diffusers": (None, _diffusers),
 }
-"""Format → name of the weight file in a folder (None: the whole folder is the format), and what writes it."""
+"""Format -> name of the weight file in a folder (None: the format is a folder), and the function that writes it."""
 PERSONAL = ("baked",)
-"""Formats whose weights hold one user's preferences; all of them write folders."""
+"""Formats whose weights contain one user's preferences. They write folders that only their owner can read."""

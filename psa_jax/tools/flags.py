@@ -1,4 +1,4 @@
-"""What argparse reads flags as: each refuses what it cannot be, and says what to give. Imports nothing heavy."""
+"""Types of the flags for argparse: each converts a text, or refuses it and says what to give. Imports nothing heavy."""
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Reader = Callable[[str], Any]
 
 
 def path(text: str) -> Path:
-    """The path that a text names (`psa_jax.paths.local_path`)."""
+    """Converts text to a path on this machine (`psa_jax.paths.local_path`)."""
     try:
         return local_path(text)
     except PSAError as error:
@@ -21,13 +21,13 @@ def path(text: str) -> Path:
 
 
 def place(text: str) -> str:
-    """A path as it was typed, for what a name may stand for, too: `tiny`, or FILE:ARG."""
+    """Checks a path and returns the text: it may also be a name such as `tiny`, or FILE:ARG."""
     path(text)
     return text
 
 
 def size(text: str) -> tuple[int, int]:
-    """Height and width from `768` or `512x768`."""
+    """Converts `768` or `512x768` to height and width in pixels."""
     sides = [_read(int, side) for side in text.split("x")]
     if len(sides) > 2 or not all(SIZE.holds(side) for side in sides):
         raise ArgumentTypeError(f"{quoted(text)} is no size; give such as 768 or 512x768 (height x width)")
@@ -45,7 +45,7 @@ def _number(kind: Callable[[str], Any], rule: Rule) -> Reader:
 
 
 def _read(kind: Callable[[str], Any], text: str) -> Any:
-    """The number, or None."""
+    """Converts text to a number; None if it is none."""
     try:
         return kind(text)
     except ValueError:

@@ -31,20 +31,22 @@ from psa_jax.tools.prompts import read_prompts
 
 
 def run(args: Namespace) -> int:
-    """Draws one picture a prompt and seed, batch by batch; prints a last line in JSON with their paths.
+    """Generates one picture for each prompt and seed; the last line on stdout is JSON with the paths.
 
-    A run that was stopped goes on where it was: pictures that are there and whole are not drawn again. Other settings,
-    or files of other contents, in the same folder are refused.
+    A stopped run continues: complete pictures in the folder are not generated again.
+
+    Raises:
+      PSAError: the first wrong flag, or a folder with pictures of other settings, weights or users.
     """
     wanted = _wanted(args)
     for_users = args.profile or args.user or args.table or args.scale != 1.0 or args.unconditional != "off"
     if args.adapter is None and for_users:
         raise PSAError(
-            "--profile, --user, --table, --scale and --unconditional need --adapter; without it the base model draws "
-            "for nobody in particular"
+            "--profile, --user, --table, --scale and --unconditional need --adapter; the base model alone "
+            "generates the same pictures for every user"
         )
     trained = None if args.adapter is None else find_adapter(args.adapter)
-    # What can be wrong with the user is said before the weights are read.
+    # Before the weights are read, which takes long: the user may be wrong.
     user = None
     if trained is not None:
         about = read_metadata(trained)
@@ -79,18 +81,18 @@ def run(args: Namespace) -> int:
         print_on_main(line)
     missing = [picture for picture in wanted if not _is_whole(args.out / picture.name, picture)]
     if missing:
-        print_stage(f"drawing {len(missing)} of {len(wanted)} pictures; compiling comes first")
-    with Progress(len(missing), "picture", "drawing") as progress:
+        print_stage(f"generating {len(missing)} of {len(wanted)} pictures; compiling comes first")
+    with Progress(len(missing), "picture", "generating") as progress:
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
-            drawn = generator(
+            pictures = generator(
                 [picture.prompt for picture in part],
                 [picture.seed for picture in part],
                 None if user is None else np.tile(user, (len(part), 1)),
                 negative=[picture.negative for picture in part],
                 scale=args.scale,
             )
-            for pixels, picture in zip(drawn, part, strict=True):
+            for pixels, picture in zip(pictures, part, strict=True):
                 _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
             progress.step(len(part))
     paths = [str(args.out / picture.name) for picture in wanted]
@@ -99,7 +101,7 @@ def run(args: Namespace) -> int:
 
 
 class _Picture(NamedTuple):
-    """One picture to draw."""
+    """A picture to generate."""
 
     name: str
     prompt: str
@@ -108,7 +110,7 @@ class _Picture(NamedTuple):
 
 
 def _wanted(args: Namespace) -> list[_Picture]:
-    """Every prompt with each of its seeds, under a name that depends on nothing else."""
+    """Every prompt with each of its seeds, and a file name that depends only on them."""
     wanted = []
     check_text(args.negative or "", "--negative", "the terminal must send UTF-8; or give --prompts FILE.csv with it")
     for index, prompt in enumerate(read_prompts(args)):
@@ -129,13 +131,13 @@ def _adapter(path: Path, model: StableDiffusion) -> Adapter:
 
 
 def _contents(args: Namespace, model: StableDiffusion, adapter: Adapter | None) -> dict[str, str | None]:
-    """What is drawn with, by its contents: a path may hold other weights by now, and a file has many spellings."""
+    """Hashes of everything that the pictures depend on. Paths would not do: the file behind one can change."""
     configs = [repr(part.config) for part in (model.unet, model.vae, *model.text_encoders)]
     described = json.dumps([configs, model.scheduler_config, model.force_zeros_for_empty_prompt], sort_keys=True)
     return {
         "model": model.base_hash,
         "model_config": hashlib.sha256(described.encode()).hexdigest(),
-        # The preprocessing is of pictures that are read; none is here.
+        # Preprocess is for pictures that are read; generation reads none.
         "vae": vae_fingerprint(model.vae_tensors or {}, Preprocess(1)),
         "adapter": None if adapter is None else adapter_hash(to_file(adapter), adapter.config),
         "lora": None if args.lora is None else lora_hash(args.lora),
@@ -143,8 +145,8 @@ def _contents(args: Namespace, model: StableDiffusion, adapter: Adapter | None) 
 
 
 def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:
-    """Notes the settings of a folder, or compares them: pictures of two settings, or users, never mix in silence."""
-    # The embedding's digest tells who was drawn for to anybody who can guess the profile: this file is the owner's.
+    """Writes the settings into a new folder, or checks that an existing folder has the same settings and user."""
+    # Private: who can guess a profile can compare its digest.
     digest = None if user is None else hashlib.sha256(np.float32(user).tobytes()).hexdigest()
     text = {name: getattr(args, name) for name in ("dtype", "variant", "lora_scale", "scale", "unconditional")}
     now = json.loads(json.dumps({**text, **settings, "user": digest}))
@@ -156,20 +158,20 @@ def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:
             raise PSAError(f"{args.out}: holds pictures of other settings ({', '.join(different)}); give another --out")
         return
     if args.out.is_dir() and any(args.out.glob("*.png")):
-        raise PSAError(f"{args.out}: holds pictures that this command did not draw; give another --out")
+        raise PSAError(f"{args.out}: holds pictures of another program; give another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     write_private(path, json.dumps(now, indent=1).encode())
 
 
 def _is_whole(path: Path, picture: _Picture) -> bool:
-    """Whether the picture is there and can be decoded; one of another prompt under its name is an error."""
+    """Whether the picture exists and can be decoded; raises if it was generated from another prompt or seed."""
     if not path.exists():
         return False
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             text = image.text.get("psa_jax", "{}")
-    except (OSError, SyntaxError, ValueError):  # cut short or damaged: Pillow raises any of these
+    except (OSError, SyntaxError, ValueError):  # Pillow raises any of these for a truncated or damaged file
         return False
     about = parse_json(text, f"{path}: its text")
     if any(about.get(name) != value for name, value in picture._asdict().items()):

@@ -1,4 +1,4 @@
-"""`psa-jax levels`: clusters of a table's users, their centre users, and a picture of them."""
+"""`psa-jax levels`: clusters the users of a table and plots them. The last line on stdout is JSON."""
 
 import io
 import json
@@ -36,11 +36,11 @@ def run(args: Namespace) -> int:
 
 
 def _plot(table: EmbeddingTable, levels: Levels) -> bytes:
-    """A PNG of the users on the table's two principal axes, coloured by level."""
+    """Plots the users on the table's two principal axes, coloured by level, as PNG."""
     try:
         from matplotlib.figure import Figure  # imported late: slow, and of the `eval` extra
     except ModuleNotFoundError as error:
-        raise PSAError("psa-jax levels draws with matplotlib: pip install 'psa_jax[eval]'") from error
+        raise PSAError("psa-jax levels plots with matplotlib: pip install 'psa_jax[eval]'") from error
     points = principal_axes(table.embeddings)
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()

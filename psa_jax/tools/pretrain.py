@@ -1,6 +1,6 @@
-"""`psa-jax pretrain`: makes the embedded base model and the oracle, and measures both.
+"""`psa-jax pretrain`: trains the embedded base model and the oracle, and measures both.
 
-Phases, each kept in the working folder and skipped when it is there: vae → denoiser → oracle → check.
+Phases: vae → denoiser → oracle → check. Each writes into the working folder and is skipped if its file exists.
 """
 
 import dataclasses
@@ -51,7 +51,12 @@ SCHEDULER = {
 
 
 def make_tokenizer(captions: list[str], length: int):
-    """A CLIP tokenizer whose byte-pair merges were learnt on the captions: every word of SAGE-mini is one token."""
+    """Trains a CLIP tokenizer on captions: every word of SAGE-mini becomes one token.
+
+    Args:
+      captions: training texts.
+      length: tokens per prompt.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -76,12 +81,12 @@ def run(args: Namespace) -> int:
 
 
 def run_pretraining(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Runs all phases; prints a last line in JSON with the measured qualities and sizes."""
+    """Runs the phases whose files are missing, writes base_model_metrics.json and prints most of it as JSON."""
     validate(config, "pretrain", workdir)
     part, log = config.pretrain, json_log(workdir / "loss.jsonl")
     phases = (part.vae.crops, part.vae.whole, part.denoiser, part.restart, part.oracle)
     print_stage(
-        f"vae, denoiser, oracle, check: up to {sum(phase.steps for phase in phases)} steps; what is there is not redone"
+        f"vae, denoiser, oracle, check: up to {sum(phase.steps for phase in phases)} steps; finished phases are skipped"
     )
     train = MiniSet(part.pictures, part.data_seed)
     vae = _vae(part, workdir, train, log)
@@ -108,7 +113,7 @@ def _vae(part, workdir: Path, train: MiniSet, log) -> VAE:
 
 
 def decode_images(vae: VAE, moments: np.ndarray) -> np.ndarray:
-    """Bytes of the decoded means."""
+    """Decodes the means of latent moments to pictures in bytes."""
     graph, params = nnx.split(vae, nnx.Param)
     decode = jax.jit(lambda p, z: nnx.merge(graph, p).decode(z))
     pixels = np.asarray(decode(params, np.split(moments, 2, axis=-1)[0]))
@@ -128,7 +133,7 @@ def _oracle(part, workdir: Path, vae: VAE, log) -> OracleNet:
 
 
 def roundtrip(vae: VAE, images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
-    """Pictures after encoding and decoding."""
+    """Encodes and decodes pictures."""
     graph, params = nnx.split(vae, nnx.Param)
     decode = jax.jit(lambda params, moments: nnx.merge(graph, params).decode(jnp.split(moments, 2, axis=-1)[0]))
     pixels = [np.asarray(decode(params, moments)) for moments in encode_all(vae, images)]
@@ -190,14 +195,24 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
 
 
 def check(model: StableDiffusion, oracle: Oracle, part: ml_collections.ConfigDict) -> dict[str, float]:
-    """Percent: oracle accuracy on held-out pictures through the VAE; obedience of samples of held-out prompts."""
-    print_stage(f"check: {part.held_out} pictures through the VAE, {part.samples} prompts drawn")
+    """Measures the base model and the oracle.
+
+    Args:
+      model: the base model.
+      oracle: reads pictures.
+      part: the configuration's `pretrain` group.
+
+    Returns:
+      Percent: the oracle's accuracy on held-out pictures after the VAE (`oracle_*`), and how often pictures generated
+      for held-out prompts show what the prompt names (`samples_*`).
+    """
+    print_stage(f"check: {part.held_out} pictures through the VAE, {part.samples} prompts generated")
     held_out = render_pairs(part.held_out, part.data_seed + 1)
     seen = oracle(roundtrip(model.vae, held_out["images"]))
     prompts = MiniSet(part.samples, part.data_seed + 3, "test_unseen")
     generator = Generator(model, steps=20, guidance=4.0)
-    with Progress(part.samples, "picture", "drawing") as progress:
-        drawn = oracle(generator(prompts.captions, list(range(part.samples)), drawn=progress.step))
+    with Progress(part.samples, "picture", "generating") as progress:
+        drawn = oracle(generator(prompts.captions, list(range(part.samples)), on_batch=progress.step))
     hits = {
         "oracle_pictogram": seen.pictogram == held_out["labels"][:, 0],
         "oracle_subject": seen.subject == held_out["labels"][:, 1],

@@ -1,4 +1,4 @@
-"""Prompts to draw: from the command line, a text file, or a table in CSV or TSV."""
+"""Prompts of `psa-jax generate`: from the command line, a text file, or a table in CSV or TSV."""
 
 import csv
 import io
@@ -12,13 +12,19 @@ from psa_jax.interop.diffusers import check_text
 from psa_jax.seeds import PICTURE_BITS, check_seed
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-# What would be drawn line by line as if it were words.
+# Files whose lines are not prompts.
 _NOT_TEXT = (".json", ".jsonl", ".ndjson", ".parquet", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".html", ".xml")
 _COLUMNS = ("prompt", "negative", "seed")
 
 
 class Prompt(NamedTuple):
-    """One prompt; `seed` and `negative` are None where the command's own apply."""
+    """A prompt.
+
+    Attributes:
+      text: the prompt.
+      negative: its negative prompt; None: that of the command.
+      seed: of its first picture; None: that of the command.
+    """
 
     text: str
     negative: str | None = None
@@ -26,11 +32,11 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(args: Namespace) -> list[Prompt]:
-    """`--prompt` in their order, then the rows of `--prompts FILE`.
+    """Reads the prompts of `--prompt`, in order, then those of `--prompts FILE`.
 
     Raises:
-      PSAError: no prompt at all, bytes that are no text, an unreadable file, an empty prompt, an unknown column or a
-        seed that is none.
+      PSAError: there is no prompt, text is not UTF-8, the file cannot be read, a prompt is empty, a column is unknown
+        or a seed is not valid.
     """
     for text in args.prompt or []:
         check_text(text, "--prompt", "the terminal must send UTF-8; or give --prompts FILE, saved as UTF-8")
@@ -46,7 +52,7 @@ def read_prompts(args: Namespace) -> list[Prompt]:
 
 
 def _read(path: Path) -> list[Prompt]:
-    """Only a line feed, a carriage return or both end a line: a prompt may hold every other separator of Unicode."""
+    """Reads a file. Lines end with LF, CR or both; Unicode's other line separators may be part of a prompt."""
     kind = path.suffix.lower()
     if kind in _NOT_TEXT:
         raise PSAError(f"{path}: {kind} is not read; give a text file with a prompt a line, or .csv or .tsv")

@@ -1,4 +1,4 @@
-"""`psa-jax train`: trains an adapter by a configuration, which may ask for SAGE-mini to be drawn first."""
+"""`psa-jax train`: trains an adapter. Renders SAGE-mini first if the configuration has no data of its own."""
 
 import json
 import logging
@@ -10,35 +10,19 @@ from typing import Any
 
 import ml_collections
 
-from psa_jax.interop.base_model import BaseModel
 from psa_jax.leaving import on_failure
-from psa_jax.mini.prepare import prepare
+from psa_jax.mini.prepare import with_mini
 from psa_jax.progress import print_on_main
 from psa_jax.training.distributed import (
     connect,
     hard_exit,
     is_main_process,
     join,
-    leader_first,
     lost_peers_named,
     require_joined,
 )
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
-
-
-def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
-    """Where `data.mini.users` is set and no data is named, makes SAGE-mini in `folder` and names that."""
-    if not config.data.mini.users or config.data.shards or config.data.table:
-        return config
-    mini = config.data.mini
-    splits = ("train", "val") if config.validate.every or config.sample_every else ("train",)
-    with leader_first("data"):
-        prepare(folder, BaseModel.from_config(config).load(), users=mini.users, seed=mini.seed, splits=splits)
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data.shards, config.data.table = str(folder / "shards"), str(folder / "table.safetensors")
-    return config
 
 
 def run(args: Namespace) -> int:
@@ -60,7 +44,7 @@ def run(args: Namespace) -> int:
 def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
     connect(validate_devices(config))
     if config.data.shards and config.data.mini.users:
-        print_on_main(f"training on {config.data.shards}; SAGE-mini is not drawn")
+        print_on_main(f"training on {config.data.shards}; data.mini is ignored")
     return train(with_mini(config, workdir / "data"), workdir)
 
 

@@ -10,12 +10,12 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from psa_jax.data.pipeline import BALANCES
+from psa_jax.data.balancing import BALANCES
 from psa_jax.data.shards import INFO_FILE
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
-from psa_jax.models.adapter_config import ADAPTER_KINDS, check_kind
+from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig, check_kind
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
 from psa_jax.preference.draws import fixed_draws_or_none
@@ -168,7 +168,7 @@ _ABSENT = object()
 
 
 def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | None = None) -> None:
-    """Checks every value, and that values fit together. Reads neither data nor weights, and asks no device.
+    """Checks every value, and that they fit together, without reading data or weights or starting a device.
 
     Args:
       command: a key of `RULES_OF`.
@@ -210,7 +210,10 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
         )
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise PSAError("wandb is asked for and not installed; pip install wandb, or --config.wandb=false")
-    BaseModel.from_config(config).check()
+    base = BaseModel.from_config(config)
+    base.check()
+    if config.adapter.qk_dim is not None:  # must suit the heads of the base model, whose weights take long to read
+        AdapterConfig.for_unet(base.unet_config(), user_dim=1, **config.adapter)
     if command in ("train", "demo"):
         _check_data(config, command)
 

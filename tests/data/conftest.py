@@ -53,7 +53,7 @@ def build_options() -> dict:
 @pytest.fixture(scope="session")
 def shard_dir(tmp_path_factory, build_options) -> Path:
     """Shards of 4 users, 112 rows; read only."""
-    from psa_jax.data.builder import build_shards
+    from psa_jax.data.build import build_shards
 
     root = tmp_path_factory.mktemp("shards")
     write_sage(root / "sage", BANS)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from psa_jax.data.preprocess import Preprocess
 from psa_jax.profiles.population import sample_population
 
 CATEGORIES = ("harassment", "hate", "propaganda", "self-harm", "sexuality", "shocking", "violence")
@@ -75,4 +76,10 @@ def tokenize(captions: list[str]) -> np.ndarray:
     return np.asarray([[ord(character) for character in caption.ljust(8)[:8]] for caption in captions])
 
 
-BUILD = {"vae_fingerprint": "f00d", "latent_shape": (4, 4, 6), "resolution": 8, "family": "tiny", "batch_size": 5}
+BUILD = {
+    "vae_fingerprint": "f00d",
+    "latent_shape": (4, 4, 6),
+    "preprocess": Preprocess(8),
+    "family": "tiny",
+    "batch_size": 5,
+}

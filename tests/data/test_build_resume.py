@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_builder import assert_same_bytes
 
-from psa_jax.data import builder, sage
+from psa_jax.data import build, sage
 from psa_jax.data.shards import open_shards
 from psa_jax.errors import PSAError
 
@@ -20,14 +20,14 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from small_sage import BUILD, CountingEncoder, tokenize
-from psa_jax.data import builder
+from psa_jax.data import build, builder
 
-builder._CHUNK_BATCHES = 2
+build._CHUNK_BATCHES = 2
 functions = {{"encode": CountingEncoder(), "replace": os.replace, "row": builder._sorted_example,
              "rename": os.rename, "rmtree": shutil.rmtree}}
 
 
-def build(killed_in, out):
+def run_build(killed_in, out):
     calls = dict.fromkeys(functions, 0)
 
     def counted(name):
@@ -41,14 +41,14 @@ def build(killed_in, out):
 
     os.replace, os.rename, shutil.rmtree = counted("replace"), counted("rename"), counted("rmtree")
     builder._sorted_example = counted("row")
-    builder.build_shards(Path(sys.argv[1]), out, encode=counted("encode"), tokenizer=tokenize, **BUILD)
+    build.build_shards(Path(sys.argv[1]), out, encode=counted("encode"), tokenizer=tokenize, **BUILD)
     return calls["encode"]
 
 
 results = []
 for killed_in in json.loads(sys.argv[3]):
     if (child := os.fork()) == 0:
-        os._exit(100 + build(killed_in, Path(sys.argv[2])))
+        os._exit(100 + run_build(killed_in, Path(sys.argv[2])))
     results.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(json.dumps(results))
 """
@@ -65,7 +65,7 @@ def forked_builds(sage_dir: Path, out: Path, killed_in: list) -> list[int]:
 
 @pytest.fixture
 def undisturbed(sage_dir: Path, tmp_path: Path, encode, build_options) -> Path:
-    return builder.build_shards(sage_dir, tmp_path / "undisturbed", encode=encode, **build_options)
+    return build.build_shards(sage_dir, tmp_path / "undisturbed", encode=encode, **build_options)
 
 
 def test_killed_at_any_moment_and_run_again(sage_dir: Path, tmp_path: Path, undisturbed: Path):
@@ -86,52 +86,52 @@ def test_what_is_encoded_is_not_encoded_again(sage_dir: Path, tmp_path: Path, un
 
 
 def test_parts_of_three_hosts(sage_dir: Path, tmp_path: Path, undisturbed: Path, encode, build_options, monkeypatch):
-    monkeypatch.setattr(builder, "_CHUNK_BATCHES", 1)  # 12 chunks
+    monkeypatch.setattr(build, "_CHUNK_BATCHES", 1)  # 12 chunks
     out, calls = tmp_path / "out", []
     for host in range(3):
         before = len(encode.batches)
-        folder = builder.build_shards(sage_dir, out, encode=encode, **build_options, part=(host, 3))
+        folder = build.build_shards(sage_dir, out, encode=encode, **build_options, part=(host, 3))
         calls.append(len(encode.batches) - before)
         assert not out.exists() and folder == tmp_path / "out.parts"
         assert folder.stat().st_mode & 0o077 == 0
     assert calls == [4, 4, 4]
     before = len(encode.batches)
-    builder.build_shards(sage_dir, out, encode=encode, **build_options)
+    build.build_shards(sage_dir, out, encode=encode, **build_options)
     assert len(encode.batches) == before
     assert_same_bytes(undisturbed, out)
     with pytest.raises(PSAError, match="part 3 of 3"):
-        builder.build_shards(sage_dir, tmp_path / "new", encode=encode, **build_options, part=(3, 3))
+        build.build_shards(sage_dir, tmp_path / "new", encode=encode, **build_options, part=(3, 3))
 
 
 def test_a_changed_picture_is_encoded_again(sage_dir: Path, tmp_path: Path, encode, build_options, monkeypatch):
-    monkeypatch.setattr(builder, "_CHUNK_BATCHES", 1)
-    builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options, part=(0, 1))
+    monkeypatch.setattr(build, "_CHUNK_BATCHES", 1)
+    build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options, part=(0, 1))
     record = sage.read_split(sage_dir, "train")[0]
     folder, before = sage_dir / "train", len(encode.batches)
     os.replace(folder / record.chosen, folder / "other")
     os.replace(folder / record.rejected, folder / record.chosen)
     os.replace(folder / "other", folder / record.rejected)
-    builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
     assert len(encode.batches) == before + 1  # the chunk of both
-    assert_same_bytes(tmp_path / "out", builder.build_shards(sage_dir, tmp_path / "2", encode=encode, **build_options))
+    assert_same_bytes(tmp_path / "out", build.build_shards(sage_dir, tmp_path / "2", encode=encode, **build_options))
 
 
 def test_run_again_when_all_is_done(sage_dir: Path, undisturbed: Path, encode, build_options):
     before, names = len(encode.batches), sorted(path.name for path in undisturbed.iterdir())
-    assert builder.build_shards(sage_dir, undisturbed, encode=encode, **build_options) == undisturbed
+    assert build.build_shards(sage_dir, undisturbed, encode=encode, **build_options) == undisturbed
     assert len(encode.batches) == before
     assert sorted(path.name for path in undisturbed.iterdir()) == names
     for change in ({"vae_fingerprint": "beef"}, {"flips": True}, {"batch_size": 7}, {"family": "other"}):
         with pytest.raises(PSAError, match="made otherwise"):
-            builder.build_shards(sage_dir, undisturbed, encode=encode, **(build_options | change))
+            build.build_shards(sage_dir, undisturbed, encode=encode, **(build_options | change))
 
 
 def test_a_damaged_work_file_is_named(sage_dir: Path, tmp_path: Path, encode, build_options):
-    folder = builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options, part=(0, 1))
+    folder = build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options, part=(0, 1))
     (chunk,) = folder.iterdir()
     chunk.write_bytes(chunk.read_bytes()[:-10])
     with pytest.raises(PSAError, match=f"{chunk.name}.*remove it and run again"):
-        builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+        build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
     chunk.unlink()
-    builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
     assert len(open_shards(tmp_path / "out", "train")) == 56

@@ -1,3 +1,5 @@
+"""Shards hold what SAGE says, each picture encoded once, and appear complete or not at all."""
+
 import filecmp
 import hashlib
 import json
@@ -7,105 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from psa_jax.data import batched, builder, sage
+from psa_jax.data import build, builder, sage
 from psa_jax.data.encoding import TextCache
-from psa_jax.data.fingerprints import vae_fingerprint
 from psa_jax.data.preprocess import Preprocess
-from psa_jax.data.shards import open_shards
+from psa_jax.data.shards import open_shards, preprocess_of, read_empty_prompt, read_info
 from psa_jax.errors import PSAError
-from psa_jax.interop.weights import open_tensors
-
-
-def test_crop_is_centred_and_scaled_by_hand():
-    """A 4 x 8 picture whose columns are 0, 10, … 70 at 4 px: no resize, columns 2 to 5 stay."""
-    image = np.broadcast_to((np.arange(8, dtype=np.uint8) * 10)[None, :, None], (4, 8, 3)).copy()
-    pixels, original_size, crop = Preprocess(4)(image)
-    np.testing.assert_allclose(pixels[0, :, 0], np.array([20, 30, 40, 50]) / 127.5 - 1, atol=1e-6)
-    assert (pixels.shape, pixels.dtype, original_size, crop) == ((4, 4, 3), np.float32, (4, 8), (0, 2))
-
-
-@pytest.mark.parametrize(
-    ("size", "crop"), [((30, 20), (2, 0)), ((20, 33), (0, 3)), ((5, 5), (0, 0)), ((7, 900), (0, 637))]
-)
-def test_shorter_side_fits(size: tuple[int, int], crop: tuple[int, int]):
-    pixels, original_size, found = Preprocess(10)(np.full((*size, 3), 255, np.uint8))
-    assert (pixels.shape, original_size, found) == ((10, 10, 3), size, crop)
-    np.testing.assert_array_equal(pixels, np.float32(1))
-
-
-def test_resize_equals_torchvision_style_antialiasing():
-    torch = pytest.importorskip("torch")
-    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    ours = Preprocess(10)(image).pixels
-    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    theirs = torch.nn.functional.interpolate(tensor, (10, 10), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    np.testing.assert_allclose(ours, theirs.numpy() / 127.5 - 1, atol=1.1 / 127.5)  # ours rounds to whole levels
-
-
-def test_encoding_pads_the_last_batch(encode):
-    images = np.random.default_rng(0).uniform(-1, 1, (7, 4, 4, 3)).astype(np.float32)
-    found = list(batched.encode_images(encode, iter(images), batch_size=3))
-    assert encode.batches == [3, 3, 3]  # one shape: jit compiles once
-    assert len(found) == 7
-    expected = images.reshape(7, 2, 2, 2, 2, 3).mean(axis=(2, 4))
-    np.testing.assert_allclose(np.stack(found)[..., :3], expected, atol=1e-3)
-    assert found[0].dtype == np.float16
-
-
-def test_encoding_compiles_once():
-    compilations = []
-
-    @jax.jit
-    def encode(pixels):
-        compilations.append(pixels.shape)  # runs while tracing only
-        return jnp.concatenate([pixels, pixels], axis=-1)
-
-    images = [np.full((2, 2, 3), value, np.float32) for value in range(5)]
-    found = list(batched.encode_images(encode, images, batch_size=2))
-    assert compilations == [(2, 2, 2, 3)]
-    np.testing.assert_array_equal([row[0, 0, 0] for row in found], [0, 1, 2, 3, 4])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])  # 1e6 is infinite in float16
-def test_moments_must_be_finite(value: float):
-    def encode(pixels):
-        return np.full((len(pixels), 2, 2, 2), value, np.float32)
-
-    with pytest.raises(PSAError, match="picture 0"):
-        list(batched.encode_images(encode, [np.zeros((4, 4, 3), np.float32)], batch_size=2))
-
-
-def test_fingerprint_of_file_and_arrays(tmp_path: Path):
-    weights = {
-        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "a": np.ones(2, np.float16),
-        "c": np.ones(2, ml_dtypes.bfloat16),
-    }
-    preprocess = Preprocess(8)
-    base = vae_fingerprint(weights, preprocess)
-    save_file(weights, tmp_path / "vae.safetensors", metadata={"made": "today"})
-    assert vae_fingerprint(open_tensors(tmp_path / "vae.safetensors").by_name, preprocess) == base
-    assert len(base) == 64 and int(base, 16)
-    others = [
-        vae_fingerprint(weights | {"a": np.zeros(2, np.float16)}, preprocess),
-        vae_fingerprint(weights | {"b": weights["b"].reshape(3, 2)}, preprocess),
-        vae_fingerprint(weights, Preprocess(16)),
-        vae_fingerprint(weights, Preprocess(8, resample="lanczos")),
-    ]
-    assert len({base, *others}) == 5
 
 
 def test_shards_hold_the_rows(sage_dir: Path, tmp_path: Path, encode, build_options):
-    out = builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    out = build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
     records = sage.read_split(sage_dir, "train")
     shards = open_shards(out, "train", expect_fingerprint="f00d")
     assert len(shards) == len(records) == 56
@@ -132,7 +49,7 @@ def test_shards_hold_the_rows(sage_dir: Path, tmp_path: Path, encode, build_opti
 
 def test_what_is_said_is_true_and_on_whole_lines(sage_dir: Path, tmp_path: Path, encode, build_options, capfd):
     """TFDS says "Downloading … Unknown size" where nothing is downloaded, and draws bars of its own."""
-    builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
     out, err = capfd.readouterr()
     assert out == "" and not re.search("download|Unknown size|it/s|\r|\x1b", err)
     assert (
@@ -147,12 +64,12 @@ def test_an_error_of_tfds_is_not_silenced(sage_dir: Path, tmp_path: Path, encode
     before = tqdm_utils._active
     monkeypatch.setattr(builder.Sage, "_split_generators", broken)
     with pytest.raises(ValueError, match="no space left"):
-        builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+        build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
     assert tqdm_utils._active == before  # TFDS's bars are its user's again
 
 
 def test_each_picture_is_encoded_once(sage_dir: Path, tmp_path: Path, encode, build_options):
-    builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+    build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
     pictures = len(list((sage_dir / "train").glob("*.jpg")))
     assert pictures == 56
     assert set(encode.batches) == {5}
@@ -194,8 +111,8 @@ def test_tfds_reads_them(shard_dir: Path):
 
 
 def test_flips_are_of_the_whole_pair(sage_dir: Path, tmp_path: Path, encode, build_options):
-    plain = open_shards(builder.build_shards(sage_dir, tmp_path / "one", encode=encode, **build_options), "train")
-    both = builder.build_shards(sage_dir, tmp_path / "two", encode=encode, **build_options, flips=True)
+    plain = open_shards(build.build_shards(sage_dir, tmp_path / "one", encode=encode, **build_options), "train")
+    both = build.build_shards(sage_dir, tmp_path / "two", encode=encode, **build_options, flips=True)
     row, mirrored = plain[3], open_shards(both, "train")[3]
     for name in ("moments_chosen", "moments_rejected"):
         np.testing.assert_array_equal(mirrored[name], row[name])
@@ -210,25 +127,46 @@ def test_text_embeddings_of_every_prompt(sage_dir: Path, tmp_path: Path, encode,
         calls.append(ids)
         return {"states": np.repeat(ids[:, 0, :, None], 2, axis=2) / 2.0, "pooled": ids[:, 0, :3].astype(np.float32)}
 
-    out = builder.build_shards(
-        sage_dir, tmp_path / "out", encode=encode, **build_options, text=TextCache(states, "cafe")
-    )
+    out = build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options, text=TextCache(states, "cafe"))
     shards = open_shards(out, "train")
     distinct = {row["input_ids"].tobytes() for row in (shards[index] for index in range(len(shards)))}
-    assert len(calls) == -(-len(distinct) // 5) and {ids.shape for ids in calls} == {(5, 1, 8)}
+    assert len(calls) == -(-(len(distinct) + 1) // 5) and {ids.shape for ids in calls} == {(5, 1, 8)}
     for index in (0, 1, 55):
         row = shards[index]
         np.testing.assert_array_equal(row["text_states"], np.repeat(row["input_ids"][:, None], 2, axis=1) / 2)
         np.testing.assert_array_equal(row["text_pooled"], row["input_ids"][:3])
+    assert shards.info["text_fingerprint"] == "cafe" and shards.info["text"] == {
+        "text_states": [8, 2],
+        "text_pooled": [3],
+    }
+    empty, ids = read_empty_prompt(out), build_options["tokenizer"]([""])[0]
+    assert empty.keys() == {"text_states", "text_pooled"}
+    np.testing.assert_array_equal(empty["text_states"], np.repeat(ids[:, None], 2, axis=1) / 2)
+    np.testing.assert_array_equal(empty["text_pooled"], ids[:3])
+
+
+def test_shards_without_text_have_no_empty_prompt(shard_dir: Path):
+    assert read_empty_prompt(shard_dir) is None and "text_fingerprint" not in open_shards(shard_dir, "train").info
 
 
 def test_pictures_with_the_same_bytes_are_encoded_once(sage_dir: Path, tmp_path: Path, encode, build_options):
     first, *_, last = sage.read_split(sage_dir, "train")
     for name, other in ((last.chosen, first.chosen), (last.rejected, first.rejected)):
         shutil.copyfile(sage_dir / "train" / other, sage_dir / "train" / name)
-    shards = open_shards(builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options), "train")
+    shards = open_shards(build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options), "train")
     assert (shards.info["pictures"], len(set(encode.seen))) == (54, 54)
     np.testing.assert_array_equal(shards[0]["moments_chosen"], shards[55]["moments_chosen"])
+
+
+def test_shards_say_how_pictures_were_resized(sage_dir: Path, tmp_path: Path, encode, build_options):
+    preprocess = Preprocess(8, resample="lanczos")
+    options = build_options | {"preprocess": preprocess}
+    out = build.build_shards(sage_dir, tmp_path / "out", encode=encode, **options)
+    assert preprocess_of(read_info(out)) == preprocess
+    info = json.loads((out / "fingerprint.json").read_text())
+    (out / "fingerprint.json").write_text(json.dumps(info | {"preprocess": {"resolution": 8, "resample": "nearest"}}))
+    with pytest.raises(PSAError, match="fingerprint.json: not the description of psa_jax shards"):
+        read_info(out)
 
 
 def test_card_and_hashes(shard_dir: Path):
@@ -248,7 +186,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from small_sage import BUILD, CountingEncoder, tokenize
-from psa_jax.data.builder import build_shards
+from psa_jax.data.build import build_shards
 build_shards(Path(sys.argv[1]), Path(sys.argv[2]), encode=CountingEncoder(), tokenizer=tokenize, **BUILD)
 """
 
@@ -261,7 +199,7 @@ def assert_same_bytes(one: Path, other: Path) -> None:
 
 def test_another_process_writes_the_same_bytes(sage_dir: Path, tmp_path: Path, encode, build_options):
     """Protocol buffers order the fields of a record by a hash that changes from process to process."""
-    one = builder.build_shards(sage_dir, tmp_path / "one", encode=encode, **build_options)
+    one = build.build_shards(sage_dir, tmp_path / "one", encode=encode, **build_options)
     (tmp_path / "other").mkdir()  # an empty folder is as good as none
     script = SCRIPT.format(here=str(Path(__file__).parent))
     run = subprocess.run(
@@ -276,7 +214,7 @@ def test_two_tokenizers(sage_dir: Path, tmp_path: Path, encode, build_options):
         return np.asarray([[len(caption), 7] for caption in captions])
 
     options = build_options | {"tokenizer": (build_options["tokenizer"], second)}
-    row = open_shards(builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **options), "train")[0]
+    row = open_shards(build.build_shards(sage_dir, tmp_path / "out", encode=encode, **options), "train")[0]
     assert row["input_ids"].shape == (8,)
     assert row["input_ids_2"].tolist() == [len(row["caption"].decode()), 7]
 
@@ -285,7 +223,7 @@ def test_refuses_a_folder_with_something_in_it(sage_dir: Path, tmp_path: Path, e
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept.txt").write_text("mine")
     with pytest.raises(PSAError, match="not an empty folder"):
-        builder.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
+        build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
     assert (tmp_path / "out" / "kept.txt").read_text() == "mine"
 
 
@@ -309,16 +247,16 @@ def test_a_failed_build_makes_no_shards(sage_dir: Path, tmp_path: Path, encode, 
         options = build_options | {"latent_shape": (2, 2, 6)}
         says = "shape"
     with pytest.raises((PSAError, RuntimeError), match=says) as caught:
-        builder.build_shards(sage_dir, out, encode=bad, **options)
+        build.build_shards(sage_dir, out, encode=bad, **options)
     assert isinstance(caught.value, PSAError) == (damage != "encoder")
     assert not out.exists()
     assert [path.name for path in out.parent.iterdir()] == ["out.parts"]  # for going on
     assert not [path for path in out.with_name("out.parts").iterdir() if path.suffix != ".safetensors"]
 
     path.write_bytes(good)
-    builder.build_shards(sage_dir, out, encode=encode, **build_options)
+    build.build_shards(sage_dir, out, encode=encode, **build_options)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    assert_same_bytes(out, builder.build_shards(sage_dir, tmp_path / "new", encode=encode, **build_options))
+    assert_same_bytes(out, build.build_shards(sage_dir, tmp_path / "new", encode=encode, **build_options))
 
 
 def test_wrong_fingerprint_names_both(shard_dir: Path):

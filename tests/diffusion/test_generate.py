@@ -118,7 +118,7 @@ def test_with_adapter(small_pipeline, off):
     np.testing.assert_array_equal(generator.pixels(PROMPTS[:2], SEEDS[:2], USERS[:2]), before)
     back = other.with_adapter(adapter)
     np.testing.assert_array_equal(back.pixels(PROMPTS[:2], SEEDS[:2], USERS[:2]), before)
-    assert other._draw._cache_size() == 1  # nothing was compiled again
+    assert other._generate._cache_size() == 1  # nothing was compiled again
 
     for kind, tokens in (("text", 4), ("concept", 2)):
         with pytest.raises(PSAError, match="another configuration"):
@@ -189,7 +189,8 @@ def test_every_byte_comes_back():
     pixels = from_bytes(everything)
     assert pixels.dtype == np.float32 and (pixels[0], pixels[-1]) == (-1, 1)
     np.testing.assert_array_equal(to_bytes(pixels), everything)
-    np.testing.assert_array_equal(from_bytes(jnp.asarray(everything)), pixels)
+    # XLA multiplies by the reciprocal.
+    np.testing.assert_allclose(from_bytes(jnp.asarray(everything)), pixels, rtol=0, atol=2**-23)
 
 
 def test_picture_grid():

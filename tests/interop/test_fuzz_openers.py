@@ -4,6 +4,7 @@ The changes are of JSON as a tree (another value, a key gone, given twice or new
 """
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -22,6 +23,7 @@ from torch_adapters import file_tensors, random_adapter
 from torch_models import UNETS, torch_clip, torch_unet, torch_vae
 from torch_qwen2 import torch_qwen
 
+from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.shards import FORMAT as SHARDS
 from psa_jax.data.shards import read_info
 from psa_jax.errors import PSAError
@@ -276,7 +278,8 @@ def table_cases(folder: Path) -> list[Case]:
     made.append(("table.safetensors", lambda rng: changed_tensors(rows, rng), EmbeddingTable.load))
 
     info = {"format": SHARDS, "fingerprint": "f", "inputs": {}, "family": "sd1", "resolution": 64, "flips": False}
-    info |= {"latent_shape": [8, 8, 8], "preprocess": {}, "tokens": {}, "text": None, "splits": {"train": 3}}
+    info |= {"latent_shape": [8, 8, 8], "preprocess": dataclasses.asdict(Preprocess(64)), "tokens": {}, "text": None}
+    info |= {"splits": {"train": 3}}
     info |= {"pictures": 6, "files": {"a": {"bytes": 1}}}
     made.append(("fingerprint.json", lambda rng: changed_json(info, rng), lambda path: read_info(path.parent)))
     return made

@@ -8,7 +8,7 @@ import pytest
 from psa_jax import cli
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.diffusion.sampler_registry import SAMPLERS
-from psa_jax.profiles.encoders import ENCODERS
+from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.tools import arguments, export, flags
 
 TEXT = {"forget", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
@@ -168,4 +168,4 @@ def test_the_formats_of_the_help_are_those_that_are_written():
 
 def test_the_encoders_of_the_help_are_those_that_exist():
     (action,) = [action for action in cli._command_parser("encode")._actions if action.dest == "encoder"]
-    assert action.choices == [*ENCODERS, "qwen"]
+    assert action.choices == list(ENCODERS)

@@ -94,7 +94,7 @@ def test_prompts_of_a_file_and_a_stopped_run_that_goes_on(files, tmp_path, capsy
     assert generate(files, out, *words) == 0
     out_, err = capsys.readouterr()
     assert json.loads(out_.splitlines()[-1])["drawn"] == 2
-    assert "drawing 2 of 6 pictures" in err and "drawing: 2/2 pictures" in err
+    assert "generating 2 of 6 pictures" in err and "generating: 2/2 pictures" in err
     assert {name: (out / name).read_bytes() for name in names} == before
 
     assert generate(files, out, *words, "--guidance=3") == 1

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from psa_jax.cli import main
+from psa_jax.data import model_shards
 from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_stable_diffusion
-from psa_jax.tools import build
 from psa_jax.tools.prompts import read_prompts
 
 LONG = "a cat at " * 40
@@ -107,7 +107,7 @@ def test_generate_says_what_is_cut_off_once(sd1, tmp_path, capsys, caplog):
 
 def test_a_generator_warns_once_for_each_prompt(small_pipeline, caplog):
     generator = Generator(small_pipeline[1], steps=1, guidance=1.0, batch_size=1)
-    generator._draw = lambda *_: np.zeros((1, *generator.size, 3), np.float32)
+    generator._generate = lambda *_: np.zeros((1, *generator.size, 3), np.float32)
     for _ in range(2):
         generator.pixels([LONG, "a cat"], [0, 1])
     assert [record.getMessage().startswith("prompt 'a cat at") for record in caplog.records] == [True]
@@ -120,8 +120,8 @@ def test_build_says_how_many_captions_are_cut_off(small_pipeline, tmp_path, caps
         assert tokenizer[0](captions).shape == (4, 77)
         return out
 
-    monkeypatch.setattr(build, "build_shards", build_shards)
-    build.build(small_pipeline[1], tmp_path, tmp_path / "out", resolution=16, family="sd1")
+    monkeypatch.setattr(model_shards, "build_shards", build_shards)
+    model_shards.build_for_model(small_pipeline[1], tmp_path, tmp_path / "out", resolution=16, family="sd1")
     error = capsys.readouterr().err
     assert error.startswith("psa-jax: 2 of 3 captions are too long; caption 'a cat at a cat")
     assert "up to 77 tokens: " in error and error.rstrip().endswith("b") and error.count("\n") == 1

@@ -405,7 +405,7 @@ DURING = {
     "prompt_embeds in place": (change_text_in_place, "other text states"),
     "processors": (change_processors, r"enable_attention_slicing\(\) took"),
     "unet": (change_unet, "was not run in a step"),
-    "scheduler": (change_scheduler, "without the steps of its own scheduler"),
+    "scheduler": (change_scheduler, "did not use the steps of its own scheduler"),
 }
 
 

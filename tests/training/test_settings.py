@@ -190,6 +190,7 @@ def test_a_command_says_it_first(no_work, capsys, tmp_path, command: str, settin
         (["sample_every=1", "mesh.fsdp=2", "mesh.frozen=split"], "sample_every = 1 draws on one device, and with "),
         (["accumulate=2", "objective.loss=kto"], "accumulate = 2: kto compares pairs of a batch; set accumulate to 1"),
         (["adapter.kind=published", "adapter.qk_dim=4"], "adapter.qk_dim is 4, which does not apply to the published"),
+        (["adapter.qk_dim=3"], "qk_dim 3 is no positive multiple of the heads of every layer ([4])"),
         (["reference.draws=1", "objective.loss=mapo"], "reference.draws is 1, but mapo runs no reference; set it to 0"),
     ],
 )
@@ -241,7 +242,7 @@ def test_data_that_is_named_is_what_is_trained_on(complete, no_work, tmp_path):
     config = complete("tiny", "smoke")
     named = changed(changed(config, "data.shards", str(tmp_path)), "data.table", str(tmp_path / "table.safetensors"))
     validate(named, "train")
-    assert named.data.mini.users and train.with_mini(named, tmp_path / "data") is named
+    assert named.data.mini.users and prepare.with_mini(named, tmp_path / "data") is named
 
 
 @pytest.mark.parametrize("key", ["shards", "table"])
