@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 import psa_jax
 from psa_jax.data.fingerprints import text_fingerprint, vae_fingerprint
 from psa_jax.data.pipeline import make_pipeline, to_devices
-from psa_jax.data.shards import Shards, open_shards, preprocess_of, read_info
-from psa_jax.diffusion.conditioning import encode_text
+from psa_jax.data.shards import Shards, open_shards, preprocess_of, read_empty_prompt, read_info
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.preference.batch import Batch
@@ -150,7 +148,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path) -> Run:
 def cached_text(config: ml_collections.ConfigDict, info: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The empty prompt's text states where the shards hold those of their prompts; None where they do not.
 
-    The text encoders are read for it, in float32 as when the shards were built, and let go.
+    The text encoders are read to compare them, in float32 as when the shards were built, and let go.
 
     Args:
       config: names the base model.
@@ -177,10 +175,8 @@ def cached_text(config: ml_collections.ConfigDict, info: dict[str, Any]) -> dict
             f"{config.data.shards}: the text embeddings are of text encoders {info['text_fingerprint'][:12]}, those of "
             f"{config.model} are {found[:12]}; build the shards again with this model, or without --text-embeddings"
         )
-    ids = tuple(jnp.asarray(each) for each in model.token_ids([""]))
-    text = jax.jit(encode_text)(model.text_encoders, ids)
-    arrays = {name: value for name, value in text._asdict().items() if value is not None}
-    return {f"empty_{name}": np.asarray(value[0], np.float16) for name, value in arrays.items()}
+    empty = read_empty_prompt(Path(config.data.shards))
+    return {name.replace("text_", "empty_"): array for name, array in empty.items()}
 
 
 def _batches(config: ml_collections.ConfigDict, setup: Setup, shards: Shards, table: EmbeddingTable, flips: bool):
