@@ -176,7 +176,8 @@ def cached_text(config: ml_collections.ConfigDict, info: dict[str, Any]) -> dict
             f"{config.model} are {found[:12]}; build the shards again with this model, or without --text-embeddings"
         )
     empty = read_empty_prompt(Path(config.data.shards))
-    return {name.replace("text_", "empty_"): array for name, array in empty.items()}
+    # float16 as the rows have it; reading made it float32.
+    return {name.replace("text_", "empty_"): array.astype(np.float16) for name, array in empty.items()}
 
 
 def _batches(config: ml_collections.ConfigDict, setup: Setup, shards: Shards, table: EmbeddingTable, flips: bool):
