@@ -173,7 +173,7 @@ def _torch_ways(config: UNetConfig, side: int, adapters: dict[str, Adapter]) -> 
 
 
 def _original(token, width: int, tensor: Callable[..., Any]):
-    """A processor that asks the one user token anew in every step: two projections and an attention."""
+    """A processor that attends to the one user token in every step: two projections and an attention."""
     import torch.nn.functional as F
 
     to_k, to_v = (tensor(width, token.shape[-1], scale=0.02) for _ in range(2))
