@@ -6,12 +6,14 @@ from pathlib import Path
 # Eight host devices let mesh tests run on any machine; must be set before JAX starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the time of these tests; the results are float32 either way.
-XLA_FLAGS = (
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",  # a third of the time
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",  # they take a third of the time
+    )
 )
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS))
 
 import jax
 import pytest
@@ -70,8 +72,8 @@ def sdxl(tmp_path_factory):
 
 
 def _saved(tmp_path_factory, family: str):
-    from torch_models import save_torch_pipeline
-    from torch_pipelines import save_sd2, save_sdxl
+    from support.torch_models import save_torch_pipeline
+    from support.torch_pipelines import save_sd2, save_sdxl
 
     folder = tmp_path_factory.mktemp(family)
     theirs = {"sd1": save_torch_pipeline, "sd2": save_sd2, "sdxl": save_sdxl}[family](folder)

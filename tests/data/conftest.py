@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from small_sage import BANS, BUILD, TWO_USERS, CountingEncoder, tokenize, write_rows, write_sage
+from support.small_sage import BANS, BUILD, TWO_USERS, CountingEncoder, tokenize, write_rows, write_sage
 
 from psa_jax.profiles.encoders import FeatureEncoder
 from psa_jax.profiles.population import sample_population

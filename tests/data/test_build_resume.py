@@ -19,7 +19,7 @@ SCRIPT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from small_sage import BUILD, CountingEncoder, tokenize
+from support.small_sage import BUILD, CountingEncoder, tokenize
 from psa_jax.data import build, builder
 
 build._CHUNK_BATCHES = 2

@@ -185,7 +185,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from small_sage import BUILD, CountingEncoder, tokenize
+from support.small_sage import BUILD, CountingEncoder, tokenize
 from psa_jax.data.build import build_shards
 build_shards(Path(sys.argv[1]), Path(sys.argv[2]), encode=CountingEncoder(), tokenizer=tokenize, **BUILD)
 """

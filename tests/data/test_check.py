@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from standin import write_standin
+from support.standin import write_standin
 
 from psa_jax.data import sage
 from psa_jax.data.check import CHECKS, Report, check_sage, quarantine

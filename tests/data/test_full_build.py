@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from standin import write_standin
+from support.standin import write_standin
 
 KILLS = 5
 

@@ -6,7 +6,7 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small_sage import TWO_USERS, CountingEncoder, write_sage
+from support.small_sage import TWO_USERS, CountingEncoder, write_sage
 
 from psa_jax.data import build, pipeline
 from psa_jax.data.preprocess import Preprocess

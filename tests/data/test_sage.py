@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_sage import write_rows
+from support.small_sage import write_rows
 
 from psa_jax.data import sage
 from psa_jax.data.check import check_sage

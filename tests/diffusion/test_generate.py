@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_adapters import adapted_unet, random_adapter, untrained_adapter
-from torch_models import tensor
+from support.torch_adapters import adapted_unet, random_adapter, untrained_adapter
+from support.torch_models import tensor
 
 from psa_jax.diffusion.generate import Generator, initial_latents, picture_grid
 from psa_jax.diffusion.pixels import from_bytes, to_bytes

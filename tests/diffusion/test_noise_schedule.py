@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from torch_models import nhwc, tensor
+from support.torch_models import nhwc, tensor
 
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError

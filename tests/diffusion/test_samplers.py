@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
-from torch_samplers import BETAS, SHAPE, assert_same, normal
+from support.torch_samplers import BETAS, SHAPE, assert_same, normal
 
 from psa_jax.diffusion.sampler_registry import SAMPLERS
 from psa_jax.diffusion.samplers import guide, sample, start, step, step_noise

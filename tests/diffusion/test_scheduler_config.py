@@ -6,7 +6,7 @@ import json
 import diffusers
 import pytest
 import torch
-from torch_samplers import BETAS, assert_same
+from support.torch_samplers import BETAS, assert_same
 
 from psa_jax.diffusion import sampler_tables
 from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras

@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from training_runs import Runs, adapter, rows
+from support.training_runs import Runs, adapter, rows
 
 from psa_jax.data.pipeline import make_pipeline
 from psa_jax.data.shards import open_shards

@@ -12,8 +12,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from flax import nnx
 from safetensors.torch import load_file, save_file
-from torch_ldm import checkpoint
-from torch_pipelines import state_dicts
+from support.torch_ldm import checkpoint
+from support.torch_pipelines import state_dicts
 
 from psa_jax.cli import COMMANDS, main
 from psa_jax.errors import PSAError

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
-from torch_models import TOLERANCE, UNETS, VAES, difference, nhwc, run, small_tokenizer, tensor
+from support.torch_models import TOLERANCE, UNETS, VAES, difference, nhwc, run, small_tokenizer, tensor
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import (

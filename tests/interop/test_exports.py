@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from torch_adapters import attention, file_tensors, random_adapter, user_tokens
-from torch_models import UNETS, tensor
+from support.torch_adapters import attention, file_tensors, random_adapter, user_tokens
+from support.torch_models import UNETS, tensor
 
 from psa_jax import cli
 from psa_jax.errors import PSAError

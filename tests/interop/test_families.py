@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
-from torch_models import TOLERANCE, difference, nhwc, run, tensor
-from torch_pipelines import state_dicts
+from support.torch_models import TOLERANCE, difference, nhwc, run, tensor
+from support.torch_pipelines import state_dicts
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_stable_diffusion, load_vae, save_stable_diffusion, weights_hash

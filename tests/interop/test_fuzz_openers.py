@@ -18,10 +18,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from flax import nnx
+from support.torch_adapters import file_tensors, random_adapter
+from support.torch_models import UNETS, torch_clip, torch_unet, torch_vae
+from support.torch_qwen2 import torch_qwen
 from test_unpickle import save
-from torch_adapters import file_tensors, random_adapter
-from torch_models import UNETS, torch_clip, torch_unet, torch_vae
-from torch_qwen2 import torch_qwen
 
 from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.shards import FORMAT as SHARDS

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch_lora import assert_weights, by_hand, fused, random_pairs, weights_of
+from support.torch_lora import assert_weights, by_hand, fused, random_pairs, weights_of
 from transformers import CLIPTextModel
 
 from psa_jax.errors import PSAError

@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import save
+from support.torch_lora import kohya, random_pairs
 from test_fuzz_openers import changed_json, changed_tensors, fuzz
-from torch_lora import kohya, random_pairs
 
 from psa_jax.interop.diffusers import open_folder
 from psa_jax.interop.lora import FILE_NAME, PEFT_CONFIG, PEFT_FILE, merge_lora_into

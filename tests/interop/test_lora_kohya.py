@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch_ldm import ldm_unet
-from torch_lora import assert_weights, by_hand, fused, kohya, open_pipeline, random_pairs, weights_of
-from torch_models import tensor
+from support.torch_ldm import ldm_unet
+from support.torch_lora import assert_weights, by_hand, fused, kohya, open_pipeline, random_pairs, weights_of
+from support.torch_models import tensor
 
 from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError

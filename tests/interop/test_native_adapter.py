@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from torch_adapters import random_adapter
+from support.torch_adapters import random_adapter
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import FORMAT, read_metadata, read_tensors

@@ -11,7 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.torch import load_file, save_file
-from torch_qwen2 import CHAT, QWENS, save_qwen
+from support.torch_qwen2 import CHAT, QWENS, save_qwen
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from transformers import Qwen2Config as TorchConfig
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch_qwen2 import left_padded, save_qwen
+from support.torch_qwen2 import left_padded, save_qwen
 from transformers import AutoModelForCausalLM
 
 from psa_jax.errors import PSAError

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
+from support.torch_ldm import checkpoint
+from support.torch_models import small_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from torch_ldm import checkpoint
-from torch_models import small_tokenizer
 
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion, save_stable_diffusion
 from psa_jax.interop.parts import read_tokenizer, save_tokenizer

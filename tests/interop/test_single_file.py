@@ -20,8 +20,8 @@ from diffusers.loaders.single_file_utils import (
 )
 from flax import nnx
 from safetensors.torch import save_file
-from torch_ldm import checkpoint, ldm_vae, under
-from torch_pipelines import state_dicts
+from support.torch_ldm import checkpoint, ldm_vae, under
+from support.torch_pipelines import state_dicts
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_stable_diffusion, load_vae, weights_hash

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from flax import nnx
-from torch_adapters import (
+from support.torch_adapters import (
     adapted_unet,
     as_jax,
     cross_attention_names,
@@ -21,7 +21,7 @@ from torch_adapters import (
     untrained_adapter,
     user_tokens,
 )
-from torch_models import FAST_COMPILE, TOLERANCE, difference, nhwc, randomise, tensor, to_flax
+from support.torch_models import FAST_COMPILE, TOLERANCE, difference, nhwc, randomise, tensor, to_flax
 
 from psa_jax.interop.native import adapter_arrays, adapter_shapes, with_arrays
 from psa_jax.models.adapter import Adapter, AdapterParam, UserProjection

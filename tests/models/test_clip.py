@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 import torch
-from torch_models import CLIPS, TOLERANCE, difference, randomise, run, tensor, to_flax, torch_clip
+from support.torch_models import CLIPS, TOLERANCE, difference, randomise, run, tensor, to_flax, torch_clip
 from transformers import CLIPTextConfig as TorchConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flax import nnx
-from torch_models import nhwc, tensor
+from support.torch_models import nhwc, tensor
 
 from psa_jax.models.conv import Conv
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from flax import nnx
-from released_configs import (
+from support.released_configs import (
     DOWN,
     SD14_UNET_FLAX,
     SD14_VAE,
@@ -26,7 +26,7 @@ from released_configs import (
     SDXL_VAE,
     UP,
 )
-from torch_models import CLIPS, UNETS, VAES, torch_clip, torch_unet, torch_vae
+from support.torch_models import CLIPS, UNETS, VAES, torch_clip, torch_unet, torch_vae
 from transformers import CLIPTextConfig as TorchConfig
 from transformers import CLIPTextModel
 

@@ -4,7 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
-from torch_models import UNETS
+from support.torch_models import UNETS
 
 from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.interop.weights import abstract_model

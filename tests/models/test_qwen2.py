@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_models import TOLERANCE, difference, randomise, run, tensor
-from torch_qwen2 import QWENS, flax_qwen, left_padded, torch_qwen
+from support.torch_models import TOLERANCE, difference, randomise, run, tensor
+from support.torch_qwen2 import QWENS, flax_qwen, left_padded, torch_qwen
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from psa_jax.models.qwen2 import Qwen2, RMSNorm

@@ -13,7 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
-from torch_models import (
+from support.torch_models import (
     TOLERANCE,
     UNET_SIZES,
     UNETS,

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from diffusers.models.attention_processor import Attention as TorchAttention
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
-from torch_models import TOLERANCE, VAE_SIZES, VAES, difference, nhwc, randomise, run, tensor, to_flax, torch_vae
+from support.torch_models import (
+    TOLERANCE,
+    VAE_SIZES,
+    VAES,
+    difference,
+    nhwc,
+    randomise,
+    run,
+    tensor,
+    to_flax,
+    torch_vae,
+)
 
 from psa_jax.models.config import VAEConfig
 from psa_jax.models.vae import VAE, Middle, PixelAttention, Stage, latent_noise, sample_latents

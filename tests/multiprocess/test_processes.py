@@ -9,7 +9,7 @@ import socket
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from training_runs import Run, Runs, rows
+from support.training_runs import Run, Runs, rows
 
 STEPS = 40
 # The loss crosses 0, where a relative tolerance means nothing.

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from torch_pipelines import torch_noise
-from torch_samplers import BETAS, assert_same
+from support.torch_pipelines import torch_noise
+from support.torch_samplers import BETAS, assert_same
 
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_from_config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from torch_models import tensor
+from support.torch_models import tensor
 
 from psa_jax.cli import main
 from psa_jax.diffusion.generate import Generator

@@ -194,7 +194,7 @@ def torch_side(case: Case, folder: Path) -> Cost:
     transformers.logging.set_verbosity_error()
     import diffusers
     import torch
-    from torch_models import randomise
+    from support.torch_models import randomise
 
     torch.set_num_threads(os.cpu_count())
     start = time.perf_counter()

@@ -10,8 +10,8 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from torch_models import tensor
-from torch_pipelines import torch_noise
+from support.torch_models import tensor
+from support.torch_pipelines import torch_noise
 
 from psa_jax.diffusion.generate import Generator
 from psa_jax.interop.diffusers import load_stable_diffusion

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch_models import join_pipeline, small_tokenizer
+from support.torch_models import join_pipeline, small_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from psa_jax.interop.adapter_file import ADAPTER_FILE

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
-from torch_ldm import checkpoint
-from torch_models import tensor
+from support.torch_ldm import checkpoint
+from support.torch_models import tensor
 
 from psa_jax.diffusion.generate import Generator
 from psa_jax.interop import single_file

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.numpy import save_file
-from torch_adapters import adapted_unet, as_jax, file_tensors, prompt_states, random_adapter, user_tokens
-from torch_models import FAST_COMPILE, nhwc, tensor
+from support.torch_adapters import adapted_unet, as_jax, file_tensors, prompt_states, random_adapter, user_tokens
+from support.torch_models import FAST_COMPILE, nhwc, tensor
 
 from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion

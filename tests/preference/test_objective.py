@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from flax import nnx
-from torch_adapters import adapted_unet, as_jax, random_adapter, untrained_adapter
-from torch_models import FAST_COMPILE, UNETS, randomise, tensor, to_flax
+from support.torch_adapters import adapted_unet, as_jax, random_adapter, untrained_adapter
+from support.torch_models import FAST_COMPILE, UNETS, randomise, tensor, to_flax
 
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError

@@ -8,8 +8,8 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_models import TOLERANCE
-from torch_qwen2 import CHAT, save_qwen
+from support.torch_models import TOLERANCE
+from support.torch_qwen2 import CHAT, save_qwen
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.qwen2 import load_qwen2

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 
 import pytest
-from torch_adapters import random_adapter
+from support.torch_adapters import random_adapter
 
 from psa_jax.cli import main
 from psa_jax.interop.adapter_file import adapter_hash

@@ -3,7 +3,7 @@
 import json
 import os
 
-from torch_models import UNETS
+from support.torch_models import UNETS
 
 from psa_jax.cli import main
 from psa_jax.models.config import UNetConfig

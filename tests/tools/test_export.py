@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
-from torch_adapters import random_adapter
-from torch_ldm import checkpoint
+from support.torch_adapters import random_adapter
+from support.torch_ldm import checkpoint
 
 from psa_jax.cli import main
 from psa_jax.interop.adapter_file import read_metadata

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch_adapters import random_adapter
-from torch_runtime import ENCODER, open_pipeline
+from support.torch_adapters import random_adapter
+from support.torch_runtime import ENCODER, open_pipeline
 
 from psa_jax.interop.native import save_adapter
 from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, LCMScheduler, T2IAdapter, UNet2DConditionModel
-from torch_models import randomise
-from torch_runtime import IDS, difference
+from support.torch_models import randomise
+from support.torch_runtime import IDS, difference
 
 from psa_jax.errors import PSAError
 from psa_jax.torch import load_psa

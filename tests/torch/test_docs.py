@@ -10,8 +10,8 @@ import pytest
 import test_all_pipelines
 import test_switches
 import torch
-from torch_adapters import random_adapter
-from torch_runtime import IDS, STEPS, difference, draw
+from support.torch_adapters import random_adapter
+from support.torch_runtime import IDS, STEPS, difference, draw
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import TINY, load_unet

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from torch_adapters import random_adapter
-from torch_models import tensor
+from support.torch_adapters import random_adapter
+from support.torch_models import tensor
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_unet

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
-from torch_runtime import CALL, IDS, PROMPTS, difference, open_pipeline
+from support.torch_runtime import CALL, IDS, PROMPTS, difference, open_pipeline
 
 from psa_jax.diffusion import generate
 from psa_jax.diffusion.generate import Generator

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from torch_adapters import random_adapter
+from support.torch_adapters import random_adapter
 
 from psa_jax.cli import main
 from psa_jax.interop.diffusers import TINY, load_unet

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionXLPipeline
-from torch_adapters import random_adapter
-from torch_runtime import CALL, ENCODER, IDS, PROMPTS, difference, draw, latents, open_pipeline
+from support.torch_adapters import random_adapter
+from support.torch_runtime import CALL, ENCODER, IDS, PROMPTS, difference, draw, latents, open_pipeline
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.ip_adapter import to_ip_adapter

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from torch_adapters import random_adapter
+from support.torch_adapters import random_adapter
 
 from psa_jax.interop.diffusers import TINY, load_unet
 from psa_jax.interop.native import save_adapter

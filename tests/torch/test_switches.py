@@ -17,9 +17,9 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch_adapters import random_adapter
-from torch_models import randomise, tensor
-from torch_runtime import ENCODER, IDS, STEPS, difference, draw
+from support.torch_adapters import random_adapter
+from support.torch_models import randomise, tensor
+from support.torch_runtime import ENCODER, IDS, STEPS, difference, draw
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.ip_adapter import to_ip_adapter

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from torch_runtime import CALL, IDS, STEPS, difference, draw, latents
+from support.torch_runtime import CALL, IDS, STEPS, difference, draw, latents
 
 from psa_jax.errors import PSAError
 from psa_jax.torch import load_psa

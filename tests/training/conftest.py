@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from torch_adapters import random_adapter
+from support.torch_adapters import random_adapter
 
 from psa_jax.interop.native import adapter_arrays
 from psa_jax.mini.prepare import prepare

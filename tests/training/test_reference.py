@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 from flax import nnx
 from safetensors.numpy import load_file
-from torch_adapters import random_adapter
+from support.torch_adapters import random_adapter
 
 from psa_jax.data.shards import open_shards
 from psa_jax.diffusion.schedule import NoiseSchedule

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from torch_models import tensor
 
 from psa_jax.profiles.encoders import get_encoder
+from support.torch_models import tensor
 
 PROMPTS = ["a cat", "cat on a cat"]
 IDS = ["0000002", "0000005"]

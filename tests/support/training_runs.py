@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.py"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
 TIMES = {"step_seconds", "data_wait_seconds", "pairs_per_second"}  # of the machine, not of the run
 
 # Importing takes as long as such a run: one server imports, every run is a fork of it.

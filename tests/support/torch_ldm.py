@@ -3,7 +3,8 @@
 import re
 
 import torch
-from torch_pipelines import state_dicts
+
+from support.torch_pipelines import state_dicts
 
 RESNET = {
     "norm1": "in_layers.0",

@@ -14,10 +14,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch_models import randomise, small_tokenizer, torch_clip
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from psa_jax.diffusion.samplers import step_noise
+from support.torch_models import randomise, small_tokenizer, torch_clip
 
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,

@@ -1,6 +1,6 @@
 """A stand-in for SAGE at full size: its users, names, schema, counts and quirks; text and pictures are made up here.
 
-    python tests/data/standin.py OUT [--users=900] [--seed=0] [--size=64] [--released=DIR]
+    python tests/support/standin.py OUT [--users=900] [--seed=0] [--size=64] [--released=DIR]
 
 writes 44,100 rows (37,800 / 2,100 / 2,100 / 2,100) in SAGE's layout, in the order of the release: users by id, for each
 what they ban and then what they allow, three concepts a category, the unsafe prompt before the safe one. As released:

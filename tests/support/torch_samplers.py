@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
-from torch_models import FAST_COMPILE
 
 from psa_jax.diffusion.samplers import Sampler, model_input, start, step
+from support.torch_models import FAST_COMPILE
 
 SHAPE = (2, 3, 5, 4)  # schedulers work element by element, so torch may have it in our order
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from torch_models import randomise
 from transformers import Qwen2Config as TorchConfig
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 from psa_jax.interop.qwen2 import qwen2_name
 from psa_jax.interop.weights import abstract_model, load_weights
 from psa_jax.models.qwen2 import Qwen2, Qwen2Config
+from support.torch_models import randomise
 
 QWENS = {
     "tied_groups": {  # two query heads to a key head, as in the small Qwen2.5 models
