@@ -42,16 +42,16 @@ def picture_keys(seeds: list[int]) -> Key[Array, " b"]:
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
-def truncation(kind: str, prompt: str, length: int, lost: str) -> str:
+def truncation(what: str, prompt: str, length: int, lost: str) -> str:
     """Warning about a prompt that is too long, in diffusers' words.
 
     Args:
-      kind: "prompt" or "negative prompt".
+      what: "prompt" or "negative prompt".
       prompt: the whole text.
       length: tokens of the text encoder.
       lost: the truncated part.
     """
-    known = f"{kind} {prompt[:40] + ('…' if len(prompt) > 40 else '')!r}"
+    known = f"{what} {prompt[:40] + ('…' if len(prompt) > 40 else '')!r}"
     because = f"CLIP can only handle sequences up to {length} tokens"
     return f"{known}: the following part of your input was truncated because {because}: {lost}"
 
@@ -143,9 +143,9 @@ class Generator:
         vae = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.vae)
         self._parts = (model.unet, vae, model.text_encoders)
         self._graph, self._params = nnx.split((*self._parts, adapter))
-        self._draw = jax.jit(
+        self._generate = jax.jit(
             functools.partial(
-                _draw,
+                _generate,
                 graph=self._graph,
                 attend=fused_attention(devices_of(model.unet.conv_in.kernel[...]), PartitionSpec()),
                 size=(height, width),
@@ -177,14 +177,14 @@ class Generator:
         negative: str | list[str | None] | None = None,
         scale: float | Float[np.ndarray, " n"] = 1.0,
         latents: Float[np.ndarray, "n h w c"] | None = None,
-        drawn: Callable[[int], None] | None = None,
+        on_batch: Callable[[int], None] | None = None,
     ) -> UInt8[np.ndarray, "n height width 3"]:
         """Pictures as bytes; arguments and errors as `pixels`.
 
         Raises:
           PSAError: also a picture that is not finite.
         """
-        options = {"negative": negative, "scale": scale, "latents": latents, "drawn": drawn}
+        options = {"negative": negative, "scale": scale, "latents": latents, "on_batch": on_batch}
         return to_bytes(self.pixels(prompts, seeds, users, **options))
 
     def pixels(
@@ -196,7 +196,7 @@ class Generator:
         negative: str | list[str | None] | None = None,
         scale: float | Float[np.ndarray, " n"] = 1.0,
         latents: Float[np.ndarray, "n h w c"] | None = None,
-        drawn: Callable[[int], None] | None = None,
+        on_batch: Callable[[int], None] | None = None,
     ) -> Float[np.ndarray, "n height width 3"]:
         """Pictures as pixels in [−1, 1], not clipped.
 
@@ -209,7 +209,7 @@ class Generator:
             where SDXL's folder says so.
           scale: strength s of the adapter, for all pictures or for each; 0 is the base model.
           latents: standard normal noise in place of the seeds'.
-          drawn: called after every batch with the number of its pictures.
+          on_batch: called after every batch with the number of its pictures.
 
         Returns:
           Pictures in the order of the prompts.
@@ -231,7 +231,7 @@ class Generator:
         for start in range(0, count, self._batch):
             rows = np.arange(start, start + self._batch).clip(max=count - 1)
             chosen = [seeds[i] for i in rows]
-            batch = self._draw(
+            batch = self._generate(
                 self._params,
                 self._sampler,
                 tuple(jnp.asarray(tokens[rows]) for tokens in ids),
@@ -244,8 +244,8 @@ class Generator:
                 self._guidance,
             )
             pictures.append(np.asarray(batch)[: count - start])
-            if drawn is not None:
-                drawn(len(pictures[-1]))
+            if on_batch is not None:
+                on_batch(len(pictures[-1]))
         return np.concatenate(pictures)
 
     def truncated(self, prompts: list[str]) -> list[str]:
@@ -272,7 +272,7 @@ class Generator:
             raise PSAError(f"latents have shape {latents.shape}, expected {(count, *self.latent_shape)}")
 
 
-def _draw(
+def _generate(
     params: PyTree[Array],
     sampler: Sampler,
     ids: tuple[Int[Array, "b s"], ...],

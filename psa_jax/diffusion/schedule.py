@@ -37,22 +37,22 @@ def read_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str
     """
     values = {}
     for key, default in defaults.items():
-        value, kind = config.get(key, default), type(default)
+        value, wanted = config.get(key, default), type(default)
         if value is None and default is False:
             value = False  # diffusers' optional switches may be null
-        if kind is float and type(value) is int:
+        if wanted is float and type(value) is int:
             value = float(value)
-        if kind is tuple and isinstance(value, list):
+        if wanted is tuple and isinstance(value, list):
             value = tuple(value)
-        if type(value) is not kind:
-            raise PSAError(f"{where}: {key} must be a {'list' if kind is tuple else kind.__name__}, not {value!r}")
+        if type(value) is not wanted:
+            raise PSAError(f"{where}: {key} must be a {'list' if wanted is tuple else wanted.__name__}, not {value!r}")
         values[key] = value
     return values
 
 
-def linear_betas(kind: str, start: float, end: float, steps: int) -> Float[np.ndarray, " t"]:
+def linear_betas(beta_schedule: str, start: float, end: float, steps: int) -> Float[np.ndarray, " t"]:
     """β_t equally spaced from start to end ("linear"), or squares of equally spaced √β_t ("scaled_linear")."""
-    if kind == "scaled_linear":
+    if beta_schedule == "scaled_linear":
         return np.linspace(start**0.5, end**0.5, steps, dtype=np.float32) ** 2
     return np.linspace(start, end, steps, dtype=np.float32)
 
@@ -100,10 +100,12 @@ class NoiseSchedule:
           PSAError: an unsupported or malformed value; the message names the key.
         """
         values = read_keys(config, DEFAULTS, where)
-        kind, start, end = values["beta_schedule"], values["beta_start"], values["beta_end"]
+        beta_schedule, start, end = values["beta_schedule"], values["beta_start"], values["beta_end"]
         steps, prediction = values["num_train_timesteps"], values["prediction_type"]
-        if kind not in BETA_SCHEDULES:
-            raise PSAError(f"{where}: beta_schedule {kind!r} is not supported (only {', '.join(BETA_SCHEDULES)})")
+        if beta_schedule not in BETA_SCHEDULES:
+            raise PSAError(
+                f"{where}: beta_schedule {beta_schedule!r} is not supported (only {', '.join(BETA_SCHEDULES)})"
+            )
         prediction_of(prediction, where)
         if config.get("trained_betas"):
             raise PSAError(f"{where}: trained_betas is not supported")
@@ -111,7 +113,11 @@ class NoiseSchedule:
             raise PSAError(f"{where}: num_train_timesteps must be at least 2, not {steps}")
         if not 0 < start <= end < 1:
             raise PSAError(f"{where}: 0 < beta_start <= beta_end < 1 is needed, got {start} and {end}")
-        betas = cosine_betas(steps) if kind == "squaredcos_cap_v2" else linear_betas(kind, start, end, steps)
+        betas = (
+            cosine_betas(steps)
+            if beta_schedule == "squaredcos_cap_v2"
+            else linear_betas(beta_schedule, start, end, steps)
+        )
         # Products of float32 factors kept in float64, as torch does.
         alphas = np.cumprod(np.float32(1) - betas, dtype=np.float64).astype(np.float32)
         if values["rescale_betas_zero_snr"]:

@@ -115,7 +115,7 @@ def generate_cases(
             rows.append(index)
     prompts, seeds = [cases[i].prompt for i in rows], [cases[i].seed for i in rows]
     with Progress(len(rows), "picture", f"generating {name}") as progress:
-        pictures = generator(prompts, seeds, users[rows], scale=scale, drawn=progress.step)
+        pictures = generator(prompts, seeds, users[rows], scale=scale, on_batch=progress.step)
     return pictures[[first[(case.prompt, users[i].tobytes())] for i, case in enumerate(cases)]]
 
 

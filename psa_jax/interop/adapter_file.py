@@ -26,7 +26,7 @@ _FOREIGN = {
     "psa_adapter.bin": "the torch original's {0}; bring it in with psa-jax import {0} --model=DIR --out=FILE",
     "ip_adapter.safetensors": "{0}, an IP-Adapter, which stock diffusers loads (pipe.load_ip_adapter); give the native "
     "file, or the run that it was exported from",
-    "model_index.json": "a whole model; if it was made for one user (export --format=baked), draw with it as --model, "
+    "model_index.json": "a whole model; if it was made for one user (export --format=baked), use it as --model, "
     "without --adapter",
 }
 """Files of other formats that a folder may hold in place of the native file -> what they are and how to use them."""

@@ -86,8 +86,8 @@ def read_settings(values: Mapping[str, Any], where: str) -> Settings:
     Raises:
       PSAError: another method than LoRA, a pattern that is no name, or a value of another type.
     """
-    if (kind := values.get("peft_type", "LORA")) != "LORA":
-        raise PSAError(f"{where}: peft_type is {_quoted(kind)}; only LORA can be merged here; {MERGE_ELSEWHERE}")
+    if (method := values.get("peft_type", "LORA")) != "LORA":
+        raise PSAError(f"{where}: peft_type is {_quoted(method)}; only LORA can be merged here; {MERGE_ELSEWHERE}")
     for key in _REFUSED:
         if values.get(key):
             raise PSAError(f"{where}: {key} = {_quoted(values[key])} is not supported; {MERGE_ELSEWHERE}")

@@ -16,7 +16,7 @@ tags:
 ---
 # A personal safety adapter for Stable Diffusion ({format})
 
-It reads an embedding of a user's profile and steers what a frozen Stable Diffusion draws for this user (PSA, arXiv
+It reads an embedding of a user's profile and steers what a frozen Stable Diffusion generates for this user (PSA, arXiv
 2508.01151). Written by psa_jax.
 
 | | |
@@ -34,7 +34,7 @@ It reads an embedding of a user's profile and steers what a frozen Stable Diffus
 ## Limits
 
 - It works with the base model, the width and the encoder above. Another table of embeddings is refused where that can
-  be seen, and draws for the wrong person where it cannot: the number of columns may be the same.
+  be seen, and generates for the wrong person where it cannot: the number of columns may be the same.
 - It was trained on what its profiles say. It knows nothing of a user beside the embedding, errs, and what it takes out
   of a picture may leave debris behind.
 
@@ -78,7 +78,7 @@ One user is in the weights, at one scale, on both sides of guidance.""",
 UPSTREAM_DIM = 3584
 """Length of a user embedding in the torch original: the width of Qwen2.5-7B's states."""
 
-UNCONDITIONAL = {"native": "off", "diffusers": "off", "upstream": "zeros", "ip-adapter": "zeros", "baked": "same"}
+UNCONDITIONAL_OF = {"native": "off", "diffusers": "off", "upstream": "zeros", "ip-adapter": "zeros", "baked": "same"}
 """Export format -> the adapter on the unconditional side of guidance. Rates measured in another way do not apply to it.
 
 The native format supports all three ways; `off` is the default of `psa-jax generate` and `load_psa`.
@@ -161,7 +161,7 @@ def _facts(config: AdapterConfig, about: Mapping[str, Any]) -> list[tuple[str, A
 
 def _results(report: Mapping[str, Any] | None, format_: str, scale: float) -> str:
     """Table of rates measured in the format's way, or a sentence that there are none."""
-    report, way = report or {}, UNCONDITIONAL[format_]
+    report, way = report or {}, UNCONDITIONAL_OF[format_]
     measured = report.get("sampling", {})
     method = "psa" if measured.get("unconditional") == way else f"psa_{way}"
     if not any(name.startswith("psa") for split in _SPLITS for name in report.get(split, {})):
@@ -181,7 +181,7 @@ def _results(report: Mapping[str, Any] | None, format_: str, scale: float) -> st
         lines.append(f"| {split} | {' | '.join(numbers)} | {rates.get('n', '–')} |")
     how = ", ".join(f"{name} {measured[name]}" for name in ("steps", "guidance") if name in measured)
     lines.append(
-        f"\nPercent, drawn as this format draws (unconditional side `{way}`, scale 1{f', {how}' if how else ''}). "
+        f"\nPercent, as this format generates (unconditional side `{way}`, scale 1{f', {how}' if how else ''}). "
         "Selectivity = suppression + retention − 100: 0 for any model that treats all users alike."
     )
     return "\n".join(lines)

@@ -256,7 +256,7 @@ def square_side(unet: UNetConfig, vae: VAEConfig, where: Path) -> int:
     """
     height, width = picture_size(unet, vae, where)
     if height != width:
-        raise PSAError(f"{where}: the UNet draws {height}x{width} pictures; give a side in pixels (--resolution)")
+        raise PSAError(f"{where}: the UNet makes {height}x{width} pictures; give a side in pixels (--resolution)")
     return height
 
 

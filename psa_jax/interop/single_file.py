@@ -378,7 +378,10 @@ def _pipeline(tensors: Tensors) -> str:
 def _tokenizers(path: Path, pipeline: str, folder: Path | None, config: Path | None) -> dict[str, Any]:
     names = PIPELINES[pipeline].values()
     if folder is None and config is not None:
-        return {name: read_tokenizer(config / name, kind) for name, kind in read_folder(config).tokenizers.items()}
+        return {
+            name: read_tokenizer(config / name, class_name)
+            for name, class_name in read_folder(config).tokenizers.items()
+        }
     if folder is None:
         raise PSAError(
             f"{path}: a single file holds no tokenizer; give --tokenizer=DIR, a folder with CLIP's vocab.json and "

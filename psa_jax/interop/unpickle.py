@@ -81,16 +81,16 @@ class _Storages:
         """Storage of the persistent id ("storage", class, key, device, count)."""
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or type(pid[1]) is not _Name:
             raise _Refused("a persistent id that names no storage")
-        _, kind, key, _, count = pid
-        if kind not in _STORAGES or type(key) is not str or not key.isdecimal() or type(count) is not int:
+        _, storage_class, key, _, count = pid
+        if storage_class not in _STORAGES or type(key) is not str or not key.isdecimal() or type(count) is not int:
             raise _Refused("a persistent id that names no storage of floating-point numbers")
         if key not in self._read:
-            content, dtype = self._archive.read(f"{self._prefix}/data/{key}"), _STORAGES[kind]
+            content, dtype = self._archive.read(f"{self._prefix}/data/{key}"), _STORAGES[storage_class]
             if len(content) != count * dtype.itemsize:
                 raise _Refused(f"storage {key} has {len(content)} bytes, {count} numbers are announced")
-            self._read[key] = kind, _Storage(np.frombuffer(content, dtype))
+            self._read[key] = storage_class, _Storage(np.frombuffer(content, dtype))
         known, storage = self._read[key]
-        if known != kind or len(storage.values) != count:
+        if known != storage_class or len(storage.values) != count:
             raise _Refused(f"storage {key} is used as two different ones")
         return storage
 

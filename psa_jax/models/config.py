@@ -20,20 +20,20 @@ MAX_BLOCKS = 16
 _QUANTISED = dict.fromkeys(("quantization_config", "compression_config", "transformers_weights"), (None,))
 
 
-def _fits(value: Any, kind: Any, largest: int = MAX_SIZE) -> bool:
+def _fits(value: Any, wanted: Any, largest: int = MAX_SIZE) -> bool:
     """Whether a parsed JSON value has a field's type, with all numbers in (0, largest]. An int passes as a float."""
-    if get_origin(kind) is UnionType:
-        return any(_fits(value, option, largest) for option in get_args(kind))
-    if get_origin(kind) is tuple:
+    if get_origin(wanted) is UnionType:
+        return any(_fits(value, option, largest) for option in get_args(wanted))
+    if get_origin(wanted) is tuple:
         few = isinstance(value, tuple) and 0 < len(value) <= MAX_BLOCKS
-        return few and all(_fits(item, get_args(kind)[0], largest) for item in value)
+        return few and all(_fits(item, get_args(wanted)[0], largest) for item in value)
     if value is None:
-        return kind is NoneType
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and 0 < value <= largest
-    return isinstance(value, kind)
+        return wanted is NoneType
+    if isinstance(value, bool) or wanted is bool:
+        return isinstance(value, bool) and wanted is bool
+    if wanted in (int, float):
+        return isinstance(value, (int, float) if wanted is float else int) and 0 < value <= largest
+    return isinstance(value, wanted)
 
 
 class FromJson:
@@ -57,26 +57,26 @@ class FromJson:
         Raises:
           PSAError: an unsupported or malformed value; the message names the first such key.
         """
-        kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+        types = {f.name: f.type for f in dataclasses.fields(cls)}
         fixed = _QUANTISED | cls._fixed
         values = dict(cls._absent)
         for key, value in config.items():
-            if key in kinds:
-                kind = kinds[key]
+            if key in types:
+                wanted = types[key]
                 value = tuple(value) if isinstance(value, list) else value
                 if key in cls._repeated and isinstance(value, tuple) and len(value) == cls._repeated[key](config):
                     value = value[0] if all(item == value[0] for item in value) else value
-                if value is None and kind is bool:  # the original reads null as false
+                if value is None and wanted is bool:  # the original reads null as false
                     value = False
                 largest = MAX_LAYERS if "layers" in key else MAX_SIZE
                 # Special tokens are the tokenizer's matter; files write −1 for none.
                 token = key.endswith("_token_id") and type(value) is int and abs(value) <= MAX_SIZE
-                if not token and not _fits(value, kind, largest):
+                if not token and not _fits(value, wanted, largest):
                     raise PSAError(
                         f"{where}: {key} = {_shown(config[key])} is not supported "
-                        f"(expected {getattr(kind, '__name__', kind)}, above zero and at most {largest})"
+                        f"(expected {getattr(wanted, '__name__', wanted)}, above zero and at most {largest})"
                     )
-                values[key] = float(value) if kind is float else value
+                values[key] = float(value) if wanted is float else value
             elif key in fixed and not any(type(value) is type(one) and value == one for one in fixed[key]):
                 raise PSAError(f"{where}: {key} = {_shown(value)} is not supported (only {fixed[key][0]!r})")
         try:
@@ -214,11 +214,11 @@ class UNetConfig(FromJson):
         """(width, heads) of every cross-attention in adapter order: down, up, mid, as diffusers' `attn_processors`."""
         layers = []
         per_level = list(zip(self.block_out_channels, self.heads, self.depths, strict=True))
-        for kind, (width, heads, depth) in zip(self.down_block_types, per_level, strict=True):
-            if kind == "CrossAttnDownBlock2D":
+        for block_type, (width, heads, depth) in zip(self.down_block_types, per_level, strict=True):
+            if block_type == "CrossAttnDownBlock2D":
                 layers += [(width, heads)] * (self.layers_per_block * depth)
-        for kind, (width, heads, depth) in zip(self.up_block_types, reversed(per_level), strict=True):
-            if kind == "CrossAttnUpBlock2D":
+        for block_type, (width, heads, depth) in zip(self.up_block_types, reversed(per_level), strict=True):
+            if block_type == "CrossAttnUpBlock2D":
                 layers += [(width, heads)] * ((self.layers_per_block + 1) * depth)
         width, heads, depth = per_level[-1]
         return tuple(layers + [(width, heads)] * depth)

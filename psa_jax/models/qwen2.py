@@ -70,10 +70,12 @@ class Qwen2Config(FromJson):
 
     def _require_full_attention(self, config: Mapping[str, Any], where: str) -> None:
         """Refuses a model with another attention in some layer, such as a sliding window that is in use."""
-        layers, kinds = self.num_hidden_layers, config.get("layer_types")
-        if kinds is not None:  # transformers then ignores the keys below
-            if kinds != ["full_attention"] * layers:
-                raise PSAError(f"{where}: layer_types = {kinds!r} is not supported (only full_attention, each layer)")
+        layers, layer_types = self.num_hidden_layers, config.get("layer_types")
+        if layer_types is not None:  # transformers then ignores the keys below
+            if layer_types != ["full_attention"] * layers:
+                raise PSAError(
+                    f"{where}: layer_types = {layer_types!r} is not supported (only full_attention, each layer)"
+                )
         elif config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
             first = config.get("max_window_layers", 28)
             if type(first) is not int or first < layers:
@@ -107,8 +109,8 @@ def _plain_rope(rope: Any, where: str) -> Mapping[str, Any]:
       PSAError: another type, such as a scaled rotation.
     """
     if isinstance(rope, Mapping):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "default" and rope.get("partial_rotary_factor", 1) in (None, 1):
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type == "default" and rope.get("partial_rotary_factor", 1) in (None, 1):
             return rope
     raise PSAError(f"{where} = {rope!r} is not supported (only rope_type 'default')")
 

@@ -137,23 +137,23 @@ class UNet(nnx.Module):
         self.add_embedding = None if added is None else TimestepMLP(added, 4 * widths[0], rngs=rngs)
 
         down, skips, width_in = [], [widths[0]], widths[0]
-        for level, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
+        for level, (block_type, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
             ins = [width_in] + [width] * (config.layers_per_block - 1)
             resample = "down" if level < last else None
-            down.append(Block(ins, width, level, config, attention=kind[0] == "C", resample=resample, rngs=rngs))
+            down.append(Block(ins, width, level, config, attention=block_type[0] == "C", resample=resample, rngs=rngs))
             skips += [width] * (config.layers_per_block + (resample is not None))
             width_in = width
         self.down_blocks = nnx.List(down)
         self.mid_block = MidBlock(config, rngs=rngs)
 
         up = []
-        for level, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
+        for level, block_type in zip(range(last, -1, -1), config.up_block_types, strict=True):
             width, ins = widths[level], []
             for _ in range(config.layers_per_block + 1):
                 ins.append(width_in + skips.pop())
                 width_in = width
             resample = "up" if level > 0 else None
-            up.append(Block(ins, width, level, config, attention=kind[0] == "C", resample=resample, rngs=rngs))
+            up.append(Block(ins, width, level, config, attention=block_type[0] == "C", resample=resample, rngs=rngs))
         self.up_blocks = nnx.List(up)
         self.conv_norm_out = group_norm(widths[0], config.norm_num_groups, rngs, config.norm_eps)
         self.conv_out = conv3x3(widths[0], config.out_channels, rngs)

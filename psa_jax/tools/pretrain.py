@@ -212,7 +212,7 @@ def check(model: StableDiffusion, oracle: Oracle, part: ml_collections.ConfigDic
     prompts = MiniSet(part.samples, part.data_seed + 3, "test_unseen")
     generator = Generator(model, steps=20, guidance=4.0)
     with Progress(part.samples, "picture", "generating") as progress:
-        drawn = oracle(generator(prompts.captions, list(range(part.samples)), drawn=progress.step))
+        drawn = oracle(generator(prompts.captions, list(range(part.samples)), on_batch=progress.step))
     hits = {
         "oracle_pictogram": seen.pictogram == held_out["labels"][:, 0],
         "oracle_subject": seen.subject == held_out["labels"][:, 1],

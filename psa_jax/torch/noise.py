@@ -42,8 +42,8 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor
     if not len(seeds) or len(shape) != 3 or min(shape) < 1:
         raise PSAError(f"latents of shape {shape} for {len(seeds)} seeds: give seeds, and (channels, height, width)")
     channels, height, width = shape
-    drawn = [normal(seed_words(seed), height * width * channels) for seed in seeds]
-    return torch.from_numpy(np.stack(drawn).reshape(-1, height, width, channels)).permute(0, 3, 1, 2).contiguous()
+    normals = [normal(seed_words(seed), height * width * channels) for seed in seeds]
+    return torch.from_numpy(np.stack(normals).reshape(-1, height, width, channels)).permute(0, 3, 1, 2).contiguous()
 
 
 def normal(key: tuple[int, int], count: int) -> np.ndarray:

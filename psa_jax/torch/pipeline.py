@@ -358,7 +358,7 @@ class PSA:
         self._installed.add_pipeline(self)  # a copied pipeline is not yet known to its copied UNet
         self._installed.check()
 
-    def draws_with(self, unet: torch.nn.Module) -> bool:
+    def uses_unet(self, unet: torch.nn.Module) -> bool:
         """Whether the adapter is loaded and `unet` is the pipeline's UNet."""
         return self._hook is not None and _unet(self.pipe) is unet
 

@@ -81,7 +81,7 @@ class UserProcessor:
         for added in (context.text_value, context.value):
             if added is not None and added.shape[0] != batch:
                 raise PSAError(
-                    f"the UNet draws {batch} pictures (both sides of guidance counted), users were given for "
+                    f"the UNet generates {batch} pictures (both sides of guidance counted), users were given for "
                     f"{added.shape[0]}; do not change the batch or the guidance during a call"
                 )
         if attention_mask is not None:
@@ -121,12 +121,12 @@ class Installed:
 
     Attributes:
       unet: the UNet.
-      drawing: a call is in progress.
+      in_call: a call is in progress.
     """
 
     def __init__(self, unet: nn.Module):
         self.unet = unet
-        self.drawing = False
+        self.in_call = False
         self._pipelines: list[weakref.ref] = []
         self._attentions = cross_attentions(unet)
         self._before = {name: attention.processor for name, attention in self._attentions.items()}
@@ -134,7 +134,7 @@ class Installed:
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy or a pickle: it belongs to no pipeline yet."""
-        return vars(self) | {"_pipelines": [], "drawing": False}
+        return vars(self) | {"_pipelines": [], "in_call": False}
 
     @property
     def count(self) -> int:
@@ -148,9 +148,9 @@ class Installed:
           PSAError: another call is in progress.
         """
         with _TURN:
-            if self.drawing:
-                raise PSAError("the pipeline is drawing for another user; wait until it is done")
-            self.drawing = True
+            if self.in_call:
+                raise PSAError("the pipeline is generating for another user; wait until it is done")
+            self.in_call = True
 
     def check(self) -> None:
         """Checks that all processors are in place.
@@ -176,7 +176,7 @@ class Installed:
 
     def end(self) -> None:
         """Marks the end of a call: the processors have no user any more."""
-        self.drawing = False
+        self.in_call = False
         for processor in self._processors.values():
             processor.context, processor.text, processor.unprotected = None, None, False
 
@@ -216,7 +216,7 @@ class Installed:
     def remove_pipeline(self, psa: Any) -> None:
         """Removes a `PSA`. After the last one, the UNet's own processors are put back where ours are."""
         self._pipelines = [known for known in self._pipelines if known() not in (None, psa)]
-        if any(known().draws_with(self.unet) for known in self._pipelines):
+        if any(known().uses_unet(self.unet) for known in self._pipelines):
             return
         now = self.unet.attn_processors
         ours = {name: self._before[name] for name, one in now.items() if isinstance(one, UserProcessor)}

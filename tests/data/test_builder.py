@@ -1,3 +1,5 @@
+"""Shards hold what SAGE says, each picture encoded once, and appear complete or not at all."""
+
 import filecmp
 import hashlib
 import json
@@ -7,101 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from psa_jax.data import batched, build, builder, sage
+from psa_jax.data import build, builder, sage
 from psa_jax.data.encoding import TextCache
-from psa_jax.data.fingerprints import vae_fingerprint
 from psa_jax.data.preprocess import Preprocess
-from psa_jax.data.shards import open_shards, read_empty_prompt
+from psa_jax.data.shards import open_shards, preprocess_of, read_empty_prompt, read_info
 from psa_jax.errors import PSAError
-from psa_jax.interop.weights import open_tensors
-
-
-def test_crop_is_centred_and_scaled_by_hand():
-    """A 4 x 8 picture whose columns are 0, 10, … 70 at 4 px: no resize, columns 2 to 5 stay."""
-    image = np.broadcast_to((np.arange(8, dtype=np.uint8) * 10)[None, :, None], (4, 8, 3)).copy()
-    pixels, original_size, crop = Preprocess(4)(image)
-    np.testing.assert_allclose(pixels[0, :, 0], np.array([20, 30, 40, 50]) / 127.5 - 1, atol=1e-6)
-    assert (pixels.shape, pixels.dtype, original_size, crop) == ((4, 4, 3), np.float32, (4, 8), (0, 2))
-
-
-@pytest.mark.parametrize(
-    ("size", "crop"), [((30, 20), (2, 0)), ((20, 33), (0, 3)), ((5, 5), (0, 0)), ((7, 900), (0, 637))]
-)
-def test_shorter_side_fits(size: tuple[int, int], crop: tuple[int, int]):
-    pixels, original_size, found = Preprocess(10)(np.full((*size, 3), 255, np.uint8))
-    assert (pixels.shape, original_size, found) == ((10, 10, 3), size, crop)
-    np.testing.assert_array_equal(pixels, np.float32(1))
-
-
-def test_resize_equals_torchvision_style_antialiasing():
-    torch = pytest.importorskip("torch")
-    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    ours = Preprocess(10)(image).pixels
-    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    theirs = torch.nn.functional.interpolate(tensor, (10, 10), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    np.testing.assert_allclose(ours, theirs.numpy() / 127.5 - 1, atol=1.1 / 127.5)  # ours rounds to whole levels
-
-
-def test_encoding_pads_the_last_batch(encode):
-    images = np.random.default_rng(0).uniform(-1, 1, (7, 4, 4, 3)).astype(np.float32)
-    found = list(batched.encode_images(encode, iter(images), batch_size=3))
-    assert encode.batches == [3, 3, 3]  # one shape: jit compiles once
-    assert len(found) == 7
-    expected = images.reshape(7, 2, 2, 2, 2, 3).mean(axis=(2, 4))
-    np.testing.assert_allclose(np.stack(found)[..., :3], expected, atol=1e-3)
-    assert found[0].dtype == np.float16
-
-
-def test_encoding_compiles_once():
-    compilations = []
-
-    @jax.jit
-    def encode(pixels):
-        compilations.append(pixels.shape)  # runs while tracing only
-        return jnp.concatenate([pixels, pixels], axis=-1)
-
-    images = [np.full((2, 2, 3), value, np.float32) for value in range(5)]
-    found = list(batched.encode_images(encode, images, batch_size=2))
-    assert compilations == [(2, 2, 2, 3)]
-    np.testing.assert_array_equal([row[0, 0, 0] for row in found], [0, 1, 2, 3, 4])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])  # 1e6 is infinite in float16
-def test_moments_must_be_finite(value: float):
-    def encode(pixels):
-        return np.full((len(pixels), 2, 2, 2), value, np.float32)
-
-    with pytest.raises(PSAError, match="picture 0"):
-        list(batched.encode_images(encode, [np.zeros((4, 4, 3), np.float32)], batch_size=2))
-
-
-def test_fingerprint_of_file_and_arrays(tmp_path: Path):
-    weights = {
-        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "a": np.ones(2, np.float16),
-        "c": np.ones(2, ml_dtypes.bfloat16),
-    }
-    preprocess = Preprocess(8)
-    base = vae_fingerprint(weights, preprocess)
-    save_file(weights, tmp_path / "vae.safetensors", metadata={"made": "today"})
-    assert vae_fingerprint(open_tensors(tmp_path / "vae.safetensors").by_name, preprocess) == base
-    assert len(base) == 64 and int(base, 16)
-    others = [
-        vae_fingerprint(weights | {"a": np.zeros(2, np.float16)}, preprocess),
-        vae_fingerprint(weights | {"b": weights["b"].reshape(3, 2)}, preprocess),
-        vae_fingerprint(weights, Preprocess(16)),
-        vae_fingerprint(weights, Preprocess(8, resample="lanczos")),
-    ]
-    assert len({base, *others}) == 5
 
 
 def test_shards_hold_the_rows(sage_dir: Path, tmp_path: Path, encode, build_options):
@@ -239,6 +156,17 @@ def test_pictures_with_the_same_bytes_are_encoded_once(sage_dir: Path, tmp_path:
     shards = open_shards(build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options), "train")
     assert (shards.info["pictures"], len(set(encode.seen))) == (54, 54)
     np.testing.assert_array_equal(shards[0]["moments_chosen"], shards[55]["moments_chosen"])
+
+
+def test_shards_say_how_pictures_were_resized(sage_dir: Path, tmp_path: Path, encode, build_options):
+    preprocess = Preprocess(8, resample="lanczos")
+    options = build_options | {"preprocess": preprocess}
+    out = build.build_shards(sage_dir, tmp_path / "out", encode=encode, **options)
+    assert preprocess_of(read_info(out)) == preprocess
+    info = json.loads((out / "fingerprint.json").read_text())
+    (out / "fingerprint.json").write_text(json.dumps(info | {"preprocess": {"resolution": 8, "resample": "nearest"}}))
+    with pytest.raises(PSAError, match="fingerprint.json: not the description of psa_jax shards"):
+        read_info(out)
 
 
 def test_card_and_hashes(shard_dir: Path):

@@ -118,7 +118,7 @@ def test_with_adapter(small_pipeline, off):
     np.testing.assert_array_equal(generator.pixels(PROMPTS[:2], SEEDS[:2], USERS[:2]), before)
     back = other.with_adapter(adapter)
     np.testing.assert_array_equal(back.pixels(PROMPTS[:2], SEEDS[:2], USERS[:2]), before)
-    assert other._draw._cache_size() == 1  # nothing was compiled again
+    assert other._generate._cache_size() == 1  # nothing was compiled again
 
     for kind, tokens in (("text", 4), ("concept", 2)):
         with pytest.raises(PSAError, match="another configuration"):

@@ -272,7 +272,7 @@ def test_a_size_that_is_not_square_is_not_taken_for_a_side(request, tmp_path):
     folder = changed(request, tmp_path, "sd1", edit("unet/config.json", sample_size=[8, 12]))
     model = load_stable_diffusion(folder)
     assert model.picture_size == (16, 24)
-    with pytest.raises(PSAError, match=r"draws 16x24 pictures; give a side in pixels \(--resolution\)"):
+    with pytest.raises(PSAError, match=r"makes 16x24 pictures; give a side in pixels \(--resolution\)"):
         _ = model.square_side
 
 

@@ -109,7 +109,7 @@ def test_writing_refuses_anonymous_and_repeated_users(tmp_path):
         (f'{HEADER}\n{ROW[:-1]},"unclosed\n', "not a UTF-8 CSV"),
         (f"{HEADER},Banned_Categories\n{ROW},['Hate']\n", "line 2: Banned_Categories is not .*leave the column out"),
         (f"{HEADER},Banned_Categories\n{ROW},[\n", "line 2: Banned_Categories .*expected"),
-        (f"{HEADER},Allowed_Categories\n{ROW},[]\n", "line 2: Allowed_Categories .*the policy gives"),
+        (f"{HEADER},Allowed_Categories\n{ROW},[]\n", "line 2: Allowed_Categories .*the ban rules give"),
         (f"{HEADER},Banned_Categories\n{ROW},__import__('os').abort()\n", "line 2: Banned_Categories .*expected"),
     ],
 )

@@ -232,7 +232,7 @@ def test_every_exported_folder_is_drawn_with_or_says_what_to_do(run_folder, tmp_
         assert "an IP-Adapter, which stock diffusers loads" in error and "the run that it was exported from" in error
         assert main([*draw, ours, f"--adapter={folder}", *user]) == 0
     else:
-        assert "draw with it as --model, without --adapter" in error
+        assert "use it as --model, without --adapter" in error
         assert main([*draw, f"--model={tmp_path / 'out'}"]) == 0
 
 

@@ -107,7 +107,7 @@ def test_generate_says_what_is_cut_off_once(sd1, tmp_path, capsys, caplog):
 
 def test_a_generator_warns_once_for_each_prompt(small_pipeline, caplog):
     generator = Generator(small_pipeline[1], steps=1, guidance=1.0, batch_size=1)
-    generator._draw = lambda *_: np.zeros((1, *generator.size, 3), np.float32)
+    generator._generate = lambda *_: np.zeros((1, *generator.size, 3), np.float32)
     for _ in range(2):
         generator.pixels([LONG, "a cat"], [0, 1])
     assert [record.getMessage().startswith("prompt 'a cat at") for record in caplog.records] == [True]

@@ -84,11 +84,11 @@ WORKS = {
     "StableDiffusionXLControlNetInpaintPipeline": Case(control, _INPAINT | {"control_image": IMAGE}),
 }
 
-_SIDES = "the UNet draws 3 pictures"
+_SIDES = "the UNet generates 3 pictures"
 REFUSED = {
     "StableDiffusionPAGPipeline": Case(middle, says=_SIDES),
     "StableDiffusionXLPAGPipeline": Case(middle, says=_SIDES),
-    "StableDiffusionSAGPipeline": Case(says="the UNet draws 1 pictures"),
+    "StableDiffusionSAGPipeline": Case(says="the UNet generates 1 pictures"),
     "StableDiffusionInstructPix2PixPipeline": Case(
         other_unet(in_channels=8), {"image": IMAGE}, "is no pipeline of Stable Diffusion"
     ),

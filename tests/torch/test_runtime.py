@@ -216,7 +216,7 @@ def test_users_that_are_none(pipe, files, table):
     for none in ("1", None, 1 + 0j, [[1.0], [1.0, 2.0]]):
         with says("scale must be a number"):
             unchecked(_scales)(none)
-    with psa.applied(IDS), says("drawing for another user"):
+    with psa.applied(IDS), says("generating for another user"):
         draw(psa, user=IDS)
     with says("not finite, and no picture is returned"):
         draw(psa, user=IDS, scale=1e30)

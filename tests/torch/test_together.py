@@ -46,7 +46,7 @@ def test_a_pipeline_of_the_same_parts(models, table, kind):
     second = load_psa(other, path, table=table)
     assert difference(image_to_image(None, IDS[0], second), expected) <= 1e-5
     with first.applied(IDS):
-        with pytest.raises(PSAError, match="drawing for another user"):
+        with pytest.raises(PSAError, match="generating for another user"):
             image_to_image(None, IDS[1], second)
         assert difference(draw(pipe), mine) == 0
     first.unload()
@@ -166,7 +166,7 @@ def test_adapted_states_beside_others(models, table):
 def test_pipelines_with_more_than_two_sides_of_guidance(models, table):
     model, path = models["text"]
     pag = diffusers.StableDiffusionPAGPipeline.from_pipe(copy.deepcopy(model), pag_applied_layers=["mid"])
-    with pytest.raises(PSAError, match="the UNet draws 3 pictures"):
+    with pytest.raises(PSAError, match="the UNet generates 3 pictures"):
         load_psa(pag, path, table=table)("a cat", user=IDS[0], num_inference_steps=1)
     with pytest.raises(PSAError, match="is no pipeline of Stable Diffusion|is not that of Stable Diffusion"):
         load_psa(diffusers.StableDiffusionInstructPix2PixPipeline.from_pipe(copy.deepcopy(model)), path)
@@ -242,7 +242,7 @@ def test_threads_take_turns(models, table):
                 thread.join()
     finally:
         sys.setswitchinterval(before)
-    assert set(found) <= {"right", "PSAError: the pipeline is drawing for another user; wait until it is done"}
+    assert set(found) <= {"right", "PSAError: the pipeline is generating for another user; wait until it is done"}
     assert found.count("right") >= 15
 
 
