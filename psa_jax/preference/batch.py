@@ -99,7 +99,7 @@ class BatchSpec:
             pairs |= {"row": Column(np.int32, (), _numbers), "swapped": Column(np.bool_, (), _zeros)}
         return cls(pairs, shared, model.vae.config.downscale)
 
-    def split(self, batch: Batch) -> tuple[Batch, Batch]:
+    def split(self, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The arrays with a row for each pair, and those that all pairs share."""
         return tuple({name: batch[name] for name in columns} for columns in (self.pair_columns, self.shared_columns))
 

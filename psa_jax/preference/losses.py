@@ -62,7 +62,7 @@ def robust(pw: PerPair, pl: PerPair, rw: PerPair, rl: PerPair, *, beta: float, l
 
 
 def ipo(pw: PerPair, pl: PerPair, rw: PerPair, rl: PerPair, *, beta: float) -> PerPair:
-    """(z − ½)²: a margin is asked for, and more of it is as bad as less.
+    """(z − ½)²: a target margin of ½; more is as bad as less.
 
     The paper's (h − 1/(2τ))² over the log-ratio difference h is this over τ² with z = τ·h; so here β scales the margin
     asked for, not the loss.
@@ -126,7 +126,7 @@ def mapo(pw: PerPair, pl: PerPair, *, beta: float, odds_scale: float) -> PerPair
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """One of the family.
+    """A preference loss and its needs.
 
     Attributes:
       function: (pw, pl, rw, rl), or (pw, pl) without a reference, and the parameters by name → a loss for each pair.

@@ -30,7 +30,7 @@ def wins(z: PerPair) -> PerPair:
 def memberships(
     timesteps: Int[Array, " b"], steps: int, banned: Bool[Array, " b"], unsafe: Bool[Array, " b"]
 ) -> dict[str, Bool[Array, " b"]]:
-    """Which pairs belong to each of PARTS; T is `steps`."""
+    """For each of PARTS, whether a pair belongs to it; T is `steps`."""
     part = timesteps * len(TIME_PARTS) // steps
     return {name: part == i for i, name in enumerate(TIME_PARTS)} | {
         "banned": unsafe & banned,

@@ -1,4 +1,4 @@
-"""What preference learning minimises: the choice of loss, its parameters, and what β means."""
+"""The objective of preference learning: the loss, its parameters, and the meaning of β."""
 
 import dataclasses
 import math
@@ -89,7 +89,7 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference is run: for the loss itself, or for a modifier that asks for it."""
+        """Whether the reference is needed, by the loss or by a term that is added to it."""
         return LOSSES[self.loss].reference or self.dpop_weight > 0.0 or self.reference_kl_weight > 0.0
 
 
@@ -103,7 +103,7 @@ def effective_beta(beta: float, latent: tuple[int, int, int]) -> float:
 
 
 def describe_beta(beta: float, latent: tuple[int, int, int]) -> str:
-    """One line for the start of a run: β in both conventions, and the difference of errors that it makes much of."""
+    """Log line: β for mean and for summed errors, and the error difference at which the margin is 1."""
     height, width, channels = latent
     return (
         f"β = {beta:g} on errors that are means over {height}×{width}×{channels} latents "

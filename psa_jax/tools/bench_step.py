@@ -2,8 +2,8 @@
 
 Each way runs in a process of its own on the same device, so that its peak memory is its own: of the process on a CPU,
 of the allocator on an accelerator. The processes take turns, a step each, so that what disturbs for a while meets both.
-Here a step starts from cached VAE moments and holds one UNet; the torch way (`bench_torch`) encodes pictures anew and
-holds two.
+A step of psa_jax starts from cached VAE moments and holds one UNet; the torch way (`bench_torch`) encodes pictures in
+every step and holds two UNets.
 """
 
 import contextlib
@@ -183,11 +183,11 @@ def _our_step(spec: dict[str, Any]) -> Callable[[], float]:
     import ml_collections
 
     from psa_jax.training.lowered import compile_step
-    from psa_jax.training.setup import Setup
+    from psa_jax.training.setup import TEXT_ENCODERS, Setup
     from psa_jax.training.step import make_step
 
     config, pairs = ml_collections.ConfigDict(spec["config"]), spec["pairs"]
-    unused = ("vae", "text_encoder", "text_encoder_2") if spec["cached_text"] else ("vae",)
+    unused = ("vae", *(TEXT_ENCODERS if spec["cached_text"] else ()))
     setup = Setup.from_config(config, user_dim=spec["user_dim"], cached_text=spec["cached_text"], abstract=unused)
     state, key, frozen = setup.init_state(config.seed), setup.key(config.seed), setup.random_frozen(pairs)
     batch = setup.batch.random(pairs, spec["resolution"] or setup.model.square_side)

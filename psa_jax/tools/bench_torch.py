@@ -1,7 +1,7 @@
 """The torch way of one training step, for `psa-jax bench step`: what the original does, written on diffusers.
 
 Two UNets, the policy's with user attention in every cross-attention (kind `published`: K, V and an attention in each
-layer), and pictures and prompts encoded anew in every step. It runs on a GPU where torch sees one; with bfloat16,
+layer), and pictures and prompts encoded in every step. It runs on a GPU where torch sees one; with bfloat16,
 frozen weights are in it and the rest is left to autocast. Needs the `torch` extra.
 """
 

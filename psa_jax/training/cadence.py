@@ -7,7 +7,7 @@ import ml_collections
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-    """Answers by the number of steps done, counted from 1. The last step of a configuration always logs.
+    """The steps at which each thing happens, by the number of steps done, counted from 1. The last step always logs.
 
     Attributes:
       steps: of the whole training.
@@ -24,7 +24,7 @@ class Cadence:
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict, until: int | None = None) -> "Cadence":
-        """Of a configuration.
+        """The cadence of a configuration.
 
         Args:
           until: end at this step instead of `config.steps`.

@@ -31,13 +31,13 @@ from psa_jax.training.state import TrainState
 
 
 class Checkpoints:
-    """Saves and restores (state, data iterator) in `folder`; refuses one that another configuration wrote.
+    """Saves and restores (state, data iterator) in a folder; refuses a checkpoint of another configuration.
 
     Args:
       keep: how many of the latest stay.
       keep_best: how many stay because of their held-out accuracy.
-      identity: JSON values that must be equal for a run to go on from a checkpoint (base model, adapter, data, loss).
-      renewed: such values from a checkpoint, perhaps of an earlier version -> as they are said today.
+      identity: JSON values that must be equal for a run to continue (base model, adapter, data, loss).
+      renewed: converts the identity in a checkpoint, perhaps of an earlier version, to today's form.
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, iterator: grain.DatasetIterator, held_out: float | None = None
     ) -> None:
-        """Starts writing; the next save, `verify`, or leaving the context waits. Call before the next batch is drawn.
+        """Starts to write a checkpoint; the next save, `verify`, or the end of the context waits for it.
+
+        Call it before the next batch is taken: the position in the data is saved too.
 
         Args:
           held_out: accuracy of this very state, if it was measured.
@@ -95,7 +97,7 @@ class Checkpoints:
         self._saved = step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state._asdict())
 
     def verify(self) -> None:
-        """Waits for the latest save and reads it back, on the host: only then it may be relied on. All processes call.
+        """Waits for the latest save and reads it back, on the host. All processes call it.
 
         Raises:
           PSAError: it cannot be written, or not be read.
@@ -121,14 +123,17 @@ class Checkpoints:
             )
 
     def _read(self, step: int, target: PyTree, checksum: int) -> PyTree[Array | np.ndarray]:
-        """The arrays of a checkpoint as `target` has them; whatever is wrong raises."""
+        """Reads the arrays of a checkpoint into the structure of `target`; a wrong checksum raises ValueError."""
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
         if _checksum(found) != checksum:
             raise ValueError("its checksum is another")
         return found
 
     def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> TrainState | None:
-        """The latest state that can be read, with the iterator moved to its place; None where nothing was saved.
+        """Restores the latest readable checkpoint and moves the iterator to its position.
+
+        Returns:
+          The state; None where nothing was saved.
 
         Raises:
           PSAError: the checkpoint belongs to another run, or there are some and none can be read.
@@ -160,7 +165,7 @@ class Checkpoints:
         return None
 
     def _complete(self, step: int) -> None:
-        """Puts arrays where Orbax looks for them: earlier versions did not where a path looked like a pattern.
+        """Moves arrays to where Orbax looks for them: earlier versions did not where a path looked like a pattern.
 
         A process writes into a folder of its own, and those folders were then not found.
         """
@@ -190,7 +195,7 @@ class Checkpoints:
             )
 
     def _set_aside(self, damaged: dict[int, str], step: int) -> None:
-        """Renames what cannot be read, so that the run can write these steps again."""
+        """Renames unreadable checkpoints, so that the run can write these steps again."""
         for number, reason in damaged.items():
             aside = self._folder / f"damaged_{number}"
             print_on_main(
@@ -235,7 +240,7 @@ class Checkpoints:
 
 
 def differences(saved: Any, ours: Any, name: str = "") -> Iterator[str]:
-    """Every value in which two JSON trees differ, in words."""
+    """Yields a phrase for every value in which two JSON trees differ."""
     if isinstance(saved, dict) and isinstance(ours, dict):
         for key in sorted(saved.keys() | ours.keys()):
             yield from differences(saved.get(key), ours.get(key), f"{name}.{key}" if name else key)
@@ -244,19 +249,19 @@ def differences(saved: Any, ours: Any, name: str = "") -> Iterator[str]:
 
 
 class _AsItIs(gpath.PosixGPath):
-    """A path that no glob takes for a pattern. etils, which Orbax uses, globs a folder and what is sought in one."""
+    """A path that is no pattern. etils, which Orbax uses, passes the names of folders to glob as patterns."""
 
     def glob(self, pattern: str) -> Iterator["_AsItIs"]:
         return (self / name for name in glob.glob(pattern, root_dir=self))
 
 
 def as_it_is(folder: Path) -> gpath.PosixGPath:
-    """The folder for Orbax, whatever is in its name."""
+    """The folder as Orbax takes it, also with *, ? or [ in its name."""
     return _AsItIs(folder.absolute())
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax asks for preemption in its threads, with steps that are past; JAX's service counts every such call."""
+    """A manager that never queries preemption: Orbax does so in threads, with past steps, and JAX counts every call."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
@@ -295,5 +300,5 @@ def _weighted_bits(leaf: Array) -> UInt32[Array, ""]:
 
 
 def _as_json(value: Any) -> Any:
-    """As it comes back from a file: tuples become lists."""
+    """The value as JSON reads it back: tuples become lists."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""Several processes that train together: how they meet, agree, and notice that one is gone."""
+"""Distributed training: processes join a group, agree on values, and notice that one is gone."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ def is_distributed_env(environment: Mapping[str, str]) -> bool:
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the group of the flags, or that of the environment (`is_distributed_env`); without either, does nothing.
+    """Joins the group that flags or environment (`is_distributed_env`) describe; without either, does nothing.
 
     Must be called before JAX is used.
 
@@ -87,31 +87,31 @@ def require_joined() -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process prints and writes what is written once."""
+    """Whether this is process 0, which alone prints and writes shared files."""
     return jax.process_index() == 0
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says so; all must ask."""
+    """Whether the flag is set in any process; all processes must call it."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def in_global_order(rows: Shaped[np.ndarray, " b"]) -> list:
-    """The values of all processes, in the order of the whole batch; all must ask."""
+    """The values of all processes in the order of the whole batch; all processes must call it."""
     return multihost_utils.process_allgather(rows).ravel().tolist()
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes are here, however long one has worked. No collective, which would give up sooner."""
+    """Waits until all processes have arrived, for up to a day. Not a collective, which would time out sooner."""
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * _LONG)
 
 
 @functools.cache  # for each mesh once
 def connect(mesh: Mesh) -> None:
-    """Runs a collective along each axis of a mesh, and along all; all processes must ask.
+    """Runs a collective along each axis of a mesh, and along all; all processes must call it.
 
-    On CPUs, the first collective of a group of devices opens its connections, and gives up if another process is not
-    there within 30 s, which nothing can change: long work comes after it, not between.
+    On CPUs the first collective of a group of devices opens its connections, and fails if another process does not
+    take part within 30 s; this limit cannot be set. Long work therefore comes after this call.
     """
     if jax.process_count() == 1:
         return
@@ -130,7 +130,7 @@ def connect(mesh: Mesh) -> None:
 
 @contextlib.contextmanager
 def leader_first(name: str) -> Iterator[None]:
-    """What is inside runs in process 0 and, when that is done, in the others, who find the files that it has made."""
+    """Process 0 runs the block first; the others wait, then run it and find its files."""
     if not is_main_process():
         wait_for_all(name)
     yield
@@ -139,13 +139,13 @@ def leader_first(name: str) -> Iterator[None]:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether this error of JAX says that another process is gone."""
+    """Whether an error of JAX means that another process is gone."""
     return jax.process_count() > 1 and bool(_GONE.search(str(error)))
 
 
 @contextlib.contextmanager
 def lost_peers_named() -> Iterator[None]:
-    """Turns JAX's errors about other processes into PeerLost."""
+    """Converts JAX's errors about other processes to PeerLost."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -158,10 +158,10 @@ def lost_peers_named() -> Iterator[None]:
 
 
 def hard_exit(code: int, error: BaseException | None = None, refused: bool = False) -> None:
-    """Ends a process of a group that failed: an orderly exit waits for the others. Outside of a group does nothing.
+    """Ends this process of a group at once; an orderly exit would wait for the others. Alone, it does nothing.
 
     Args:
-      error: to show with its traceback.
+      error: printed with its traceback.
       refused: whether the others will refuse the same (a wrong setting). Process 0 runs the service that connects them,
         and JAX aborts the others when it is gone: so that each can say what it refuses, process 0 then leaves last, if
         they end within seconds.
@@ -177,7 +177,7 @@ def hard_exit(code: int, error: BaseException | None = None, refused: bool = Fal
 
 
 def _part() -> None:
-    """Waits for the others to end too, for a few seconds."""
+    """Waits a few seconds for the other processes to end."""
     try:
         ocp.multihost.get_barrier_sync_fn()(key="part", timeout_ms=1000 * _PARTING)
     except RuntimeError:  # they go on, or are gone: there is nobody to wait for
@@ -187,6 +187,6 @@ def _part() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message of one line."""
+    """The first line of an error's text, of at most 200 characters."""
     text = str(error).strip().splitlines()
     return text[0][:200] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""A training step that is compiled: from arrays, or from shapes alone and for devices that are not here."""
+"""Compiled training steps: from arrays, or from shapes alone for devices that are not here."""
 
 import ctypes
 import importlib.util
@@ -21,12 +21,12 @@ _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 def compile_step(step: Step, *inputs: Any) -> Compiled:
-    """The step compiled for such inputs, arrays or shapes. Memory that compiling took is given back to the system."""
+    """Compiles the step for inputs, arrays or shapes, and returns the compiler's memory to the system."""
     return compile_lowered(step.lower(*inputs))
 
 
 def lower_step(setup: Setup, pairs: int, resolution: int) -> Lowered:
-    """The step of a set-up, lowered from shapes alone: neither weights nor devices need be here.
+    """Lowers the step of a set-up from shapes alone: weights and devices may be absent.
 
     Args:
       pairs: in a batch.
@@ -42,9 +42,9 @@ def lower_step(setup: Setup, pairs: int, resolution: int) -> Lowered:
 
 
 def abstract_frozen(setup: Setup, rows: int = 1) -> Frozen:
-    """Shapes of the frozen arrays, with reference errors for so many rows where a set-up stores them.
+    """Shapes of the frozen arrays, with reference errors where the set-up stores them.
 
-    The number of rows is that of the data set, and is not known to a set-up; one row changes no time, and few bytes.
+    A set-up does not know the number of rows of the data set. It changes no time and few bytes.
     """
     frozen = setup.frozen()
     if setup.fixed_draws is not None:
@@ -54,7 +54,7 @@ def abstract_frozen(setup: Setup, rows: int = 1) -> Frozen:
 
 
 def compile_lowered(lowered: Lowered) -> Compiled:
-    """Compiles. glibc would keep what that took, 1 GB for SD1.5 on a CPU, so it is asked to give it back."""
+    """Compiles, then makes glibc return the memory that the compiler used (1 GB for SD1.5 on a CPU)."""
     compiled = lowered.compile()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -63,7 +63,7 @@ def compile_lowered(lowered: Lowered) -> Compiled:
 
 
 def compile_to_fit(lowered: Lowered, where: str) -> Compiled:
-    """Compiles, and says in one line when the step takes more memory than a device has.
+    """Compiles; a step that takes more memory than a device has is an error of one line.
 
     Args:
       where: the devices, in words.

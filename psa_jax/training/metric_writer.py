@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl` for programs, TensorBoard and wandb for people. Values are read one step late."""
+"""Writes the metrics of a run: `metrics.jsonl`, TensorBoard and wandb. Values are read one step late."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ _FINITE = ("loss", "gradient_norm", "update_norm")
 
 
 class MetricsWriter:
-    """Appends to the metrics of a run; in a group of processes only the first one writes.
+    """Appends to the metrics of a run; in a group only process 0 writes.
 
     Args:
       step: rows after it are dropped: a resumed run writes them again.
@@ -55,7 +55,7 @@ class MetricsWriter:
         return written
 
     def flush(self) -> Row | None:
-        """Writes what is queued; nothing for a part of the batch in which there are no pairs."""
+        """Writes the queued metrics; a part of the batch without pairs has none."""
         if self._pending is None or self._file is None:
             return None
         step, metrics, measured = self._pending
@@ -81,7 +81,7 @@ class MetricsWriter:
         return row
 
     def sync(self) -> None:
-        """Writes what is queued, down to the disk: a checkpoint of this step must not outlive its rows."""
+        """Writes the queued metrics down to the disk: a checkpoint of this step must not outlive its rows."""
         self.flush()
         if self._file is not None:
             os.fsync(self._file.fileno())
@@ -100,7 +100,7 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Writes what is queued, unless the run failed; closes the files in any case."""
+        """Writes the queued metrics unless the run failed; closes the files in any case."""
         try:
             if kind is None:
                 self.flush()
@@ -113,7 +113,7 @@ class MetricsWriter:
 
 
 def require_finite(step: int, metrics: Metrics, rows: np.ndarray, folder: Path) -> None:
-    """Ends the run where loss, gradient or update of a step are not finite. All processes see the same values.
+    """Raises PSAError where loss, gradient or update of a step are not finite. All processes see the same values.
 
     Args:
       rows: of the split, as this process had them in the batch.

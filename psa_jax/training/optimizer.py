@@ -52,12 +52,12 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
 
 
 def matrices(arrays: PyTree) -> PyTree[bool]:
-    """What weight decay is for: projections, and not biases or the factors of a norm, whose zero means nothing."""
+    """Mask of weight decay: projections, not biases and not the scales of norms."""
     return jax.tree.map(lambda array: array.ndim >= 2, arrays)
 
 
 DECAYED = {"all": None, "matrices": matrices}
-"""What weight decay applies to."""
+"""Choices for the parameters that weight decay applies to."""
 
 
 def _adamw(config: ml_collections.ConfigDict, rate: optax.Schedule, mask: Any) -> optax.GradientTransformation:
@@ -69,7 +69,7 @@ def _lion(config: ml_collections.ConfigDict, rate: optax.Schedule, mask: Any) ->
 
 
 def _adafactor(config: ml_collections.ConfigDict, rate: optax.Schedule, mask: Any) -> optax.GradientTransformation:
-    """Without momentum and without scaling by the size of a parameter, which would hold back those that start at 0.
+    """Adafactor without momentum or scaling by parameter size, which would hold back parameters that start at 0.
 
     Not optax.adafactor: it adds the decay after the learning rate, which would shrink a parameter by wd a step.
     """

@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal that all processes act on at the same step, and steps that never end."""
+"""Stops a run in good order: at a signal, in all processes at the same step; and when a step never ends."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ from psa_jax.errors import STOPPED
 
 
 class StopSignal:
-    """SIGTERM, or one SIGINT, to any process, as all processes see it at the same step.
+    """A request to stop, by SIGTERM or one SIGINT to any process; all processes see it at the same step.
 
-    Several processes: JAX's preemption service carries the signal, which its own handler catches, to the others, and
-    they agree on the first step that none of them has begun. A second signal ends the process at once.
+    In a group, JAX's preemption service forwards SIGTERM to all processes and picks a step after which all stop. A
+    second signal ends the process at once.
 
-    Handlers can be set in the main thread alone; elsewhere signals do what they did before.
+    Handlers can only be set in the main thread; in another thread signals keep their handlers.
     """
 
     def __init__(self):
@@ -29,7 +29,7 @@ class StopSignal:
         self._asked = 0
 
     def reached(self) -> bool:
-        """Whether to stop after this step; every process must ask at every step."""
+        """Whether to stop after this step; every process must call it at every step."""
         if not self._together:
             return self._stop
         # Counted from here and not by the training step: before its first call the service believes to be at 0.
@@ -75,11 +75,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def alive(self, step: int) -> None:
-        """A step has been finished."""
+        """Records that a step has finished."""
         self._last = time.monotonic(), step
 
     def rest(self) -> None:
-        """Not watched until the next `alive`."""
+        """Pauses the watch until the next `alive`."""
         self._last = None
 
     def _watch(self) -> None:

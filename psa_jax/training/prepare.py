@@ -1,4 +1,4 @@
-"""What a training run is made of before its first step: data, base model, set-up, and what identifies the run."""
+"""A training run before its first step: data, base model, set-up, and the identity of the run."""
 
 import dataclasses
 from pathlib import Path
@@ -9,18 +9,19 @@ import ml_collections
 import numpy as np
 
 import psa_jax
-from psa_jax.data.fingerprints import vae_fingerprint
+from psa_jax.data.fingerprints import text_fingerprint, vae_fingerprint
 from psa_jax.data.pipeline import make_pipeline, to_devices
-from psa_jax.data.shards import Shards, open_shards, preprocess_of, read_info
+from psa_jax.data.shards import Shards, open_shards, preprocess_of, read_empty_prompt, read_info
 from psa_jax.errors import PSAError
+from psa_jax.interop.base_model import BaseModel
 from psa_jax.preference.batch import Batch
 from psa_jax.preference.objective import Objective
 from psa_jax.profiles.table import EmbeddingTable
-from psa_jax.progress import print_stage
+from psa_jax.progress import print_on_main, print_stage
 from psa_jax.training.distributed import connect, require_joined
 from psa_jax.training.held_out import HeldOut, held_out_batches
 from psa_jax.training.settings import validate, validate_devices
-from psa_jax.training.setup import Setup
+from psa_jax.training.setup import TEXT_ENCODERS, Setup
 from psa_jax.training.sharding import by_rows
 from psa_jax.training.state import Frozen
 
@@ -67,6 +68,7 @@ class Run:
             "order": {name: config.data[name] for name in ("balance", "safe_share")},
             "reference": {name: config.reference[name] for name in ("draws", "seed")},
             **{name: config[name] for name in ("seed", "batch_size", "steps", "dtype")},
+            **({"text": self.info["text_fingerprint"]} if self.setup.cached_text else {}),
         }
 
     def renewed_identity(self, saved: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class Run:
         return renewed | ({"base_model": model.base_hash} if model.is_base_of(saved) else {})
 
     def adapter_metadata(self, steps: int) -> dict[str, Any]:
-        """What a user of the adapter file must know: base model, encoder, recipe, versions.
+        """Metadata of the adapter file: base model, encoder, recipe, versions.
 
         Args:
           steps: that the adapter was trained for.
@@ -115,11 +117,15 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         if split not in info["splits"]:
             raise PSAError(f"{folder}: no split {split!r} in the shards; they have {', '.join(sorted(info['splits']))}")
     print_stage(f"reading the base model {config.model}")
-    unused = () if config.sample_every else ("vae",)  # samples are decoded; a step never is
-    setup = Setup.from_config(config, user_dim=table.dim, flips=info["flips"], abstract=unused)
+    text = cached_text(config, info)
+    # Samples take the whole pipeline; a step decodes nothing, and encodes no text that is cached.
+    unused = () if config.sample_every else ("vae", *(TEXT_ENCODERS if text else ()))
+    setup = Setup.from_config(
+        config, user_dim=table.dim, flips=info["flips"], cached_text=text is not None, abstract=unused
+    )
     vae = vae_fingerprint(setup.model.vae_tensors, preprocess_of(info))
     shards = open_shards(folder, "train", vae)
-    shared, key = setup.shared_arrays(), setup.key(config.seed)
+    shared, key = setup.shared_arrays(text), setup.key(config.seed)
     held_out = None
     if config.validate.every:
         batches = held_out_batches(setup, config, open_shards(folder, "val", vae), table)
@@ -137,6 +143,41 @@ def prepare(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         key=key,
         held_out=held_out,
     )
+
+
+def cached_text(config: ml_collections.ConfigDict, info: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """The empty prompt's text states where the shards hold those of their prompts; None where they do not.
+
+    The text encoders are read to compare them, in float32 as when the shards were built, and let go.
+
+    Args:
+      config: names the base model.
+      info: of the shards.
+
+    Returns:
+      `empty_states` [s, c] and, for SDXL, `empty_pooled` [p], in float16.
+
+    Raises:
+      PSAError: shards whose text was encoded by other text encoders.
+    """
+    if not info["text"]:
+        return None
+    if "text_fingerprint" not in info:
+        print_on_main(
+            "the shards' text embeddings are not used: they do not say which text encoders made them; build the shards "
+            "again with --text-embeddings to train without a text encoder"
+        )
+        return None
+    model = BaseModel.from_config(config).load(abstract=("unet", "vae"))
+    found = text_fingerprint(model.text_encoders)
+    if found != info["text_fingerprint"]:
+        raise PSAError(
+            f"{config.data.shards}: the text embeddings are of text encoders {info['text_fingerprint'][:12]}, those of "
+            f"{config.model} are {found[:12]}; build the shards again with this model, or without --text-embeddings"
+        )
+    empty = read_empty_prompt(Path(config.data.shards))
+    # float16 as the rows have it; reading made it float32.
+    return {name.replace("text_", "empty_"): array.astype(np.float16) for name, array in empty.items()}
 
 
 def _batches(config: ml_collections.ConfigDict, setup: Setup, shards: Shards, table: EmbeddingTable, flips: bool):

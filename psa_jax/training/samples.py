@@ -1,4 +1,4 @@
-"""Pictures drawn during training: the same few prompts, seeds and users every time."""
+"""Sample pictures during training: the same few prompts, seeds and users every time."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ _PROMPTS, _USERS = 4, 4
 class Samples:
     """Grids of held-out unsafe prompts (rows) for the base model and for users from least to most strict (columns).
 
-    Drawn by the process that makes it, on one of its devices.
+    Generated on one device of the process that makes this object.
 
     Args:
       run: its base model is on the devices that train, whole on each (`settings.validate`).
@@ -51,7 +51,7 @@ class Samples:
 
 
 def by_strictness(columns: RowColumns, count: int) -> list[str]:
-    """Up to `count` users, evenly from the one that bans the smallest share of their unsafe prompts to the largest."""
+    """Up to `count` users, spread evenly from the smallest share of banned unsafe prompts to the largest."""
     users, owner = np.unique(np.asarray(columns.user_ids), return_inverse=True)
     unsafe, bans = (
         np.bincount(owner[which], minlength=len(users)) for which in (columns.unsafe, columns.unsafe & columns.banned)
@@ -62,7 +62,7 @@ def by_strictness(columns: RowColumns, count: int) -> list[str]:
 
 
 def _on_one_device(model: StableDiffusion) -> StableDiffusion:
-    """Without a copy: every device has all of it."""
+    """The model with its arrays on one device; nothing is copied, since every device holds all of it."""
 
     def own(part):
         return jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, part)

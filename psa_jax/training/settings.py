@@ -1,4 +1,4 @@
-"""Every key of a configuration and what it may be, in one table, so that a mistake is told before any work."""
+"""A table of all keys of a configuration and their values, to report a mistake before any work."""
 
 import dataclasses
 import importlib.util
@@ -161,7 +161,7 @@ RULES_OF: dict[str, dict[str, Rule]] = {
     "demo": TRAINING | EVALUATION,
     "pretrain": PRETRAINING,
 }
-"""What a command asks of a configuration. What else is in it is checked where this file knows it."""
+"""Keys that a command needs. Other keys are checked where this file knows them."""
 EVERY_RULE = TRAINING | OBJECTIVE | BASE_MODEL | EVALUATION | PRETRAINING
 PATHS = tuple(key for key, rule in EVERY_RULE.items() if rule is PLACE)
 _ABSENT = object()
@@ -256,7 +256,7 @@ def user_dim(config: ml_collections.ConfigDict) -> int:
 
 
 def check_accumulate(objective: Objective, accumulate: int) -> None:
-    """Raises PSAError where a step is worked on in parts and the loss compares all pairs of a batch."""
+    """Raises PSAError where `accumulate` divides a batch whose loss compares all of its pairs."""
     if accumulate > 1 and LOSSES[objective.loss].whole_batch:
         raise PSAError(f"accumulate = {accumulate}: {objective.loss} compares pairs of a batch; set accumulate to 1")
 

@@ -32,10 +32,13 @@ from psa_jax.training.state import Frozen, TrainState, init_state
 # intermediates for its gradient), so their rounding errors would not cancel.
 NO_EXCESS_PRECISION = {"xla_allow_excess_precision": False}
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+"""Models that a step does not run where text is cached."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """What a training step is made of.
+    """Everything that a training step is made from.
 
     Attributes:
       model: the base model; its weights may be abstract (shapes), to compile a step that is not run.
@@ -125,7 +128,7 @@ class Setup:
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
-        """Of XLA, for everything in which policy and reference are compared."""
+        """Options of XLA for programs in which policy and reference are compared."""
         return None if self.dtype == jnp.float32 else NO_EXCESS_PRECISION
 
     @property
@@ -187,17 +190,16 @@ class Setup:
         errors = np.ones((rows, self.fixed_draws.count, 2), np.float32)
         return self.frozen()._replace(reference_errors=jax.device_put(errors, replicated(self.mesh)))
 
-    def shared_arrays(self) -> Batch:
-        """The arrays of a batch that all pairs share, on all devices: the empty prompt's tokens.
+    def shared_arrays(self, empty_text: dict[str, np.ndarray] | None = None) -> Batch:
+        """The arrays of a batch that all pairs share, on all devices: the empty prompt's tokens or text states.
 
-        Raises:
-          PSAError: text states are cached; those of the empty prompt lie with the shards.
+        Args:
+          empty_text: `empty_states` and, for SDXL, `empty_pooled`, where text is cached.
         """
-        if self.cached_text:
-            raise PSAError("the empty prompt's text states are read from the shards, not made of tokens")
-        ids = self.model.token_ids([""])
-        empty = {name: each[0] for name, each in zip(self.batch.shared_columns, ids, strict=True)}
-        return jax.device_put(empty, replicated(self.mesh))
+        if empty_text is None:
+            ids = self.model.token_ids([""])
+            empty_text = {name: each[0] for name, each in zip(self.batch.shared_columns, ids, strict=True)}
+        return jax.device_put({name: empty_text[name] for name in self.batch.shared_columns}, replicated(self.mesh))
 
     def frozen_model(self, frozen: Frozen, remat: str | None = None) -> FrozenModel:
         """Rebuilds the base model from its frozen weights; call it inside jit.

@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh (data, fsdp), batches split over both axes, everything else by a table of rules."""
+"""Sharding: a mesh (data, fsdp), batches split over both axes, other arrays by a table of rules."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -50,12 +50,12 @@ def check_batch(pairs: int, mesh: Mesh, accumulate: int) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
+    """The sharding of an array whose first axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
@@ -67,7 +67,7 @@ def array_name(path: tuple[Any, ...]) -> str:
 
 
 def placement(name: str, shape: tuple[int, ...], mesh: Mesh, frozen_sharding: str = REPLICATED) -> NamedSharding:
-    """Where an array lives.
+    """The sharding of one array, by its name and shape.
 
     Args:
       name: its path in the state (`params/…`, `ema/…`, `opt_state/…`) or in the frozen weights.

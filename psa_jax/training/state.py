@@ -1,4 +1,4 @@
-"""What a training step changes and what it does not."""
+"""The arrays of a training step: those that it changes, and the frozen ones."""
 
 from typing import NamedTuple
 

@@ -29,7 +29,7 @@ Step = Callable[[TrainState, Frozen, Batch, PRNGKeyArray], tuple[TrainState, Met
 
 
 class PairInputs(NamedTuple):
-    """What the loss takes with a row for each pair; `accumulate` divides it.
+    """Inputs of the loss with a row for each pair; `accumulate` divides them.
 
     Attributes:
       batch: the pair columns of a batch (`BatchSpec`).
@@ -64,7 +64,7 @@ def make_step(setup: Setup) -> Step:
 def train_step(
     setup: Setup, state: TrainState, frozen: Frozen, batch: Batch, key: PRNGKeyArray
 ) -> tuple[TrainState, Metrics]:
-    """One step, to be traced by jit.
+    """One training step on one batch; pure, to be traced by jit.
 
     Args:
       batch: b pairs, as `setup.batch` says.
@@ -100,7 +100,7 @@ def draw_inputs(setup: Setup, frozen: Frozen, pairs: Batch, key: PRNGKeyArray) -
 def loss(
     setup: Setup, params: Arrays, frozen: Frozen, inputs: PairInputs, shared: Batch
 ) -> tuple[Float[Array, ""], PairLosses]:
-    """The mean loss over pairs, and what is known of each pair.
+    """The mean loss over pairs, and loss and metrics of each pair.
 
     Args:
       params: the adapter's arrays.
@@ -114,7 +114,7 @@ def loss(
 def gradient(
     setup: Setup, params: Arrays, frozen: Frozen, inputs: PairInputs, shared: Batch
 ) -> tuple[Arrays, PairLosses]:
-    """The gradient of `loss` by the adapter's arrays, and what is known of each pair."""
+    """The gradient of `loss` by the adapter's arrays, and loss and metrics of each pair."""
 
     def of_params(params: Arrays) -> tuple[Float[Array, ""], PairLosses]:
         with jax.named_scope("loss"):
@@ -129,7 +129,7 @@ def gradient(
 def accumulated_gradient(
     setup: Setup, params: Arrays, frozen: Frozen, inputs: PairInputs, shared: Batch
 ) -> tuple[Arrays, PairLosses]:
-    """As `gradient`, with `setup.accumulate` parts of the batch worked on one after the other."""
+    """The gradient of `loss`, computed on `setup.accumulate` parts of the batch one after the other."""
 
     def add(total: Arrays, part: PairInputs) -> tuple[Arrays, PairLosses]:
         grads, found = gradient(setup, params, frozen, part, shared)

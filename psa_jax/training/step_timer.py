@@ -1,4 +1,4 @@
-"""How fast training goes: time of a step, waiting for data, share of the device's peak."""
+"""Measures training speed: time of a step, time spent waiting for data, share of the device's peak FLOP/s."""
 
 import contextlib
 import time
@@ -33,29 +33,29 @@ class StepClock:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was measured."""
+        """Starts a new measurement."""
         self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def step(self) -> None:
-        """A step has been finished."""
+        """Counts a finished step."""
         self._steps += 1
 
     @contextlib.contextmanager
     def data(self) -> Iterator[None]:
-        """What is inside waits for a batch."""
+        """Counts the time of its block as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """What is inside is no training: checkpoints, held-out accuracy, samples."""
+        """Leaves the time of its block out: checkpoints, held-out accuracy, samples."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, which starts the next; nothing where no step was measured."""
+        """Means since the last reading, then starts a new measurement; empty where no step was counted."""
         if not self._steps:
             return {}
         seconds = (time.perf_counter() - self._start) / self._steps
@@ -71,12 +71,12 @@ class StepClock:
 
 
 def peak_flops() -> float | None:
-    """Of this process's device; None where it is not known, as on a CPU."""
+    """Peak bf16 FLOP/s of this process's device; None where it is not known, as on a CPU."""
     return PEAK_FLOPS.get(jax.local_devices()[0].device_kind)
 
 
 def step_flops(compiled: Any, parts: int = 1) -> float | None:
-    """FLOPs of a compiled step on one device, with those that are done twice to save memory.
+    """FLOPs of a compiled step on one device, rematerialization included.
 
     Args:
       parts: that a batch is worked on in (`accumulate`): XLA counts what is in their loop once.

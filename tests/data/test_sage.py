@@ -52,7 +52,7 @@ def test_file_name_with_hyphens_underscores_and_apostrophe():
         "Self-Harm",
         "don't-look_twice",
         12,
-        "u",
+        True,
     )
 
 

@@ -26,6 +26,22 @@ def settings():
     return {"steps": STEPS, "checkpoint_every": 6, "log_every": 1, "optimizer.warmup_steps": 2}
 
 
+def test_a_field_that_the_objective_did_not_have_is_its_default(training_config, settings, tmp_path):
+    """A checkpoint and a configuration without it; one that was saved with another value stays another run."""
+    config = training_config(**settings)
+    with config.unlocked():
+        del config.objective.safe_weight, config.objective.snr_gamma
+    train(config, tmp_path, until=1)
+    about = tmp_path / "checkpoints" / "1" / "about" / "metadata"
+    saved = json.loads(about.read_text())
+    assert saved["identity"]["objective"]["safe_weight"] == 1.0
+    del saved["identity"]["objective"]["safe_weight"], saved["identity"]["objective"]["snr_gamma"]
+    about.write_text(json.dumps(saved))
+    train(training_config(**settings), tmp_path, until=2)
+    with pytest.raises(PSAError, match=r"was made with objective.safe_weight = 1.0, this run has 2.0"):
+        train(training_config(**settings, **{"objective.safe_weight": 2.0}), tmp_path)
+
+
 @pytest.fixture
 def straight(training_config, settings, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
