@@ -9,13 +9,13 @@ usage: launch/tpu_vm.sh --name=TPU --zone=ZONE [options] -- COMMAND [ARGUMENT...
 Copies the project to ~/psa_jax of every worker, installs it there with pip install '.[tpu]' and constraints.txt, and
 runs psa-jax COMMAND ARGUMENT... in that folder. Data and --workdir must be where every worker finds them.
 
-  --name=TPU        the TPU VM
-  --zone=ZONE       its zone
-  --project=ID      its project (default: gcloud's own)
+  --name=TPU        name of the TPU VM
+  --zone=ZONE       zone of the TPU VM
+  --project=ID      project of the TPU VM (default: that of gcloud)
   --python=PYTHON   Python 3.11 or newer on the workers (default: python3.11)
-  --detach          return at once; the command goes on, and writes to ~/psa_jax/run.log
+  --detach          return at once; the command keeps running and writes to ~/psa_jax/run.log
   --no-install      only start the command, where the project is installed already
-  --dry-run         print what would be done, and do nothing
+  --dry-run         only print the commands
 
 example:
   launch/tpu_vm.sh --name=pod --zone=us-east5-a --detach -- train --config=configs/sd15.py --workdir=/mnt/share/run \
@@ -29,7 +29,7 @@ fail() {
   exit "${2:-2}"
 }
 
-# The words as one line that a POSIX shell reads back as the same words.
+# Quotes words for a POSIX shell, as one line.
 quoted() {
   local word line=''
   for word in "$@"; do
@@ -74,7 +74,7 @@ done
 (($#)) || fail 'no command; give one after --, such as -- train --config=configs/sd15.py --workdir=DIR'
 [[ $dry_run == yes ]] || command -v gcloud >/dev/null || fail 'gcloud not found; install the Google Cloud CLI' 1
 
-# The environment of a TPU VM names no coordinator: JAX is to ask the VM for it.
+# The environment of a TPU VM names no coordinator; with auto, JAX asks the VM.
 [[ $1 != train ]] || set -- "$@" --coordinator=auto
 
 tpu=(gcloud compute tpus tpu-vm)

@@ -1,4 +1,4 @@
-"""`psa-jax bench`: what this implementation gains, measured on the machine at hand. The last line on stdout is JSON."""
+"""`psa-jax bench`: speed against the torch original on this machine. The last line on stdout is JSON."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from psa_jax.data.pipeline import make_pipeline
 from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.sage import read_split
 from psa_jax.data.shards import Shards, open_shards
-from psa_jax.files import check_new
+from psa_jax.files import check_new, write
 from psa_jax.mini.world import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
@@ -37,7 +37,7 @@ def run(args: Namespace) -> int:
 
 
 def input_(args: Namespace) -> int:
-    """Pairs a second of the input pipeline alone, and of decoding JPEG pairs as the torch original does."""
+    """Measures pairs per second of the input pipeline, and of decoding JPEG pairs as the torch original does."""
     args.resolution, load = args.resolution or 512, Load()
     print_stage("making small shards and JPEGs", f"then {2 * args.seconds:g} s of measuring")
     with tempfile.TemporaryDirectory() as folder:
@@ -59,13 +59,13 @@ def input_(args: Namespace) -> int:
     settings = ("resolution", "picture_size", "batch_size", "threads", "seconds")
     result |= {name: getattr(args, name) for name in settings} | load.summary()
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write(args.json, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return 0
 
 
 def _rates(ways: dict[str, Callable[[], object]], seconds: float, batch_size: int) -> list[dict[str, float]]:
-    """Pairs a second of each way in each turn, over `seconds` in all, after one warm-up call."""
+    """Pairs per second of each implementation in each turn, `seconds` in all for each, after one warm-up call."""
 
     def rate(step: Callable[[], object]) -> float:
         start, pairs = time.perf_counter(), 0
@@ -83,7 +83,7 @@ def _rates(ways: dict[str, Callable[[], object]], seconds: float, batch_size: in
 
 
 def _decoded(pair: tuple[Path, Path], resolution: int) -> np.ndarray:
-    """[2, 3, r, r] float32 in [-1, 1], as torchvision's Resize, CenterCrop, ToTensor and Normalize give it."""
+    """Decodes a pair like torchvision's Resize, CenterCrop, ToTensor, Normalize: [2, 3, r, r] float32 in [-1, 1]."""
     return np.stack([_normalised(path, resolution) for path in pair])
 
 
@@ -110,7 +110,7 @@ def _some(pairs: Iterator[tuple[Path, Path]], count: int) -> list[tuple[Path, Pa
 
 
 def _input_data(folder: Path, args: Namespace) -> tuple[Shards, EmbeddingTable, Iterator[tuple[Path, Path]]]:
-    """A small SAGE-mini as shards of the real size, and JPEG pairs of the real size, in random order for ever."""
+    """Makes shards and JPEGs of the real size from a small SAGE-mini; yields JPEG pairs in random order, forever."""
     render_mini(folder / "sage", 8, 0)
     side = args.resolution // 8
     rng = np.random.default_rng(0)
@@ -142,7 +142,7 @@ def _input_data(folder: Path, args: Namespace) -> tuple[Shards, EmbeddingTable, 
 
 
 def _write_large(path: Path, side: int, rng: np.random.Generator) -> None:
-    """The small picture scaled up, with some grain, so that the JPEG is about as large as a photograph's."""
+    """Scales a picture up and adds grain, so that its JPEG is about as large as that of a photograph."""
     with Image.open(path) as image:
         large = np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), np.float32)
     grain = rng.normal(scale=6.0, size=(side, side, 1)).astype(np.float32)

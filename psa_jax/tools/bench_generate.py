@@ -1,7 +1,7 @@
-"""`psa-jax bench generate`: a sampling step with an adapter over one without, in JAX and in torch, on one machine.
+"""`psa-jax bench generate`: time of a sampling step with an adapter relative to one without, in JAX and in torch.
 
-Random weights; both sides of guidance; all ways take turns, and a ratio is the median of those within a turn, so that
-a machine that is busy for a while slows all alike.
+Weights are random, and a step computes both sides of guidance. All implementations take turns, and a ratio is the
+median of the ratios within a turn, so that a temporary load slows all of them alike.
 """
 
 import functools
@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from psa_jax.errors import PSAError
+from psa_jax.files import write
 from psa_jax.interop.diffusers import abstract_model, config_json
 from psa_jax.interop.native import to_file
 from psa_jax.models.adapter import Adapter
@@ -35,7 +36,7 @@ BATCH = 2  # one picture, both sides of guidance
 
 
 def run(args: Namespace) -> int:
-    """Measures an SD1.5-sized UNet; prints the result as JSON and writes it where `--json` says."""
+    """Measures an SD1.5-sized UNet; prints the result as JSON and writes it to `--json`."""
     load = Load()
     print_stage(
         f"an SD1.5-sized UNet of random weights, in JAX and then in torch; {args.steps} turns each, after compiling"
@@ -43,27 +44,28 @@ def run(args: Namespace) -> int:
     result = ratios(UNetConfig(), args.size // 8, args.steps)
     result |= {"size": args.size, "steps": args.steps, **load.summary()}
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write(args.json, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return 0
 
 
 def ratios(config: UNetConfig, side: int, steps: int) -> dict[str, Any]:
-    """Time of a step over that of the base model.
+    """Measures the time of a step with each kind of adapter relative to that of the base model.
 
     Args:
+      config: of the UNet.
       side: of the latents.
-      steps: measured steps of each way.
+      steps: measured steps of each implementation.
 
     Returns:
-      `jax_ratio`, `torch_ratio`: the default kind; `original_ratio`: keys, values and an attention of their own in
-      every layer and step, as the torch original does it; `jax`, `torch`: every way, and the base model's seconds.
-      All are medians over the turns; `quartiles` has those of every ratio in `jax` and `torch`.
+      Medians over the turns. `jax_ratio`, `torch_ratio`: the default kind. `original_ratio`: separate keys, values and
+      attention in every layer and step, as in the torch original. `jax`, `torch`: every kind, and the seconds of the
+      base model. `quartiles`: of every ratio in `jax` and `torch`.
     """
     adapters = {kind: _adapter(config, kind) for kind in ADAPTER_KINDS}
-    print_stage("JAX: weights, compiling and a first step of each way")
+    print_stage("JAX: weights, compiling and a first step of each kind")
     in_jax, jax_quartiles = _measured(_jax_ways(config, side, adapters), steps)
-    print_stage("torch: weights and a first step of each way")
+    print_stage("torch: weights and a first step of each kind")
     in_torch, torch_quartiles = _measured(_torch_ways(config, side, adapters), steps)
     return {
         "jax_ratio": in_jax[DEFAULT_KIND],
@@ -76,14 +78,14 @@ def ratios(config: UNetConfig, side: int, steps: int) -> dict[str, Any]:
 
 
 def _measured(ways: dict[str, Callable[[], None]], steps: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Each way's time over that of "base" within a turn: medians, with that of "base" in seconds, and quartiles."""
+    """Ratios of the times to that of "base" within a turn: medians, with "base" in seconds, and quartiles."""
 
     def seconds(step: Callable[[], None]) -> float:
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
 
-    for step in track(ways.values(), len(ways), "way", "first steps"):
+    for step in track(ways.values(), len(ways), "kind", "first steps"):
         step()
     turns = take_turns({name: functools.partial(seconds, step) for name, step in ways.items()}, steps, rotate=True)
     medians, quartiles = {"base_seconds": round(statistics.median(turn["base"] for turn in turns), 4)}, {}
@@ -94,7 +96,7 @@ def _measured(ways: dict[str, Callable[[], None]], steps: int) -> tuple[dict[str
 
 
 def _noise(shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
-    """Numbers for weights and inputs: one block of noise again and again, which is quick at any size."""
+    """Fills weights and inputs with one repeated block of noise, which is quick at any size."""
     block = np.random.default_rng(0).standard_normal(min(int(np.prod(shape)), 1 << 20), np.float32)
     return scale * np.resize(block, shape)
 
@@ -117,7 +119,7 @@ def _jax_ways(config: UNetConfig, side: int, adapters: dict[str, Adapter]) -> di
         jax.block_until_ready(predict(unet, latents, contexts))
 
     contexts = {"base": jax.jit(UNet.context)(unet, text)}
-    # What does not depend on the step is worked out once a generation, so here before the clock runs.
+    # Computed once per generation, and so outside of the measured step.
     contexts |= {
         kind: jax.jit(lambda adapter, unet: adapter(unet, text, users, scale))(adapter, unet)
         for kind, adapter in adapters.items()
@@ -173,7 +175,7 @@ def _torch_ways(config: UNetConfig, side: int, adapters: dict[str, Adapter]) -> 
 
 
 def _original(token, width: int, tensor: Callable[..., Any]):
-    """A processor that attends to the one user token in every step: two projections and an attention."""
+    """Attention processor of the torch original: projects and attends to the user token in every step."""
     import torch.nn.functional as F
 
     to_k, to_v = (tensor(width, token.shape[-1], scale=0.02) for _ in range(2))

@@ -45,7 +45,9 @@ from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 
 COMMAND = "psa-jax demo --workdir=runs/demo"
-# Not every split has somebody without bans.
+Methods = dict[str, tuple[Generator, EmbeddingTable]]
+"""For each method its generator and the embeddings of its users."""
+# A user without bans: not every split has one.
 _ADULT = UserProfile.from_mapping({"age": 44, "gender": "female"})
 
 
@@ -124,32 +126,52 @@ def run_demo(
     print_stage("data, training, judging and a report")
     workdir.mkdir(parents=True, exist_ok=True)
 
-    # --- data, training
     model, oracle = BaseModel.from_config(config).load(), shipped_oracle()
     config = with_mini(config, workdir / "data")
-    runs = {"psa": config}
-    if compare:
-        runs |= {name: variant(config, name, workdir / "data") for name in COMPARED}
-    generators = {}
+    methods, adapter = _train_all(config, workdir, model, COMPARED if compare else (), all_ways)
+    report, made = _report(config, methods, oracle, workdir / "data" / "sage", recorded)
+    if recorded is not None:
+        report["recorded"] = dict.fromkeys(COMPARED, recorded["command"])
+    elif record is not None:
+        write_recording(record, recipe, made)
+    print_stage("generating the pictures of the report")
+    grid = _grid(*methods["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
+    sheet(grid).save(workdir / "grid.png")
+    _finish(report, config, adapter, grid, workdir, start)
+
+
+def _train_all(
+    config: ml_collections.ConfigDict, workdir: Path, model: StableDiffusion, compared: Sequence[str], all_ways: bool
+) -> tuple[Methods, Adapter]:
+    """Trains the personal and the comparison adapters; returns all methods to judge, and the personal adapter."""
+    runs = {"psa": config} | {name: variant(config, name, workdir / "data") for name in compared}
+    methods, adapters = {}, {}
     for name, run_config in runs.items():
         print_stage(f"training {name}: {run_config.steps} steps of {run_config.batch_size} pairs")
         path = train(run_config, workdir / name)
-        adapter = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
-        generators[name] = (_generator(config, model, adapter), EmbeddingTable.load(Path(run_config.data.table)))
-        if name == "psa":
-            judged = adapter
-    if all_ways:
-        for way in UNCONDITIONAL:
-            if way != config.evaluate.unconditional:
-                generators[f"psa_{way}"] = (_generator(config, model, judged, way), generators["psa"][1])
+        adapters[name] = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
+        table = EmbeddingTable.load(Path(run_config.data.table))
+        methods[name] = (_generator(config, model, adapters[name]), table)
+    for way in UNCONDITIONAL if all_ways else ():
+        if way != config.evaluate.unconditional:
+            methods[f"psa_{way}"] = (_generator(config, model, adapters["psa"], way), methods["psa"][1])
+    return methods, adapters["psa"]
 
-    # --- judging
+
+def _report(
+    config: ml_collections.ConfigDict, methods: Methods, oracle: Oracle, sage: Path, recorded: dict | None
+) -> tuple[dict, dict]:
+    """Judges all methods on unseen and on seen users.
+
+    Returns:
+      For each group of users, the rates of every method, and the packed verdicts.
+    """
     report, made = {}, {}
     for place, split in USER_GROUPS.items():
-        records = read_split(workdir / "data" / "sage", split)
+        records = read_split(sage, split)
         cases = select_cases([case_of(record) for record in records], config.evaluate.per_rate[place], config.seed)
-        print_stage(f"judging {place} users: {len(cases)} cases, {1 + len(generators)} methods; compiling comes first")
-        verdicts = _judge_all(generators, oracle, cases, place)
+        print_stage(f"judging {place} users: {len(cases)} cases, {1 + len(methods)} methods; compiling comes first")
+        verdicts = _judge_all(methods, oracle, cases, place)
         made[place] = pack_place(cases, verdicts)
         if recorded is not None:
             verdicts |= recorded_verdicts(recorded[place], cases)
@@ -157,16 +179,7 @@ def run_demo(
         for other in (name for name in verdicts if name != "psa"):
             win, tie = wins(verdicts["psa"], verdicts[other], cases)
             report[place]["psa"] |= {f"win_rate_vs_{other}": win, f"tie_rate_vs_{other}": tie}
-    if recorded is not None:
-        report["recorded"] = dict.fromkeys(COMPARED, recorded["command"])
-    elif record is not None:
-        write_recording(record, recipe, made)
-
-    # --- pictures, report
-    print_stage("generating the pictures of the report")
-    grid = _grid(*generators["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
-    sheet(grid).save(workdir / "grid.png")
-    _finish(report, config, judged, grid, workdir, start)
+    return report, made
 
 
 def _finish(
@@ -184,18 +197,16 @@ def _finish(
     print(json.dumps({"report": str(workdir / "report.html"), **report["unseen"]["psa"], "seconds": report["seconds"]}))
 
 
-def _judge_all(
-    generators: dict[str, tuple[Generator, EmbeddingTable]], oracle: Oracle, cases: Sequence[MiniCase], place: str
-) -> dict[str, Verdicts]:
+def _judge_all(methods: Methods, oracle: Oracle, cases: Sequence[MiniCase], place: str) -> dict[str, Verdicts]:
     """Judges every method on the same cases and seeds. The base model is the adapter at scale 0."""
-    verdicts = {"base": judge(oracle, generate_base(generators["psa"][0], cases, f"base, {place} users"), cases)}
-    for name, (generator, table) in generators.items():
+    verdicts = {"base": judge(oracle, generate_base(methods["psa"][0], cases, f"base, {place} users"), cases)}
+    for name, (generator, table) in methods.items():
         users = table.lookup([case.user_id for case in cases])
         verdicts[name] = judge(oracle, generate_cases(generator, cases, users, name=f"{name}, {place} users"), cases)
     return verdicts
 
 
-# --- what people look at
+# --- the grid of pictures, curves and texts of the report
 
 
 def _generator(
@@ -253,13 +264,13 @@ def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: 
 def _contrasting_users(people: dict[str, UserProfile], count: int = 4) -> list[UserProfile]:
     """Selects a child, then users whose ban sets differ most from those already selected."""
     bans = {user: set(banned_categories(profile)) for user, profile in sorted(people.items())}
-    chosen = [user for user in bans if people[user].age_group == "children"][:1]
-    taken = [set(), *(bans[user] for user in chosen)]  # the adult without bans is there already
-    while len(chosen) < min(count, len(people)):
+    selected = [user for user in bans if people[user].age_group == "children"][:1]
+    taken = [set(), *(bans[user] for user in selected)]  # the empty set is that of the adult without bans
+    while len(selected) < min(count, len(people)):
         distance = {user: min(len(banned ^ other) for other in taken) for user, banned in bans.items()}
-        chosen.append(max(bans.keys() - set(chosen), key=lambda user: (distance[user], user)))
-        taken.append(bans[chosen[-1]])
-    return [people[user] for user in chosen]
+        selected.append(max(bans.keys() - set(selected), key=lambda user: (distance[user], user)))
+        taken.append(bans[selected[-1]])
+    return [people[user] for user in selected]
 
 
 def _heading(profile: UserProfile) -> str:
