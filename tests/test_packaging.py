@@ -170,3 +170,28 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     code = "import sys, psa_jax.cli; print(sorted({'jax', 'flax', 'numpy', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n"
+
+
+SEVERAL_MODULES = {
+    "data": {"build_resume", "full_build"},
+    "interop": {"exports", "families", "fuzz_openers", "saved_tokenizers"},
+    "models": {"named_scopes"},
+    "tools": {"commands", "import"},
+    "torch": {"all_pipelines", "docs", "graphs", "readme", "runtime", "serving", "switches", "together"},
+    "training": {"precision"},
+}
+"""Tests in a folder of the package that are about more than one of its modules."""
+
+
+def test_tests_mirror_the_package():
+    """tests/FOLDER/test_NAME.py is about psa_jax/FOLDER/NAME.py; NAME_more.py is about a part of it."""
+    modules = {folder: {path.stem for path in (PACKAGE / folder).glob("*.py")} for folder in [*ORDER, *SIDES]}
+    for folder, names in modules.items():
+        found = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / folder).glob("test_*.py")}
+        about = {name for name in found if any(f"{name}_".startswith(f"{module}_") for module in names)}
+        assert found - about == SEVERAL_MODULES.get(folder, set()), folder
+
+
+def test_names_of_tests_are_unique():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
