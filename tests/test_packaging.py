@@ -173,7 +173,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 
 
 SEVERAL_MODULES = {
-    "data": {"build_resume", "full_build"},
+    "data": {"full_build"},
     "interop": {"exports", "families", "fuzz_openers", "saved_tokenizers"},
     "models": {"named_scopes"},
     "tools": {"commands", "import"},
