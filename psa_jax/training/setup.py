@@ -1,6 +1,7 @@
 """The training set-up: everything that a configuration decides about a training step, put together once."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -146,7 +147,7 @@ class Setup:
         """Where each array of a batch lives."""
         return self.batch.places(by_rows(self.mesh), replicated(self.mesh))
 
-    @property
+    @functools.cached_property
     def state_sharding(self) -> TrainState:
         """Where each array of the state lives."""
         return shardings(self.abstract_state(), self.mesh)
