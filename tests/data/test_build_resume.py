@@ -56,7 +56,7 @@ print(json.dumps(results))
 
 def forked_builds(sage_dir: Path, out: Path, killed_in: list) -> list[int]:
     """Exit code of each build: −9 when killed, else 100 + the calls of the encoder that it made."""
-    script = SCRIPT.format(here=str(Path(__file__).parent))
+    script = SCRIPT.format(here=str(Path(__file__).parents[1]))
     run = subprocess.run(
         [sys.executable, "-c", script, sage_dir, out, json.dumps(killed_in)], capture_output=True, text=True, check=True
     )

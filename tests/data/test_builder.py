@@ -201,7 +201,7 @@ def test_another_process_writes_the_same_bytes(sage_dir: Path, tmp_path: Path, e
     """Protocol buffers order the fields of a record by a hash that changes from process to process."""
     one = build.build_shards(sage_dir, tmp_path / "one", encode=encode, **build_options)
     (tmp_path / "other").mkdir()  # an empty folder is as good as none
-    script = SCRIPT.format(here=str(Path(__file__).parent))
+    script = SCRIPT.format(here=str(Path(__file__).parents[1]))
     run = subprocess.run(
         [sys.executable, "-c", script, sage_dir, tmp_path / "other"], capture_output=True, text=True, check=True
     )

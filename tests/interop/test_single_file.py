@@ -151,7 +151,7 @@ UNET_BIAS = "model.diffusion_model.out.2.bias"
     ("write", "words"),
     [
         (damaged(lambda t: t.pop(UNET_BIAS)), ["missing tensors: conv_out.bias"]),
-        (damaged(lambda t: t.update({"edm_mean": torch.zeros(1, 4, 1, 1)})), ["edm_mean", "not done here"]),
+        (damaged(lambda t: t.update({"edm_mean": torch.zeros(1, 4, 1, 1)})), ["edm_mean", "which is not supported"]),
         (damaged(lambda t: t.update({"edm_vpred.sigma_max": torch.ones(1)})), ["edm_vpred.sigma_max", "noise levels"]),
         (damaged(lambda t: t.update({UNET_BIAS + "2": torch.zeros(1)})), ["unexpected tensors: conv_out.bias2"]),
         (damaged(lambda t: t.update({UNET_BIAS: torch.zeros(7)})), ["conv_out.bias has shape (7,)"]),

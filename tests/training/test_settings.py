@@ -242,7 +242,7 @@ def test_data_that_is_named_is_what_is_trained_on(complete, no_work, tmp_path):
     config = complete("tiny", "smoke")
     named = changed(changed(config, "data.shards", str(tmp_path)), "data.table", str(tmp_path / "table.safetensors"))
     validate(named, "train")
-    assert named.data.mini.users and prepare.with_mini(named, tmp_path / "data") is named
+    assert named.data.mini.users and mini_prepare.with_mini(named, tmp_path / "data") is named
 
 
 @pytest.mark.parametrize("key", ["shards", "table"])
