@@ -24,6 +24,7 @@ from psa_jax.preference.draws import draw
 from psa_jax.preference.pair_loss import pair_losses
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.loop import train
+from psa_jax.training.prepare import cached_text
 from psa_jax.training.settings import user_dim
 from psa_jax.training.setup import Setup
 from psa_jax.training.step import draw_inputs, gradient, make_step
@@ -103,14 +104,12 @@ def test_training_on_cached_text(training_config, small_pipeline, training_data,
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert abs(rows[0]["loss"] - math.log(2)) <= 1e-5 and rows[1]["loss"] != rows[0]["loss"]
 
-    info = json.loads((shards / INFO_FILE).read_text())
-    (shards / INFO_FILE).write_text(json.dumps(info | {"text_fingerprint": "0" * 64}))
+    config, info = training_config(**settings), json.loads((shards / INFO_FILE).read_text())
     with pytest.raises(PSAError, match="text embeddings are of text encoders 000000000000, those of"):
-        train(training_config(**settings), tmp_path / "other")
-    del info["text_fingerprint"]
-    (shards / INFO_FILE).write_text(json.dumps(info))
+        cached_text(config, info | {"text_fingerprint": "0" * 64})
     capsys.readouterr()
-    train(training_config(**settings), tmp_path / "older")
+    del info["text_fingerprint"]
+    assert cached_text(config, info) is None
     assert "text embeddings are not used" in capsys.readouterr().err
 
 
