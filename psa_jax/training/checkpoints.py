@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import gpath
 from jaxtyping import Array, PyTree, UInt32
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationContext
 
 from psa_jax.errors import PeerLost, PSAError
 from psa_jax.paths import check_workdir
@@ -54,10 +54,11 @@ class Checkpoints:
         self._folder, self._identity = folder.absolute(), _as_json(identity)
         self._held_out: dict[int, float] = {}
         self._saved: tuple[int, PyTree[jax.ShapeDtypeStruct]] | None = None  # the latest step and what its state is
+        self._policy = AnyPreservationPolicy([LatestN(keep), _Best(keep_best, self._held_out)])
         self._manager = _Manager(
             as_it_is(self._folder),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep), _Best(keep_best, self._held_out)]),
+                preservation_policy=self._policy,
                 cleanup_tmp_directories=True,  # a killed save leaves one
             ),
         )
@@ -154,6 +155,7 @@ class Checkpoints:
                 damaged.setdefault(step, "another process cannot read it")
                 continue
             self._set_aside(damaged, step)
+            self._remove_surplus()
             iterator.set_state(about["data"])
             return TrainState(**restored)
         if damaged:
@@ -163,6 +165,14 @@ class Checkpoints:
                 "bring a whole one back or use another --workdir"
             )
         return None
+
+    def _remove_surplus(self) -> None:
+        """Deletes checkpoints that the policy does not keep: a kill right after a save leaves the one before them."""
+        steps = [_Step(step) for step in sorted(self._manager.all_steps())]
+        kept = self._policy.should_preserve(steps, context=PreservationContext())
+        for info, keep in zip(steps, kept, strict=True):
+            if not keep:
+                self._manager.delete(info.step)
 
     def _complete(self, step: int) -> None:
         """Moves arrays to where Orbax looks for them: earlier versions did not where a path looked like a pattern.
@@ -265,6 +275,12 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step: int) -> bool:
         return False
+
+
+class _Step(NamedTuple):
+    """A checkpoint as a preservation policy sees it."""
+
+    step: int
 
 
 @dataclasses.dataclass(frozen=True)

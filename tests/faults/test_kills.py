@@ -51,9 +51,8 @@ def kill_and_go_on(runs: Runs, undisturbed, seed: int, workdir) -> int:
     assert second.code() == 0, second.output
     assert rows(workdir) == rows(whole)
     assert adapter(workdir) == adapter(whole)
-    kept, wanted = ({path.name for path in (run / "checkpoints").iterdir()} for run in (workdir, whole))
-    # Nothing half written. A kill between the last save and the deletion of an old checkpoint leaves that one, whole.
-    assert wanted <= kept and kept - wanted <= {str(step) for step in range(2, STEPS, 2)}
+    kept = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert kept == {path.name for path in (whole / "checkpoints").iterdir()}  # and nothing half written
     return code
 
 

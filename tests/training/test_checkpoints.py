@@ -77,6 +77,17 @@ def test_the_last_and_the_best_stay(tmp_path: Path):
     assert_restores(tmp_path, 7)
 
 
+def test_what_a_kill_left_of_an_older_one_goes_at_the_next_start(tmp_path: Path):
+    """Killed after a save and before the deletion that follows it: nothing is saved after a restart at the end."""
+    save(tmp_path / "run", range(1, 5), {1: 0.9}, keep=2, keep_best=1)
+    save(tmp_path / "other", range(1, 4), keep=9)
+    for step in ("2", "3"):
+        shutil.copytree(tmp_path / "other" / step, tmp_path / "run" / step, dirs_exist_ok=True)
+    with open_checkpoints(tmp_path / "run", keep=2, keep_best=1) as checkpoints:
+        assert int(checkpoints.restore(state_at(0), Position()).step) == 4
+    assert steps_in(tmp_path / "run") == ["1", "3", "4"]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("saved"), [10, 20])
