@@ -24,8 +24,8 @@ from psa_jax.training.distributed import is_main_process, lost_peers_named
 from psa_jax.training.lowered import compile_step
 from psa_jax.training.metric_writer import MetricsWriter, Row, require_finite
 from psa_jax.training.preemption import StopSignal, Watchdog
-from psa_jax.training.prepare import Run, prepare
 from psa_jax.training.reference import reference_table
+from psa_jax.training.run import Run, prepare_run
 from psa_jax.training.samples import Samples
 from psa_jax.training.sharding import replicated
 from psa_jax.training.state import Frozen, Metrics, TrainState
@@ -50,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
       PSAError: a mistake in the configuration, the data or the base model; a loss that is not finite.
       Stopped: by SIGTERM or SIGINT, with a checkpoint.
     """
-    run, cadence = prepare(config, workdir), Cadence.from_config(config, until)
+    run, cadence = prepare_run(config, workdir), Cadence.from_config(config, until)
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.hang_timeout))
         checkpoints = stack.enter_context(_open_checkpoints(run))

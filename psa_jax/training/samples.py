@@ -10,7 +10,7 @@ from psa_jax.data.shards import RowColumns, open_shards
 from psa_jax.diffusion.generate import Generator, picture_grid
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter import Adapter
-from psa_jax.training.prepare import Run
+from psa_jax.training.run import Run
 
 _PROMPTS, _USERS = 4, 4
 

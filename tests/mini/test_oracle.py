@@ -5,9 +5,9 @@ import pytest
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import TINY, load_vae
+from psa_jax.mini.base_model import roundtrip
 from psa_jax.mini.oracle import ASSETS, DEBRIS, Oracle, Reading, load_oracle, render_pairs, shipped_oracle
 from psa_jax.mini.world import BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS
-from psa_jax.tools.pretrain import roundtrip
 
 
 def test_held_out_pictures_through_the_vae():

@@ -14,7 +14,7 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE, read_metadata
 from psa_jax.interop.diffusers import load_stable_diffusion
 from psa_jax.mini.prepare import prepare
-from psa_jax.training import prepare as training_prepare
+from psa_jax.training import run
 from psa_jax.training.loop import train
 from psa_jax.training.samples import by_strictness
 
@@ -88,9 +88,7 @@ def test_stopping_halfway_and_resuming_gives_the_same_bits(training_config, sett
 
 def test_a_step_transfers_nothing(training_config, monkeypatch, tmp_path):
     """Batches that are left on the host are an error, and not a hidden copy in every step."""
-    monkeypatch.setattr(
-        training_prepare, "to_devices", lambda sharding, names: lambda batch: {n: batch[n] for n in names}
-    )
+    monkeypatch.setattr(run, "to_devices", lambda sharding, names: lambda batch: {n: batch[n] for n in names})
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
         train(training_config(steps=1, **{"optimizer.warmup_steps": 0}), tmp_path)
 

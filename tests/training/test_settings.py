@@ -13,11 +13,11 @@ from psa_jax.cli import main
 from psa_jax.data.shards import INFO_FILE
 from psa_jax.errors import PSAError
 from psa_jax.interop import diffusers
-from psa_jax.mini import prepare as mini_prepare
+from psa_jax.mini import base_model, prepare
 from psa_jax.preference.objective import Objective
-from psa_jax.tools import demo, memory, pretrain, train
+from psa_jax.tools import demo, memory, train
 from psa_jax.tools.configs import read_config
-from psa_jax.training import loop, lowered, prepare, setup
+from psa_jax.training import loop, lowered, run, setup
 from psa_jax.training.optimizer import make_optimizer
 from psa_jax.training.settings import EVERY_RULE, PATHS, validate, validate_devices
 
@@ -41,7 +41,7 @@ def no_work(monkeypatch):
     def refuse(*args, **kwargs):
         pytest.fail("work was begun")
 
-    for module in (diffusers, demo, memory, loop, lowered, prepare, setup, mini_prepare, pretrain, train):
+    for module in (diffusers, demo, memory, loop, lowered, run, setup, base_model, prepare, train):
         for name in ("load_stable_diffusion", "render_mini", "build_for_model", "MiniSet", "make_step", "open_shards"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, refuse)
@@ -242,7 +242,7 @@ def test_data_that_is_named_is_what_is_trained_on(complete, no_work, tmp_path):
     config = complete("tiny", "smoke")
     named = changed(changed(config, "data.shards", str(tmp_path)), "data.table", str(tmp_path / "table.safetensors"))
     validate(named, "train")
-    assert named.data.mini.users and mini_prepare.with_mini(named, tmp_path / "data") is named
+    assert named.data.mini.users and prepare.with_mini(named, tmp_path / "data") is named
 
 
 @pytest.mark.parametrize("key", ["shards", "table"])

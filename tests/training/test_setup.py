@@ -24,7 +24,7 @@ from psa_jax.preference.draws import draw
 from psa_jax.preference.pair_loss import pair_losses
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.loop import train
-from psa_jax.training.prepare import cached_text
+from psa_jax.training.run import cached_text
 from psa_jax.training.settings import user_dim
 from psa_jax.training.setup import Setup
 from psa_jax.training.step import draw_inputs, gradient, make_step

@@ -102,7 +102,7 @@ class Run:
         }
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: Path) -> Run:
+def prepare_run(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     """Checks a configuration, opens the data, reads the base model. All processes of a group call it.
 
     Raises:
