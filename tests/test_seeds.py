@@ -12,7 +12,8 @@ from psa_jax.diffusion.generate import initial_latents, picture_keys
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.protocol import select_cases
 from psa_jax.mini.oracle import render_pairs
-from psa_jax.mini.world import render_mini, sample_scenes
+from psa_jax.mini.captions import sample_scenes
+from psa_jax.mini.dataset import render_mini
 from psa_jax.preference.draws import fixed_draws_or_none
 from psa_jax.preference.objective import Objective
 from psa_jax.profiles.encoders import get_encoder

@@ -1,12 +1,14 @@
 """The embedded base model and the oracle: trained from pictures of SAGE-mini, and measured.
 
-Phases: vae → denoiser → oracle → check. Each writes into the working folder and is skipped if its file exists.
+Phases: vae → denoiser → oracle → check. Each writes into the working folder and is skipped if its file exists. With
+`pretrain.start`, an earlier base model, its VAE is kept and the denoiser goes on from its weights.
 """
 
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +23,13 @@ from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.interop.diffusers import (
     StableDiffusion,
     load_stable_diffusion,
+    load_vae,
     load_weights,
     save_stable_diffusion,
     save_weights,
 )
 from psa_jax.mini.oracle import Oracle, OracleNet, load_oracle, render_pairs, save_oracle, train_oracle
-from psa_jax.mini.pretrain import MiniSet, encode_all, json_log, train_denoiser, train_vae
+from psa_jax.mini.pretrain import PHASES, MiniSet, encode_all, json_log, train_denoiser, train_vae
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.config import CLIPTextConfig, UNetConfig, VAEConfig
 from psa_jax.models.unet import UNet
@@ -104,6 +107,8 @@ def run_pretraining(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _vae(part, workdir: Path, train: MiniSet, log) -> VAE:
+    if part.start:
+        return load_vae(Path(part.start))
     path = workdir / "vae.safetensors"
     widths = tuple(part.vae.widths)
     config = VAEConfig(block_out_channels=widths, layers_per_block=1, norm_num_groups=8, sample_size=64)
@@ -169,6 +174,8 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
             ),
             rngs=nnx.Rngs(check_seed(part.denoiser.seed + 1)),
         )
+        if part.start:
+            unet, text = _started(part.start, text, tokenizer)
         model = StableDiffusion(folder, unet, vae, text, tokenizer, SCHEDULER)
         unet, text = train_denoiser(
             unet,
@@ -180,11 +187,26 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
             NoiseSchedule.from_config(SCHEDULER),
             part,
             log,
+            phases=PHASES[1:] if part.start else PHASES,
             keep=workdir / "checkpoints",
         )
         model = StableDiffusion(folder, unet, vae, text, tokenizer, SCHEDULER)
         save_stable_diffusion(model, folder, dtype=np.float16)
     return load_stable_diffusion(folder)
+
+
+def _started(start: str, text: CLIPText, tokenizer: Any) -> tuple[UNet, CLIPText]:
+    """UNet and text encoder of an earlier base model; tokens that its vocabulary lacks keep the embeddings of `text`."""
+    earlier = load_stable_diffusion(start)
+    old, new = earlier.tokenizer.get_vocab(), tokenizer.get_vocab()
+    kept = [token for token in new if token in old]
+    found = earlier.text_encoder
+    rows = found.embeddings.token_embedding.embedding[...][np.array([old[token] for token in kept])]
+    tokens = text.embeddings.token_embedding.embedding
+    tokens[...] = tokens[...].at[np.array([new[token] for token in kept])].set(rows)
+    text.embeddings.position_embedding = found.embeddings.position_embedding
+    text.encoder, text.final_layer_norm = found.encoder, found.final_layer_norm
+    return earlier.unet, text
 
 
 def check(model: StableDiffusion, oracle: Oracle, part: ml_collections.ConfigDict) -> dict[str, float]:
@@ -206,10 +228,17 @@ def check(model: StableDiffusion, oracle: Oracle, part: ml_collections.ConfigDic
     generator = Generator(model, steps=20, guidance=4.0)
     with Progress(part.samples, "picture", "generating") as progress:
         drawn = oracle(generator(prompts.captions, list(range(part.samples)), on_batch=progress.step))
+    # Which of two pictograms is on which side is not in the prompt.
+    shown = np.all(np.sort(drawn.pictograms) == np.sort(prompts.labels[:, :2]), axis=1)
+    groups = {
+        "two": np.array([prompt.scene.companion is not None for prompt in prompts.prompts]),
+        "negated": np.array([prompt.absent is not None for prompt in prompts.prompts]),
+    }
     hits = {
-        "oracle_pictogram": seen.pictogram == held_out["labels"][:, 0],
-        "oracle_subject": seen.subject == held_out["labels"][:, 1],
-        "samples_pictogram": drawn.pictogram == prompts.labels[:, 0],
-        "samples_subject": drawn.subject == prompts.labels[:, 1],
+        "oracle_pictogram": seen.pictograms == held_out["labels"][:, :2],
+        "oracle_subject": seen.subject == held_out["labels"][:, 2],
+        "samples_pictogram": shown,
+        **{f"samples_{name}": shown[members] for name, members in groups.items()},
+        "samples_subject": drawn.subject == prompts.labels[:, 2],
     }
     return {name: round(100.0 * float(np.mean(hit)), 2) for name, hit in hits.items()}

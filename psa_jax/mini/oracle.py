@@ -1,7 +1,7 @@
-"""The oracle: a small convolutional classifier that reads the pictogram and the subject of a SAGE-mini picture.
+"""The oracle: a small convolutional classifier that reads the pictograms and the subject of a SAGE-mini picture.
 
-Besides the pictograms it knows `none` (an intact scene without one) and `debris` (a plate without a readable
-pictogram), so that a broken picture does not count as clean.
+It reads the left and the right side of a picture. Besides the pictograms it knows `none` (an intact side without one)
+and `debris` (a plate without a readable pictogram), so that a broken picture does not count as clean.
 """
 
 import dataclasses
@@ -15,13 +15,23 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from psa_jax.diffusion.pixels import from_bytes
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
 from psa_jax.mini.pretrain import train_loop
-from psa_jax.mini.world import BACKGROUNDS, BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS, SUBJECTS, Scene, render
+from psa_jax.mini.world import (
+    BACKGROUNDS,
+    BENIGN,
+    CONCEPTS,
+    NO_PICTOGRAM,
+    PICTOGRAMS,
+    SUBJECTS,
+    Scene,
+    labels_of,
+    render,
+)
 from psa_jax.seeds import check_seed
 from psa_jax.tensor_file import read_float32, read_header, save_tensors
 
@@ -46,37 +56,39 @@ class OracleNet(nnx.Module):
         )
         self.norms = nnx.List([nnx.GroupNorm(b, num_groups=8, rngs=rngs) for b in widths[1:]])
         flat = widths[-1] * (SIZE // 16) ** 2
-        self.pictogram = nnx.Linear(flat, DEBRIS + 1, rngs=rngs)
+        self.pictogram = nnx.Linear(flat // 2, DEBRIS + 1, rngs=rngs)
         self.subject = nnx.Linear(flat, len(SUBJECTS), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b 64 64 3"]) -> tuple[Float[Array, "b p"], Float[Array, "b s"]]:
-        """Logits of pictogram (PICTOGRAMS, then none and debris) and of subject."""
+    def __call__(self, x: Float[Array, "b 64 64 3"]) -> tuple[Float[Array, "b 2 p"], Float[Array, "b s"]]:
+        """Logits of each side's pictogram (PICTOGRAMS, then none and debris) and of the subject."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.relu(norm(conv(x)))
-        x = x.reshape(x.shape[0], -1)
-        return self.pictogram(x), self.subject(x)
+        sides = jnp.stack([half.reshape(len(x), -1) for half in jnp.split(x, 2, axis=2)], axis=1)
+        return self.pictogram(sides), self.subject(x.reshape(len(x), -1))
 
 
 class Reading(NamedTuple):
     """Content of a batch of pictures.
 
-    Args:
-      pictogram: indices into PICTOGRAMS, or NO_PICTOGRAM or DEBRIS.
+    Attributes:
+      pictograms: of the left and the right side, as indices into PICTOGRAMS, or NO_PICTOGRAM or DEBRIS.
       subject: indices into SUBJECTS.
     """
 
-    pictogram: Int[np.ndarray, " b"]
+    pictograms: Int[np.ndarray, "b 2"]
     subject: Int[np.ndarray, " b"]
 
-    def category(self, index: int) -> str | None:
-        """Category of the unsafe pictogram in picture `index`; None if there is none."""
-        value = int(self.pictogram[index])
-        return CATEGORY_OF.get(PICTOGRAMS[value]) if value < NO_PICTOGRAM else None
+    def shown(self, index: int) -> set[str]:
+        """Names of the pictograms in picture `index`."""
+        return {PICTOGRAMS[value] for value in self.pictograms[index] if value < NO_PICTOGRAM}
+
+    def categories(self, index: int) -> set[str]:
+        """Categories of the unsafe pictograms in picture `index`."""
+        return {CATEGORY_OF[name] for name in self.shown(index) if name in CATEGORY_OF}
 
     def is_clean(self, index: int) -> bool:
-        """Whether picture `index` shows a benign pictogram, or an intact scene without one."""
-        value = int(self.pictogram[index])
-        return value == NO_PICTOGRAM or (value < NO_PICTOGRAM and PICTOGRAMS[value] in BENIGN)
+        """Whether each side of picture `index` shows a benign pictogram or is intact without one."""
+        return self.shown(index) <= set(BENIGN) and DEBRIS not in self.pictograms[index]
 
 
 class Oracle:
@@ -153,15 +165,16 @@ def save_oracle(net: OracleNet, path: Path) -> None:
 
 
 def render_pairs(count: int, seed: int) -> dict[str, np.ndarray]:
-    """Renders random scenes, each with two pictograms; 5 % of them have none in the first picture.
+    """Renders random scenes, each with two choices of its pictogram; 5 % have none in the first picture, and beside it
+    30 % have a companion, which is in both.
 
     Args:
       count: number of scenes.
       seed: of the random choices.
 
     Returns:
-      `images` and `others` (the same scenes with another pictogram) [count, 64, 64, 3] bytes, and `labels` [count, 3]
-      int32 of `images`: pictogram, subject, background.
+      `images` and `others` (the same scenes with another pictogram) [count, 64, 64, 3] bytes, and `labels` [count, 4]
+      int32 of `images`: `Labels`.
 
     Raises:
       PSAError: a seed out of range.
@@ -169,17 +182,21 @@ def render_pairs(count: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(check_seed(seed))
     rows: dict[str, list] = {"images": [], "others": [], "labels": []}
     for _ in range(count):
-        subject, background, first, second = (
-            int(rng.integers(n)) for n in (len(SUBJECTS), len(BACKGROUNDS), len(PICTOGRAMS), len(PICTOGRAMS) - 1)
+        subject, background, first, second, third = (
+            int(rng.integers(n)) for n in (len(SUBJECTS), len(BACKGROUNDS), *[len(PICTOGRAMS)] * 3)
         )
-        second = (first + 1 + second) % len(PICTOGRAMS)
-        empty = rng.random() < 0.05
+        second = second if second != first else (first + 1) % len(PICTOGRAMS)
+        form = rng.random()
         scene = Scene(
-            BACKGROUNDS[background], SUBJECTS[subject], None if empty else PICTOGRAMS[first], int(rng.integers(2**31))
+            BACKGROUNDS[background],
+            SUBJECTS[subject],
+            None if form < 0.05 else PICTOGRAMS[first],
+            int(rng.integers(2**31)),
+            PICTOGRAMS[third] if form > 0.7 else None,
         )
         rows["images"].append(render(scene))
         rows["others"].append(render(dataclasses.replace(scene, pictogram=PICTOGRAMS[second])))
-        rows["labels"].append((NO_PICTOGRAM if empty else first, subject, background))
+        rows["labels"].append(labels_of(scene))
     return {"images": np.stack(rows["images"]), "others": np.stack(rows["others"]), "labels": np.int32(rows["labels"])}
 
 
@@ -225,7 +242,7 @@ def train_oracle(
 
     Args:
       net: initial weights.
-      data: rendered and VAE-decoded pictures: `images` and `others` [n, 64, 64, 3] bytes and `labels` [n, 3], as
+      data: rendered and VAE-decoded pictures: `images` and `others` [n, 64, 64, 3] bytes and `labels` [n, 4], as
         `render_pairs` makes them.
       config: batch_size, ema, and what `train_loop` needs.
       log: called with a dict about every 50 steps.
@@ -239,19 +256,18 @@ def train_oracle(
         which, debris_key, tint_key, noise_key, soft_key = jax.random.split(key, 5)
         index = jax.random.randint(which, (config.batch_size,), 0, data["images"].shape[0])
         scenes, others = (from_bytes(data[name][index]) for name in ("images", "others"))
-        labels = data["labels"][index]
-        broken = jnp.arange(config.batch_size) < config.batch_size // 6
-        # A scene without a pictogram has no plate to break.
-        broken = broken & (labels[:, 0] != NO_PICTOGRAM)
-        images = jnp.where(broken[:, None, None, None], _debris(debris_key, scenes, others), scenes)
+        sides, subjects = data["labels"][index][:, :2], data["labels"][index][:, 2]
+        broken = _one_side_differs(scenes, others) & (jnp.arange(config.batch_size) < config.batch_size // 6)[:, None]
+        # A side without a pictogram has no plate to break.
+        broken = broken & (sides != NO_PICTOGRAM)
+        images = jnp.where(broken.any(1)[:, None, None, None], _debris(debris_key, scenes, others), scenes)
         soft = jax.random.uniform(soft_key, (config.batch_size, 1, 1, 1))
         images = images + soft * (_blur(images, 0.8, 2) - images)
         images = images + 0.1 * jax.random.normal(tint_key, (config.batch_size, 1, 1, 3))
         images = images + 0.05 * jax.random.normal(noise_key, images.shape)
-        pictogram, subject = nnx.merge(graph, params)(images)
-        return jnp.mean(_cross_entropy(pictogram, jnp.where(broken, DEBRIS, labels[:, 0]))) + jnp.mean(
-            _cross_entropy(subject, labels[:, 1])
-        )
+        pictograms, subject = nnx.merge(graph, params)(images)
+        read = _cross_entropy(pictograms, jnp.where(broken, DEBRIS, sides)).sum(1)
+        return jnp.mean(read) + jnp.mean(_cross_entropy(subject, subjects))
 
     params = train_loop(
         loss, params, config, {k: jnp.asarray(v) for k, v in data.items()}, name="oracle", log=log, ema=config.ema
@@ -259,8 +275,14 @@ def train_oracle(
     return nnx.merge(graph, params)
 
 
-def _cross_entropy(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Float[Array, " b"]:
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+def _one_side_differs(scenes: Float[Array, "b h w 3"], others: Float[Array, "b h w 3"]) -> Bool[Array, "b 2"]:
+    """The side, left or right, on which two scenes differ more."""
+    left, right = (half.sum((1, 2, 3)) for half in jnp.split(jnp.abs(scenes - others), 2, axis=2))
+    return jnp.stack([left >= right, left < right], axis=1)
+
+
+def _cross_entropy(logits: Float[Array, "*b c"], labels: Int[Array, "*b"]) -> Float[Array, "*b"]:
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from psa_jax.data.model_shards import build_for_model
 from psa_jax.data.sage import SPLITS, read_split
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
-from psa_jax.mini.world import render_mini
+from psa_jax.mini.dataset import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.distributed import leader_first

@@ -6,7 +6,7 @@ Pictures, safe and unsafe, with their captions; no profiles. The result is an or
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from psa_jax.diffusion.pixels import from_bytes
 from psa_jax.diffusion.schedule import NoiseSchedule
-from psa_jax.mini.world import sample_scenes
+from psa_jax.mini.captions import caption, sample_scenes
+from psa_jax.mini.world import labels_of
 from psa_jax.models.clip import CLIPText
 from psa_jax.models.unet import UNet
 from psa_jax.models.vae import VAE, latent_noise, sample_latents
@@ -33,7 +34,7 @@ KEEP_EVERY = 500
 
 
 class MiniSet:
-    """SAGE-mini pictures in memory, with captions and labels [n, 3] (pictogram, subject, background).
+    """SAGE-mini pictures in memory, with prompts, captions and labels [n, 4] (`psa_jax.mini.world.Labels`).
 
     Args:
       count: number of pictures.
@@ -42,9 +43,10 @@ class MiniSet:
 
     def __init__(self, count: int, seed: int, split: str = "train"):
         rows = list(sample_scenes(count, seed, split))
-        self.images: UInt8[np.ndarray, "n 64 64 3"] = np.stack([image for image, _, _ in rows])
-        self.captions = [text for _, text, _ in rows]
-        self.labels: Int[np.ndarray, "n 3"] = np.asarray([label for _, _, label in rows], np.int32)
+        self.images: UInt8[np.ndarray, "n 64 64 3"] = np.stack([image for image, _ in rows])
+        self.prompts = [prompt for _, prompt in rows]
+        self.captions = [caption(prompt) for prompt in self.prompts]
+        self.labels: Int[np.ndarray, "n 4"] = np.asarray([labels_of(prompt.scene) for prompt in self.prompts], np.int32)
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -221,6 +223,7 @@ def train_denoiser(
     schedule: NoiseSchedule,
     config: ml_collections.ConfigDict,
     log: Callable,
+    phases: Sequence[str] = PHASES,
     keep: Path | None = None,
 ) -> tuple[UNet, CLIPText]:
     """Trains text encoder and UNet together on noise prediction, with min-SNR weights and dropped prompts.
@@ -236,6 +239,7 @@ def train_denoiser(
       schedule: noise schedule.
       config: min_snr (γ), text_dropout, and for each of PHASES: batch_size, ema, and what `train_loop` needs.
       log: as in `train_loop`.
+      phases: those of PHASES to run.
       keep: folder for checkpoints, one folder for each phase; None keeps none.
 
     Returns:
@@ -266,7 +270,7 @@ def train_denoiser(
         "input_ids": jnp.asarray(input_ids),
         "empty_ids": jnp.asarray(empty_ids),
     }
-    for name in PHASES:
+    for name in phases:
         folder = None if keep is None else keep / name
         params = train_loop(
             functools.partial(loss, batch_size=config[name].batch_size),

@@ -18,7 +18,7 @@ from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.sage import read_split
 from psa_jax.data.shards import Shards, open_shards
 from psa_jax.files import check_new, write
-from psa_jax.mini.world import render_mini
+from psa_jax.mini.dataset import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import print_stage

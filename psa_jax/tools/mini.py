@@ -3,7 +3,7 @@
 import json
 from argparse import Namespace
 
-from psa_jax.mini.world import render_mini
+from psa_jax.mini.dataset import render_mini
 
 
 def run(args: Namespace) -> int:

@@ -134,6 +134,7 @@ EVALUATION: dict[str, Rule] = {
 PRETRAINING: dict[str, Rule] = _under(
     "pretrain",
     {
+        "start": PLACE,
         "pictures": COUNT,
         "held_out": COUNT,
         "samples": COUNT,

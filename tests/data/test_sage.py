@@ -180,7 +180,7 @@ def test_reads_a_split_in_order(sage_dir: Path):
 
 
 def test_reads_sage_mini(tmp_path: Path):
-    from psa_jax.mini.world import render_mini
+    from psa_jax.mini.dataset import render_mini
 
     sizes = render_mini(tmp_path / "mini", users=1, seed=0)
     for split, rows in sizes.items():

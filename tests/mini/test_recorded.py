@@ -19,7 +19,7 @@ from psa_jax.mini.recorded import (
     same_recipe,
     write_recording,
 )
-from psa_jax.mini.world import render_mini
+from psa_jax.mini.dataset import render_mini
 from psa_jax.preference import objective
 from psa_jax.tools.configs import read_config
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from psa_jax.data.shards import open_shards
 from psa_jax.errors import PSAError
-from psa_jax.mini.world import render_mini
+from psa_jax.mini.dataset import render_mini
 from psa_jax.tools import build
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from psa_jax.cli import main
-from psa_jax.mini.world import render_mini
+from psa_jax.mini.dataset import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population, write_users_csv
 from psa_jax.profiles.table import EmbeddingTable

@@ -14,7 +14,7 @@ from support.torch_adapters import random_adapter
 
 from psa_jax.interop.native import adapter_arrays
 from psa_jax.mini.prepare import prepare
-from psa_jax.mini.world import render_mini
+from psa_jax.mini.dataset import render_mini
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
