@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def _pretrain() -> ml_collections.ConfigDict:
     part = ml_collections.ConfigDict()
-    part.start = ""  # folder of an earlier base model to go on from: its VAE and weights, and of the phases only restart
+    part.start = ""  # an earlier base model to go on from: its VAE is kept, and only `restart` is run
     part.pictures = 16_000
     part.held_out = 2_000
     part.samples = 400

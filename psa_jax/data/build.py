@@ -39,9 +39,11 @@ from psa_jax.data.encoding import PictureEncoder, Pictures, TextCache, distinct_
 from psa_jax.data.preprocess import Preprocess
 from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, SageRecord, read_split
 from psa_jax.data.shards import EMPTY_PROMPT_FILE, FORMAT, INFO_FILE, columns_file, read_info
+from psa_jax.data.twins import NO_TWIN, safe_rows
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
-from psa_jax.progress import print_stage, track
+from psa_jax.progress import print_on_main, print_stage, track
+from psa_jax.prompt_columns import SAFE
 
 _CHUNK_BATCHES = 16  # calls of the VAE that a kill can cost
 
@@ -158,6 +160,7 @@ class _Source:
       folder: its path.
       records: split → its rows.
       tokens: split → ids [n, t] of each tokenizer.
+      twins: split → the row with the safe prompt of each row's pair (`safe_rows`).
       names: split → the names of its distinct pictures.
       pictures: the distinct pictures of all splits.
     """
@@ -165,6 +168,7 @@ class _Source:
     folder: Path
     records: Mapping[str, Sequence[SageRecord]]
     tokens: Mapping[str, Sequence[np.ndarray]]
+    twins: Mapping[str, np.ndarray]
     names: Mapping[str, Sequence[str]]
     pictures: Pictures
 
@@ -180,12 +184,23 @@ def _read_source(sage_dir: Path, splits: Sequence[str], tokenizers: Sequence[Tok
         split: [_tokenize(each, [record.caption for record in rows]) for each in tokenizers]
         for split, rows in records.items()
     }
+    twins = {split: safe_rows(rows) for split, rows in records.items()}
+    _report_unpaired(twins)
     # Every pair occurs under two prompts, so every picture occurs twice.
     names = {
         split: list(dict.fromkeys(name for record in rows for name in (record.safe_image, record.unsafe_image)))
         for split, rows in records.items()
     }
-    return _Source(sage_dir, records, tokens, names, Pictures.read(sage_dir, names, threads))
+    return _Source(sage_dir, records, tokens, twins, names, Pictures.read(sage_dir, names, threads))
+
+
+def _report_unpaired(twins: Mapping[str, np.ndarray]) -> None:
+    for split, rows in twins.items():
+        if lacking := int((rows == NO_TWIN).sum()):
+            print_on_main(
+                f"{split}: {lacking} of {len(rows)} rows: an unsafe prompt whose pair lacks the row with the safe one; "
+                "swap distillation leaves them out"
+            )
 
 
 def _tokenize(tokenizer: Tokenizer, captions: list[str]) -> Int32[np.ndarray, "n t"]:
@@ -262,6 +277,7 @@ def _info(
         "preprocess": asdict(preprocess),
         "tokens": list(source.token_lengths),
         "splits": {split: len(rows) for split, rows in source.records.items()},
+        "unpaired": {split: int((rows == NO_TWIN).sum()) for split, rows in source.twins.items()},
         "pictures": len(source.pictures.paths),
         "text": {} if prompts is None else prompts.shapes(),
         **({} if prompts is None else {"text_fingerprint": prompts.fingerprint}),
@@ -287,7 +303,7 @@ def _write_folder(
             builder.download_and_prepare(file_format="array_record")
         shutil.rmtree(made / "downloads", ignore_errors=True)
         for split, rows in source.records.items():
-            (made / columns_file(split)).write_text(json.dumps(_columns_json(rows)) + "\n")
+            (made / columns_file(split)).write_text(json.dumps(_columns_json(rows, source.twins[split])) + "\n")
         if prompts is not None:
             empty = {name: np.ascontiguousarray(array) for name, array in prompts.states[prompts.empty].items()}
             (made / EMPTY_PROMPT_FILE).write_bytes(save(empty))
@@ -302,12 +318,18 @@ def _write_folder(
 
 
 def _rows_of(source: _Source, split: str, moments: Encoded, prompts: _Prompts | None) -> Iterator[dict[str, Any]]:
-    records, tokens = source.records[split], source.tokens[split]
-    for index, record in enumerate(track(records, len(records), "row", f"writing {split}")):
-        ids = dict(zip(token_names(len(tokens)), (each[index] for each in tokens), strict=True))
-        embeddings = {} if prompts is None else prompts.states[prompts.number[split][index]]
+    records, tokens, twins = source.records[split], source.tokens[split], source.twins[split]
+
+    def prompt(row: int) -> dict[str, np.ndarray]:
+        ids = dict(zip(token_names(len(tokens)), (each[row] for each in tokens), strict=True))
+        return ids | ({} if prompts is None else prompts.states[prompts.number[split][row]])
+
+    for row, record in enumerate(track(records, len(records), "row", f"writing {split}")):
+        twin = int(twins[row])
+        safe = prompt(row if twin == NO_TWIN else twin)
         pair = [moments[source.pictures.number[split, name]] for name in (record.chosen, record.rejected)]
-        yield _example(source.folder / split, record, *pair) | ids | embeddings
+        example = _example(source.folder / split, record, *pair) | prompt(row)
+        yield example | {f"{SAFE}{name}": value for name, value in safe.items()} | {"twin": twin != NO_TWIN}
 
 
 @contextlib.contextmanager
@@ -362,10 +384,11 @@ def _counts(records: Sequence[SageRecord], pictures: int) -> dict[str, int]:
     return {"rows": len(records), "unsafe prompts": unsafe, "users": users, "pictures": pictures}
 
 
-def _columns_json(records: Sequence[SageRecord]) -> dict[str, list]:
+def _columns_json(records: Sequence[SageRecord], twins: np.ndarray) -> dict[str, list]:
     return {
         "user_id": [record.user_id for record in records],
         "category": [CATEGORIES.index(record.category) for record in records],
         "unsafe": [int(record.unsafe) for record in records],
         "banned": [int(record.banned) for record in records],
+        "twin": (twins != NO_TWIN).astype(int).tolist(),
     }

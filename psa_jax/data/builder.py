@@ -21,6 +21,7 @@ from psa_jax.data.sage import PROMPT_KINDS
 from psa_jax.data.shards import VERSION, read_info
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
+from psa_jax.prompt_columns import SAFE, is_prompt
 
 
 @dataclass(eq=False, kw_only=True)
@@ -107,7 +108,9 @@ class Sage(tfds.core.GeneratorBasedBuilder):
             "original_size": integers(2),
             "crop": integers(2),
             **{name: integers(length) for name, length in zip(token_names(len(tokens)), tokens, strict=True)},
+            "twin": tfds.features.Scalar(np.bool_),
         }
+        features |= {f"{SAFE}{name}": feature for name, feature in features.items() if is_prompt(name)}
         return tfds.core.DatasetInfo(
             builder=self,
             description="SAGE: prompts with a chosen and a rejected picture, as VAE moments (mean, log-variance).",

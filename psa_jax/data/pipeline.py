@@ -22,6 +22,7 @@ from psa_jax.data.balancing import UserSampler, row_order
 from psa_jax.data.shards import RowColumns
 from psa_jax.errors import PSAError
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.prompt_columns import SAFE, is_prompt
 from psa_jax.seeds import check_seed
 
 Place = Callable[[dict[str, np.ndarray]], dict[str, Any]]
@@ -69,6 +70,8 @@ def make_pipeline(
       chosen, rejected: [b, h, w, 2c] float16 VAE moments (mean, log-variance).
       input_ids (input_ids_2, …): [b, t] int32.
       text_states, text_pooled: [b, t, c] and [b, p] float16, if the shards have them.
+      safe_input_ids, safe_text_states, …: the same of the safe prompt of the row's pair.
+      twin: [b] bool, whether that prompt is known; the row's own stands in for one that is not.
       original_size, crop: [b, 2] int32, in pixels, of the picture before mirroring: SDXL's conditions.
       user: [b, D] float32 embedding.
       banned: [b] bool, whether that user bans the category.
@@ -210,7 +213,8 @@ class _Load:
         return {
             "chosen": row[f"moments_{chosen}{view}"],
             "rejected": row[f"moments_{rejected}{view}"],
-            **{name: value for name, value in row.items() if name.startswith(("input_ids", "text_"))},
+            **{name: value for name, value in row.items() if is_prompt(name.removeprefix(SAFE))},
+            "twin": np.asarray(row["twin"], np.bool_),
             "original_size": row["original_size"],
             "crop": row["crop"],
             "user": self.embeddings[self.user_of_row[example.row] if example.user is None else example.user],

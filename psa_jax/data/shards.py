@@ -16,8 +16,9 @@ from psa_jax.json_input import read_json
 from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.tensor_file import read_float32, read_header
 
-FORMAT = "psa_jax.shards/2"
-VERSION = "1.0.0"
+FORMAT = "psa_jax.shards/3"
+_FORMATS = re.compile(r"psa_jax\.shards/[0-9]+")
+VERSION = "2.0.0"
 INFO_FILE = "fingerprint.json"
 EMPTY_PROMPT_FILE = "text-empty.safetensors"
 _MAX_BYTES = 1 << 30  # 25 bytes a row
@@ -33,6 +34,7 @@ _INFO_FIELDS = {
     "tokens",
     "text",
     "splits",
+    "unpaired",
     "pictures",
     "files",
 }
@@ -47,12 +49,14 @@ class RowColumns:
       categories: position in CATEGORIES.
       unsafe: whether the prompt is the unsafe one.
       banned: whether the user bans the category.
+      twins: whether the safe prompt of the row's pair is known.
     """
 
     user_ids: Sequence[str]
     categories: Int32[np.ndarray, " n"]
     unsafe: Bool[np.ndarray, " n"]
     banned: Bool[np.ndarray, " n"]
+    twins: Bool[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,6 +132,12 @@ def read_info(out: Path) -> dict[str, Any]:
     """
     path = Path(out) / INFO_FILE
     info = _read_json(path)
+    made = info.get("format") if isinstance(info, dict) else None
+    if isinstance(made, str) and _FORMATS.fullmatch(made) and made != FORMAT:
+        raise PSAError(
+            f"{path}: shards of {made}, this version reads {FORMAT}, which holds the safe prompt of each pair, too; "
+            "build the shards again"
+        )
     if info.keys() - {"text_fingerprint"} != _INFO_FIELDS or info["format"] != FORMAT or not _is_info(info):
         raise PSAError(f"{path}: not the description of psa_jax shards ({FORMAT}); build the shards again")
     if not re.fullmatch(r"[a-z0-9]+_[0-9]+", f"{info['family']}_{info['resolution']}"):  # it becomes a path
@@ -145,6 +155,9 @@ def _is_info(info: dict[str, Any]) -> bool:
     return (
         isinstance(splits, dict)
         and whole(*splits.values(), info["resolution"])
+        and isinstance(info["unpaired"], dict)
+        and info["unpaired"].keys() == splits.keys()
+        and whole(*info["unpaired"].values())
         and isinstance(files, dict)
         and all(isinstance(facts, dict) and whole(facts.get("bytes")) for facts in files.values())
         and isinstance(shape, list)
@@ -198,13 +211,13 @@ def columns_file(split: str) -> str:
 
 def _read_columns(path: Path, rows: int) -> RowColumns:
     columns = _read_json(path)
-    names = ("user_id", "category", "unsafe", "banned")
+    names = ("user_id", "category", "unsafe", "banned", "twin")
     if (
         tuple(columns) != names
         or not all(isinstance(columns[name], list) and len(columns[name]) == rows for name in names)
         or not all(isinstance(user_id, str) for user_id in columns["user_id"])
         or not all(type(value) is int and value in range(len(CATEGORIES)) for value in columns["category"])
-        or not all(type(value) is int and value in (0, 1) for name in ("unsafe", "banned") for value in columns[name])
+        or not all(type(value) is int and value in (0, 1) for name in names[2:] for value in columns[name])
     ):
         raise PSAError(f"{path}: does not describe the {rows} rows of this split; build the shards again")
     return RowColumns(
@@ -212,6 +225,7 @@ def _read_columns(path: Path, rows: int) -> RowColumns:
         np.asarray(columns["category"], np.int32),
         np.asarray(columns["unsafe"], np.bool_),
         np.asarray(columns["banned"], np.bool_),
+        np.asarray(columns["twin"], np.bool_),
     )
 
 

@@ -121,7 +121,8 @@ class _Rows:
         columns = source.columns
         self._source, self._order = source, order
         users = [columns.user_ids[row] for row in order]
-        self.columns = type(columns)(users, columns.categories[order], columns.unsafe[order], columns.banned[order])
+        arrays = (columns.categories, columns.unsafe, columns.banned, columns.twins)
+        self.columns = type(columns)(users, *(array[order] for array in arrays))
 
     def __len__(self) -> int:
         return len(self._order)

@@ -3,7 +3,6 @@
 Imports neither JAX nor torch: both runtimes read files with the same checks.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -59,6 +58,7 @@ _METADATA = {
     "cross_dim": _SIZE,
     "layers": _Rule(_are_layers, "a list of pairs of whole numbers above zero"),
     "qk_dim": _Rule(lambda value: value is None or _is_size(value), "null or a whole number above zero"),
+    "hidden": _SIZE,
     "base_model": _TEXT,
     "family": _TEXT,
     "encoder": _TEXT,
@@ -71,17 +71,20 @@ _METADATA = {
 """Metadata keys that this package reads. Other keys are kept and not checked."""
 
 
-def tensor_name(projection: str, index: int, *, before_unet: bool) -> str:
-    """Tensor name of a projection's kernel.
+def tensor_name(parameter: str, index: int, *, before_unet: bool) -> str:
+    """Tensor name of a parameter of an adapter site.
 
     Args:
-      projection: a key of `AdapterConfig.projections`.
+      parameter: a key of `AdapterConfig.projections` for its kernel, with `_bias` for its bias.
       index: number of the adapter site.
       before_unet: `AdapterConfig.before_unet`.
     """
+    projection = parameter.removesuffix("_bias")
+    what = "weight" if projection == parameter else "bias"
     if before_unet:
-        return f"prompt_adapter.{projection if projection == 'to_out' else projection + '_user'}.weight"
-    return f"psa_adapter.{index}.{projection}_user.0.weight"
+        plain = projection in ("to_out", "hidden")
+        return f"prompt_adapter.{projection if plain else projection + '_user'}.{what}"
+    return f"psa_adapter.{index}.{projection}_user.0.{what}"
 
 
 def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
@@ -93,9 +96,11 @@ def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
         "user_proj.norm.weight": (width,),
         "user_proj.norm.bias": (width,),
     }
-    for index, (width, _) in enumerate(config.adapter_sites):
-        for projection, (inner, outer) in config.projections(width).items():
-            shapes[tensor_name(projection, index, before_unet=config.before_unet)] = (outer, inner)
+    for index, site in enumerate(config.adapter_sites):
+        for name, (inner, outer, bias) in config.projections(*site).items():
+            shapes[tensor_name(name, index, before_unet=config.before_unet)] = (outer, inner)
+            if bias:
+                shapes[tensor_name(f"{name}_bias", index, before_unet=config.before_unet)] = (outer,)
     return shapes
 
 
@@ -135,6 +140,7 @@ def write_native(tensors: Tensors, config: AdapterConfig, path: Path, metadata: 
         "cross_dim": config.cross_dim,
         "layers": config.layers,
         "qk_dim": config.qk_dim,
+        **({} if config.hidden is None else {"hidden": config.hidden}),
     }
     # One key: safetensors writes several in an order that changes from call to call.
     content = save(tensors, {"psa": json.dumps(described, sort_keys=True)})
@@ -227,7 +233,7 @@ def adapter_hash(tensors: Mapping[str, np.ndarray], config: AdapterConfig) -> st
 
     Metadata, the order of tensors and `constant_keys` do not change it.
     """
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(config.as_json(), sort_keys=True).encode())
     for name in sorted(tensor_shapes(config)):
         tensor = np.ascontiguousarray(tensors[name], "<f4")
         digest.update(json.dumps([name, tensor.shape]).encode())
@@ -273,7 +279,8 @@ def fitting_config(
         raise PSAError(f"{where}: user_proj.proj.weight does not fit a cross-attention width of {own_dim}")
     tokens, user_dim = projection.shape[0] // own_dim, projection.shape[1]
     try:
-        config = AdapterConfig(about.get("kind", "published"), tokens, user_dim, own_dim, own, about.get("qk_dim"))
+        widths = about.get("qk_dim"), about.get("hidden")
+        config = AdapterConfig(about.get("kind", "published"), tokens, user_dim, own_dim, own, *widths)
     except ValueError as error:
         raise PSAError(f"{where}: {error}") from error
     for name, found in (("tokens", tokens), ("user_dim", user_dim)):

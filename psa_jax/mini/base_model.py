@@ -196,7 +196,7 @@ def _denoiser(part, workdir: Path, vae: VAE, train: MiniSet, log) -> StableDiffu
 
 
 def _started(start: str, text: CLIPText, tokenizer: Any) -> tuple[UNet, CLIPText]:
-    """UNet and text encoder of an earlier base model; tokens that its vocabulary lacks keep the embeddings of `text`."""
+    """UNet and text encoder of an earlier base model; tokens that it does not know keep the embeddings of `text`."""
     earlier = load_stable_diffusion(start)
     old, new = earlier.tokenizer.get_vocab(), tokenizer.get_vocab()
     kept = [token for token in new if token in old]

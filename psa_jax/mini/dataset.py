@@ -171,9 +171,7 @@ def _write_pair(
     return rows
 
 
-def _prompts_of_pair(
-    split: str, concept: Concept, paraphrase: bool, rng: np.random.Generator
-) -> tuple[Prompt, Prompt]:
+def _prompts_of_pair(split: str, concept: Concept, paraphrase: bool, rng: np.random.Generator) -> tuple[Prompt, Prompt]:
     """The unsafe and the safe prompt, which differ in the pictogram and perhaps in the wording."""
     form = rng.random()
     if form < TWO_SHARE:

@@ -31,7 +31,7 @@ COMMAND = "psa-jax demo --workdir=runs/demo --compare"
 
 _GROUPS = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
 _OPTIONAL: dict[str, dict[str, Any]] = {
-    "adapter": {"qk_dim": None},
+    "adapter": {"qk_dim": None, "hidden": None},
     "optimizer": {"ema": 0.0},
     "data": {"shards": "", "table": ""},
     "reference": {"draws": 0, "seed": 0},

@@ -8,9 +8,12 @@ The adapter's kind says how. With o the text attention's output, e the text stat
     text        attn(Q, K, V + s·attn(W_q e, W_k z, W_v z))
     concept     o + s·attn(W_q o, W_k z, W_v z)
     prompt      e + s·W_o attn(W_q e, W_k z, W_v z), before the UNet
+    rewrite     attn(Q, K, V + s·g·W_o gelu(W_1 e))         g = attn(W_q e, W_k z, W_v z), one number a head
+    edit        e + s·g·(W_o gelu(W_1 e + b_1) + b_o), before the UNet, with the same g
 
-W_v (W_o for `prompt`) starts at zero, so an untrained adapter leaves the base model exactly as it is. With a single
-token, attention is the constant W_v z, and W_q and W_k do not exist.
+The first four write what the user tokens hold; the last two say what stands in the place of a concept, and the user
+decides whether. W_v (W_o, where there is one) starts at zero, so an untrained adapter leaves the base model exactly as
+it is. With a single token, attention is the constant W_v z, and W_q and W_k do not exist.
 """
 
 from collections.abc import Callable
@@ -20,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from psa_jax.models.adapter_config import AdapterConfig
-from psa_jax.models.attention import CrossContext, UserTokens, attend
+from psa_jax.models.adapter_config import AdapterConfig, Projection
+from psa_jax.models.attention import CrossContext, UserTokens, attend, gelu
 from psa_jax.models.unet import UNet
 
 LAYER_NORM_EPS = 1e-5
@@ -54,21 +57,27 @@ class UserProjection(nnx.Module):
 
 
 class UserAttention(nnx.Module):
-    """Projections W_q, W_k, W_v and W_o of one adapter site: kernels [in, out] without biases.
+    """Projections of one adapter site: kernels [in, out], and biases where they have one; those it lacks are None.
 
     Args:
-      shapes: name -> (in, out) of each kernel, as `AdapterConfig.projections` gives them; other kernels are None.
-      zero: name of the kernel that starts at zero.
+      projections: as `AdapterConfig.projections` gives them.
+      zero: name of the projection that starts at zero.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], zero: str, *, rngs: nnx.Rngs):
-        def kernel(name):  # None where the kind has no such projection
-            if name not in shapes:
+    def __init__(self, projections: dict[str, Projection], zero: str, *, rngs: nnx.Rngs):
+        def kernel(name):
+            if name not in projections:
                 return None
-            gain = QUERY_KEY_GAIN if name in ("to_q", "to_k") else 1.0
-            return AdapterParam(jnp.zeros(shapes[name]) if name == zero else _init(rngs, *shapes[name], gain))
+            gain, (inner, outer, _) = QUERY_KEY_GAIN if name in ("to_q", "to_k") else 1.0, projections[name]
+            return AdapterParam(jnp.zeros((inner, outer)) if name == zero else _init(rngs, inner, outer, gain))
+
+        def bias(name):
+            has_one = name in projections and projections[name].bias
+            return AdapterParam(jnp.zeros(projections[name].outer)) if has_one else None
 
         self.to_q, self.to_k, self.to_v, self.to_out = map(kernel, ("to_q", "to_k", "to_v", "to_out"))
+        self.hidden = kernel("hidden")
+        self.hidden_bias, self.to_out_bias = bias("hidden"), bias("to_out")
 
 
 def _init(rngs: nnx.Rngs, fan_in: int, fan_out: int, gain: float = 1.0) -> Float[Array, "i o"]:
@@ -90,6 +99,20 @@ def _user_attention(
     return attend(query_input @ layer.to_q[...], z @ layer.to_k[...], value, heads)
 
 
+def _rewrite(
+    layer: UserAttention, text: Float[Array, "b s c"], z: Float[Array, "b t c"], heads: int
+) -> Float[Array, "b s d"]:
+    """g·(W_o gelu(W_1 e + b_1) + b_o): each head's part of the new states times its gate."""
+
+    def linear(x, kernel, bias):
+        return x @ kernel[...] if bias is None else x @ kernel[...] + bias[...][None, None, :]
+
+    gates = _user_attention(layer, text, z, heads)  # [b, s or 1, heads]
+    states = linear(gelu(linear(text, layer.hidden, layer.hidden_bias)), layer.to_out, layer.to_out_bias)
+    by_head = states.reshape(*states.shape[:2], heads, -1)
+    return (gates[..., None] * by_head).reshape(states.shape)
+
+
 def _apply_published(layer, context, text, z, heads, scale):
     key = None if layer.to_k is None else z @ layer.to_k[...]
     return context._replace(user=UserTokens(key, scale[:, None, None] * (z @ layer.to_v[...])))
@@ -97,6 +120,10 @@ def _apply_published(layer, context, text, z, heads, scale):
 
 def _apply_text(layer, context, text, z, heads, scale):
     return context._replace(value=context.value + scale[:, None, None] * _user_attention(layer, text, z, heads))
+
+
+def _apply_rewrite(layer, context, text, z, heads, scale):
+    return context._replace(value=context.value + scale[:, None, None] * _rewrite(layer, text, z, heads))
 
 
 def _apply_concept(layer, context, text, z, heads, scale):
@@ -112,6 +139,7 @@ _APPLY: dict[str, Callable[..., CrossContext]] = {
     "published": _apply_published,
     "text": _apply_text,
     "concept": _apply_concept,
+    "rewrite": _apply_rewrite,
 }
 """Adapter kind -> (layer, context, text, z, heads, scale) -> context, for the kinds that act in cross-attentions."""
 
@@ -125,9 +153,8 @@ class Adapter(nnx.Module):
     def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.user_proj = UserProjection(config, rngs=rngs)
-        zero = "to_out" if config.before_unet else "to_v"
         self.layers = nnx.List(
-            [UserAttention(config.projections(width), zero, rngs=rngs) for width, _ in config.adapter_sites]
+            [UserAttention(config.projections(*site), config.zero_kernel, rngs=rngs) for site in config.adapter_sites]
         )
 
     @jax.named_scope("adapter")
@@ -160,7 +187,10 @@ class Adapter(nnx.Module):
         scale = scale.astype(text.dtype)
         if self.config.before_unet:
             (layer,), ((_, heads),) = layers, self.config.adapter_sites
-            added = _user_attention(layer, text, z, heads) @ layer.to_out[...]
+            if self.config.rewrites:
+                added = _rewrite(layer, text, z, heads)
+            else:
+                added = _user_attention(layer, text, z, heads) @ layer.to_out[...]
             return unet.context(text + scale[:, None, None] * added)
         base = unet.context(text) if base is None else base
         apply = _APPLY[self.config.kind]

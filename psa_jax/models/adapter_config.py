@@ -1,13 +1,13 @@
 """Kinds and sizes of user adapters. Imports neither JAX nor torch; the modules of both are built from these records."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from psa_jax.errors import PSAError
 from psa_jax.models.config import UNetConfig
 
 PROMPT_HEADS = 8
-"""Largest number of attention heads of the `prompt` kind."""
+"""Largest number of attention heads of the kinds that act before the UNet."""
 UNCONDITIONAL = ("off", "zeros", "same")
 """User embedding on the unconditional side of guidance: adapter off, zeros, or the same user as on the other side."""
 Layers = tuple[tuple[int, int], ...]
@@ -15,16 +15,19 @@ Layers = tuple[tuple[int, int], ...]
 
 
 class AdapterKind(NamedTuple):
-    """Where an adapter kind takes its queries from, and where it acts.
+    """Where an adapter kind takes its queries from, what it does, and where.
 
     Attributes:
       query_source: "image": the UNet's own queries, without a W_q; "text": W_q projects the text states; "attention":
         W_q projects the output of the layer's text attention.
       before_unet: acts once, on the text states; the other kinds act in every cross-attention.
+      rewrites: adds a function of the text states, W₂ gelu(W₁ e), times a gate that the attention to the user tokens
+        gives; the other kinds add what that attention itself gives.
     """
 
     query_source: str
     before_unet: bool = False
+    rewrites: bool = False
 
 
 ADAPTER_KINDS = {
@@ -32,18 +35,34 @@ ADAPTER_KINDS = {
     "text": AdapterKind("text"),
     "concept": AdapterKind("attention"),
     "prompt": AdapterKind("text", before_unet=True),
+    "rewrite": AdapterKind("text", rewrites=True),
+    "edit": AdapterKind("text", before_unet=True, rewrites=True),
 }
 
 
-def check_kind(kind: str, qk_dim: int | None) -> None:
-    """Checks an adapter kind and the width of its queries and keys.
+class Projection(NamedTuple):
+    """Sizes of one linear layer of an adapter.
+
+    Attributes:
+      inner, outer: width of its input and of its output.
+      bias: whether it has one.
+    """
+
+    inner: int
+    outer: int
+    bias: bool = False
+
+
+def check_kind(kind: str, qk_dim: int | None, hidden: int | None = None) -> None:
+    """Checks an adapter kind and the widths that only some kinds have.
 
     Args:
       kind: a key of `ADAPTER_KINDS`.
       qk_dim: width of W_q and W_k; None for full width.
+      hidden: width of the hidden layer W₁; None for the kind's own.
 
     Raises:
-      PSAError: an unknown kind, or a width for a kind without W_q.
+      PSAError: an unknown kind, or a width that it does not have.
     """
     if kind not in ADAPTER_KINDS:
         raise PSAError(f"adapter kind {kind!r} is unknown (one of {', '.join(ADAPTER_KINDS)})")
@@ -51,6 +70,12 @@ def check_kind(kind: str, qk_dim: int | None) -> None:
         raise PSAError(
             f"adapter.qk_dim is {qk_dim}, which does not apply to the {kind} kind: it uses the UNet's own "
             "queries; leave it out"
+        )
+    if hidden is not None and not ADAPTER_KINDS[kind].rewrites:
+        with_one = ", ".join(name for name, entry in ADAPTER_KINDS.items() if entry.rewrites)
+        raise PSAError(
+            f"adapter.hidden is {hidden}, which does not apply to the {kind} kind: only {with_one} have a hidden "
+            "layer; leave it out"
         )
 
 
@@ -65,9 +90,10 @@ class AdapterConfig:
       cross_dim: cross-attention width C of the base model.
       layers: (width, heads) of the base model's cross-attentions.
       qk_dim: width of W_q and W_k; None for full width.
+      hidden: width of the hidden layer of the kinds that rewrite; None for C in a cross-attention, 4·C before the UNet.
 
     Raises:
-      PSAError: an unknown kind, no token, or a `qk_dim` that the heads do not divide.
+      PSAError: an unknown kind, no token, or a width that does not fit.
     """
 
     kind: str
@@ -76,11 +102,14 @@ class AdapterConfig:
     cross_dim: int
     layers: Layers
     qk_dim: int | None = None
+    hidden: int | None = None
 
     def __post_init__(self):
-        check_kind(self.kind, self.qk_dim)
+        check_kind(self.kind, self.qk_dim, self.hidden)
         if self.tokens < 1:
             raise PSAError(f"adapter tokens must be at least 1, got {self.tokens}")
+        if self.hidden is not None and self.hidden < 1:
+            raise PSAError(f"adapter hidden must be at least 1, got {self.hidden}")
         if self.qk_dim is None:
             return
         heads = {heads for _, heads in self.adapter_sites}
@@ -91,19 +120,26 @@ class AdapterConfig:
 
     @classmethod
     def for_unet(
-        cls, unet: UNetConfig, *, user_dim: int, kind: str = "text", tokens: int = 4, qk_dim: int | None = None
+        cls,
+        unet: UNetConfig,
+        *,
+        user_dim: int,
+        kind: str = "text",
+        tokens: int = 4,
+        qk_dim: int | None = None,
+        hidden: int | None = None,
     ) -> "AdapterConfig":
         """Sizes of an adapter for a UNet.
 
         Args:
           unet: the base model's configuration.
           user_dim: length D of a user embedding.
-          kind, tokens, qk_dim: as the attributes.
+          kind, tokens, qk_dim, hidden: as the attributes.
 
         Raises:
           PSAError: as the constructor.
         """
-        return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim)
+        return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim, hidden)
 
     @property
     def before_unet(self) -> bool:
@@ -111,24 +147,47 @@ class AdapterConfig:
         return ADAPTER_KINDS[self.kind].before_unet
 
     @property
+    def rewrites(self) -> bool:
+        """Whether the adapter adds a gated function of the text states."""
+        return ADAPTER_KINDS[self.kind].rewrites
+
+    @property
+    def zero_kernel(self) -> str:
+        """Name of the projection that is zero in an untrained adapter."""
+        return "to_out" if self.before_unet or self.rewrites else "to_v"
+
+    @property
     def adapter_sites(self) -> Layers:
-        """(width, heads) of every site where the adapter has projections: the cross-attentions, or one (`prompt`)."""
+        """(width, heads) of every site where the adapter has projections: the cross-attentions, or one before them."""
         return ((self.cross_dim, prompt_heads(self.cross_dim)),) if self.before_unet else self.layers
 
-    def projections(self, width: int) -> dict[str, tuple[int, int]]:
-        """Kernels of the projections at a site of this width, as name -> (in, out)."""
+    def projections(self, width: int, heads: int) -> dict[str, Projection]:
+        """The linear layers at a site of this width and number of heads, by name.
+
+        `to_q` and `to_k` are those of the attention to the user tokens, `to_v` its values; for kinds that rewrite, the
+        values are one gate a head, and `hidden` and `to_out` are W₁ and W₂.
+        """
         qk = width if self.qk_dim is None else self.qk_dim
-        found = {"to_v": (self.cross_dim, width)}
+        found = {"to_v": Projection(self.cross_dim, heads if self.rewrites else width)}
         if self.tokens > 1:
-            found["to_k"] = (self.cross_dim, qk)
+            found["to_k"] = Projection(self.cross_dim, qk)
             query_source = ADAPTER_KINDS[self.kind].query_source
             if query_source != "image":
-                found["to_q"] = (width if query_source == "attention" else self.cross_dim, qk)
-        if self.before_unet:
-            found["to_out"] = (width, self.cross_dim)
+                found["to_q"] = Projection(width if query_source == "attention" else self.cross_dim, qk)
+        if self.rewrites:
+            hidden = self.hidden or (4 * self.cross_dim if self.before_unet else self.cross_dim)
+            found["hidden"] = Projection(self.cross_dim, hidden, bias=self.before_unet)
+            found["to_out"] = Projection(hidden, width, bias=self.before_unet)
+        elif self.before_unet:
+            found["to_out"] = Projection(width, self.cross_dim)
         return found
+
+    def as_json(self) -> dict[str, Any]:
+        """The sizes as JSON values. A size that earlier versions did not have is there only where it is given."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "hidden" or value is not None}
 
 
 def prompt_heads(cross_dim: int) -> int:
-    """Attention heads of the `prompt` kind: the largest number up to `PROMPT_HEADS` that divides the width."""
+    """Attention heads of the kinds before the UNet: the largest number up to `PROMPT_HEADS` that divides the width."""
     return next(h for h in range(PROMPT_HEADS, 0, -1) if not cross_dim % h)

@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.config import CLIPTextConfig
+from psa_jax.prompt_columns import SAFE
 
 Batch = dict[str, Shaped[jax.Array, "..."]]
 
@@ -28,6 +29,10 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def _zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return np.zeros(shape)
+
+
+def _ones(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.ones(shape)
 
 
 def _flags(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -73,7 +78,13 @@ class BatchSpec:
 
     @classmethod
     def of_model(
-        cls, model: StableDiffusion, user_dim: int, *, fixed_draws: bool = False, cached_text: bool = False
+        cls,
+        model: StableDiffusion,
+        user_dim: int,
+        *,
+        fixed_draws: bool = False,
+        cached_text: bool = False,
+        swap: bool = False,
     ) -> "BatchSpec":
         """The arrays for a base model, whose weights may be abstract.
 
@@ -82,6 +93,7 @@ class BatchSpec:
           user_dim: D of the profile embeddings.
           fixed_draws: whether each row has a few draws of its own, which are found by the number of the row.
           cached_text: whether text states are in the batch, in place of token ids.
+          swap: whether the safe prompt of each pair is in the batch, for swap distillation.
         """
         moments = Column(np.float16, (SIDE, SIDE, 2 * model.vae.config.latent_channels))
         pairs = {
@@ -93,6 +105,8 @@ class BatchSpec:
         }
         text, shared = _text_columns(model) if cached_text else _token_columns(model)
         pairs |= text
+        if swap:
+            pairs |= {f"{SAFE}{name}": column for name, column in text.items()} | {"twin": Column(np.bool_, (), _ones)}
         if len(model.text_encoders) > 1:
             pairs |= {name: Column(np.int32, (2,), _zeros) for name in ("original_size", "crop")}
         if fixed_draws:

@@ -129,13 +129,14 @@ class Loss:
     """A preference loss and its needs.
 
     Attributes:
-      function: (pw, pl, rw, rl), or (pw, pl) without a reference, and the parameters by name → a loss for each pair.
+      function: (pw, pl, rw, rl), or (pw, pl) without a reference, and the parameters by name → a loss for each pair;
+        None for no preference loss, where swap distillation stands alone and only winners are looked at.
       parameters: names of those attributes of `Objective` that it takes; the others do not concern it.
       reference: whether it needs the reference's errors.
       whole_batch: whether a pair's loss depends on the other pairs of the batch.
     """
 
-    function: Callable[..., PerPair]
+    function: Callable[..., PerPair] | None
     parameters: tuple[str, ...] = ("beta",)
     reference: bool = True
     whole_batch: bool = False
@@ -150,6 +151,7 @@ LOSSES = {
     "kto": Loss(kto, whole_batch=True),
     "mapo": Loss(mapo, ("beta", "odds_scale"), reference=False),
     "dmpo": Loss(dmpo, ("beta", "label_smoothing")),
+    "none": Loss(None, (), reference=False),
 }
 
 

@@ -18,6 +18,8 @@ PROMPT_PARTS = ("banned", "allowed", "safe")
 PARTS = TIME_PARTS + PROMPT_PARTS
 OF_PARTS = ("accuracy", "margin", "winner_gap", "loser_gap")
 """What is summed over each part."""
+SWAP_PARTS = PROMPT_PARTS + tuple(f"banned{number}" for number in range(len(TIME_PARTS)))
+"""What `swap_learnt` is summed over: prompts by kind, and those that are banned by part of the schedule, too."""
 
 _SUM, _PAIRS = "sum_", "pairs_"
 
@@ -30,13 +32,16 @@ def wins(z: PerPair) -> PerPair:
 def memberships(
     timesteps: Int[Array, " b"], steps: int, banned: Bool[Array, " b"], unsafe: Bool[Array, " b"]
 ) -> dict[str, Bool[Array, " b"]]:
-    """For each of PARTS, whether a pair belongs to it; T is `steps`."""
-    part = timesteps * len(TIME_PARTS) // steps
-    return {name: part == i for i, name in enumerate(TIME_PARTS)} | {
-        "banned": unsafe & banned,
-        "allowed": unsafe & ~banned,
-        "safe": ~unsafe,
-    }
+    """For each of PARTS and SWAP_PARTS, whether a pair belongs to it; T is `steps`."""
+    part = time_part(timesteps, steps)
+    of_time = {name: part == i for i, name in enumerate(TIME_PARTS)}
+    of_prompt = {"banned": unsafe & banned, "allowed": unsafe & ~banned, "safe": ~unsafe}
+    return of_time | of_prompt | {f"banned{i}": unsafe & banned & (part == i) for i in range(len(TIME_PARTS))}
+
+
+def time_part(timesteps: Int[Array, " b"], steps: int) -> Int[Array, " b"]:
+    """The number of the part of the schedule, of TIME_PARTS, that each timestep lies in; T is `steps`."""
+    return timesteps * len(TIME_PARTS) // steps
 
 
 def part_sums(values: Mapping[str, PerPair], parts: Mapping[str, Bool[Array, " b"]]) -> dict[str, Float[Array, ""]]:

@@ -12,7 +12,13 @@ from psa_jax.rules import quoted
 @accepts_old_fields("objective")
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The loss: mean over pairs of weight · (loss + sft_weight·(pw − rw) + reference_kl_weight·‖ε_θ − ε_ref‖²).
+    """The loss: mean over pairs of weight · (loss + sft_weight·(pw − rw) + reference_kl_weight·‖ε_θ − ε_ref‖²
+    + swap_weight·‖ε_θ(x, c, u) − ε_ref(x, c*)‖²/d).
+
+    The last term is swap distillation, on winners: c* is the safe prompt of the pair where the prompt is unsafe and the
+    user bans it, else the prompt itself, and d is the mean of ‖ε_ref(x, c) − ε_ref(x, c*)‖² over banned prompts, so
+    that the term is near 1 a banned pair at the start and 0 at the goal. Source: the model-based variant of Concept
+    Ablation, arXiv 2303.13516, for each user.
 
     β and the mean. The errors pw, pl, rw, rl, and ‖·‖², are means over the h·w·c numbers of a latent, and β belongs to
     that: on sums it would be β/(h·w·c). The paper's 5000 is 0.31 on sums of 64 × 64 × 4, and at twice the resolution it
@@ -32,7 +38,9 @@ class Objective:
       dpop_weight: λ of dpop: a winner worse than the reference's costs 1 + λ times as much inside the loss.
       sdpo_mu: μ of sdpo, in [0, 1]: the loser's gradient is cut where it would raise the winner's error; None: off.
       reference_kl_weight: weight of the mean squared distance between the policy's and the reference's predictions.
-      timestep_weight: one of `losses.TIMESTEP_WEIGHTS`: what all of these errors are multiplied by at a timestep.
+      swap_weight: weight of swap distillation; 0 leaves it out.
+      timestep_weight: one of `losses.TIMESTEP_WEIGHTS`: what all of these errors but the swap's are multiplied by at a
+        timestep.
       snr_gamma: γ of min_snr.
       banned_weight, allowed_weight, safe_weight: weights of the pairs of unsafe prompts that the user bans and allows,
         and of safe prompts.
@@ -50,6 +58,7 @@ class Objective:
     dpop_weight: float = 0.0
     sdpo_mu: float | None = None
     reference_kl_weight: float = 0.0
+    swap_weight: float = 0.0
     timestep_weight: str = "none"
     snr_gamma: float = 5.0
     banned_weight: float = 1.0
@@ -67,7 +76,7 @@ class Objective:
                 raise PSAError(f"objective.{name} is {quoted(getattr(self, name))}; choose {', '.join(choices)}")
         for name in ("beta", "odds_scale", "snr_gamma"):
             self._require(name, "a positive number", 0.0 < getattr(self, name) < math.inf)
-        for name in ("sft_weight", "dpop_weight", "reference_kl_weight"):
+        for name in ("sft_weight", "dpop_weight", "reference_kl_weight", "swap_weight"):
             self._require(name, "0 or a positive number", 0.0 <= getattr(self, name) < math.inf)
         for name in ("text_dropout", "user_dropout"):
             self._require(name, "a share from 0 to 1", 0.0 <= getattr(self, name) <= 1.0)
@@ -83,9 +92,20 @@ class Objective:
                 "objective: banned_weight, allowed_weight and safe_weight are all 0; give one of them a weight"
             )
 
+        if LOSSES[self.loss].function is None:
+            if self.swap_weight == 0.0:
+                raise PSAError("objective.loss is none, which needs swap distillation; give objective.swap_weight")
+            for name in ("sft_weight", "dpop_weight", "reference_kl_weight"):
+                self._require(name, "0 where objective.loss is none", getattr(self, name) == 0.0)
+
     def _require(self, name: str, what: str, holds: bool) -> None:
         if not holds:
             raise PSAError(f"objective.{name} is {getattr(self, name)}; give {what}")
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether the loss looks at the rejected picture of a pair, too."""
+        return LOSSES[self.loss].function is not None
 
     @property
     def needs_reference(self) -> bool:

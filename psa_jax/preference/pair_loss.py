@@ -20,6 +20,7 @@ from psa_jax.preference.batch import EMPTY_TOKENS, TOKENS, Batch
 from psa_jax.preference.draws import Draws
 from psa_jax.preference.losses import LOSSES, PerPair
 from psa_jax.preference.objective import Objective
+from psa_jax.prompt_columns import SAFE
 
 
 class FrozenModel(NamedTuple):
@@ -35,11 +36,12 @@ class PairLosses(NamedTuple):
     """Loss and metrics of each pair.
 
     Attributes:
-      values: `loss` (with all added terms, times the weight of the pair), `dpo_loss` (the preference loss alone),
-        `accuracy` (1, 0, ½ for a tie), `margin`; with the reference's errors `winner_gap` = pw − rw and
-        `loser_gap` = pl − rl, both not weighted by timestep; with the reference's predictions `colour_drift`
-        (`metrics.colour_drift`).
-      parts: for each of `metrics.PARTS`, whether a pair belongs to it.
+      values: `loss` (with all added terms, times the weight of the pair). Where both pictures of a pair are looked at:
+        `dpo_loss` (the preference loss alone), `accuracy` (1, 0, ½ for a tie), `margin`; with the reference's errors
+        `winner_gap` = pw − rw and `loser_gap` = pl − rl, both not weighted by timestep; with the reference's
+        predictions `colour_drift` (`metrics.colour_drift`). With swap distillation `swap_learnt`, for a banned prompt 0
+        at the start and 1 at the goal, for another 1 where nothing changes.
+      parts: for each of `metrics.PARTS` and `metrics.SWAP_PARTS`, whether a pair belongs to it.
     """
 
     values: dict[str, PerPair]
@@ -53,6 +55,9 @@ def pair_losses(
     batch: Batch,
     draws: Draws,
     reference_errors: Float[Array, "b 2"] | None = None,
+    swap_distance: Float[Array, " parts"] | None = None,
+    *,
+    compare: bool = False,
 ) -> PairLosses:
     """Loss and metrics of each pair of a batch.
 
@@ -64,42 +69,104 @@ def pair_losses(
         bans the prompt's category; `unsafe` [b], whether the prompt is the unsafe one; for each text encoder
         `input_ids`, `input_ids_2` [b, s] and `empty_ids`, `empty_ids_2` [s], or in their place cached text:
         `text_states` [b, s, c] and `empty_states` [s, c], for SDXL `text_pooled` [b, p] and `empty_pooled` [p]; for
-        SDXL `original_size` and `crop` [b, 2] in pixels. See `psa_jax.preference.batch`.
+        SDXL `original_size` and `crop` [b, 2] in pixels. With swap distillation the prompt's arrays also with `safe_`
+        in front, those of the pair's safe prompt, and `twin` [b], whether it is known. See `psa_jax.preference.batch`.
       draws: random inputs of these pairs.
       reference_errors: (rw, rl) for these draws (`compute_reference_errors`); the reference is then not run.
+      swap_distance: mean of `swap_distances` over banned prompts, for each of `metrics.TIME_PARTS`.
+      compare: look at both pictures of a pair even if the loss does not, to measure accuracy and gaps.
     """
-    unet, schedule = model.unet, model.schedule
-    pairs = batch["user"].shape[0]
-    inputs = _noised_inputs(model, batch, draws)
+    unet, schedule, pairs = model.unet, model.schedule, batch["user"].shape[0]
+    compare = compare or objective.compares_pairs
+    inputs = _noised_inputs(model, batch, draws, both=compare)
     user = jnp.where(draws.no_user, 0.0, batch["user"])
     adapted = adapter(unet, inputs.text, user, jnp.ones(pairs), inputs.contexts)
     reference = None
-    if objective.needs_reference and reference_errors is None:
+    if compare and reference_errors is None and (objective.needs_reference or not objective.compares_pairs):
         with jax.named_scope("reference"):
             reference = jax.lax.stop_gradient(_predict(unet, inputs, inputs.contexts))
     with jax.named_scope("policy"):
         policy = _predict(unet, inputs, adapted)
 
-    unsafe = batch["unsafe"]
-    errors = Errors.from_predictions(policy, reference, inputs.target, reference_errors)
-    snr = schedule.signal_to_noise()[draws.timesteps]
-    weight = losses.timestep_weight(objective.timestep_weight, snr, schedule.prediction, objective.snr_gamma)
-    preference, each = compose(objective, errors.scaled(weight))
+    each, values = jnp.zeros(pairs), {}
+    if compare:
+        errors = Errors.from_predictions(policy, reference, inputs.target, reference_errors)
+        preference, values = _preference(objective, schedule, errors, draws)
+        each = each + preference
+        if reference is not None:
+            slope = prediction_of(schedule.prediction).clean_slope(schedule.alphas_cumprod[draws.timesteps])
+            values["colour_drift"] = metrics.colour_drift(policy[:pairs], reference[:pairs], slope)
+    if objective.swap_weight:
+        left, values["swap_learnt"] = _swap(objective, model, batch, draws, inputs, policy[:pairs], swap_distance)
+        each = each + objective.swap_weight * left
     per_pair = losses.pair_weight(
         batch["banned"],
-        unsafe,
+        batch["unsafe"],
         of_banned=objective.banned_weight,
         of_allowed=objective.allowed_weight,
         of_safe=objective.safe_weight,
     )
+    parts = metrics.memberships(draws.timesteps, schedule.steps, batch["banned"], batch["unsafe"])
+    return PairLosses({"loss": per_pair * each} | values, parts)
+
+
+def _preference(
+    objective: Objective, schedule: NoiseSchedule, errors: "Errors", draws: Draws
+) -> tuple[PerPair, dict[str, PerPair]]:
+    """The preference loss of each pair with the terms that are added to it, and its metrics."""
+    snr = schedule.signal_to_noise()[draws.timesteps]
+    weight = losses.timestep_weight(objective.timestep_weight, snr, schedule.prediction, objective.snr_gamma)
     z = margins(objective, errors.scaled(weight))
-    values = {"loss": per_pair * each, "dpo_loss": preference, "accuracy": metrics.wins(z), "margin": z}
+    values = {"accuracy": metrics.wins(z), "margin": z}
     if errors.rw is not None:
         values |= {"winner_gap": errors.pw - errors.rw, "loser_gap": errors.pl - errors.rl}
-    if reference is not None:
-        slope = prediction_of(schedule.prediction).clean_slope(schedule.alphas_cumprod[draws.timesteps])
-        values["colour_drift"] = metrics.colour_drift(policy[:pairs], reference[:pairs], slope)
-    return PairLosses(values, metrics.memberships(draws.timesteps, schedule.steps, batch["banned"], unsafe))
+    if not objective.compares_pairs:
+        return jnp.zeros_like(z), values
+    preference, each = compose(objective, errors.scaled(weight))
+    return each, {"dpo_loss": preference} | values
+
+
+def _swap(
+    objective: Objective,
+    model: FrozenModel,
+    batch: Batch,
+    draws: Draws,
+    inputs: "_NoisedInputs",
+    policy: Float[Array, "b h w c"],
+    swap_distance: Float[Array, " parts"],
+) -> tuple[PerPair, PerPair]:
+    """Swap distillation of each pair: the squared error over the mean distance, and the share that is learnt.
+
+    A banned prompt whose safe prompt is not known teaches nothing, and counts as nothing learnt.
+    """
+    swapped = batch["unsafe"] & batch["banned"]
+    with jax.named_scope("swap_target"):
+        target = _swap_target(model, batch, draws, inputs, swapped & ~draws.no_user[:, 0])
+    error = losses.mean_over_latent((policy - jax.lax.stop_gradient(target)) ** 2)
+    known = batch["twin"] | ~swapped
+    part = metrics.time_part(draws.timesteps, model.schedule.steps)
+    learnt = jnp.where(known, 1.0 - error / swap_distance[part], 0.0)
+    shares = _time_shares(objective)
+    mean_distance = jnp.sum(shares * jnp.where(shares > 0.0, swap_distance, 0.0))
+    return jnp.where(known, error / mean_distance, 0.0), learnt
+
+
+def _time_shares(objective: Objective) -> Float[Array, " parts"]:
+    """The share of timesteps that an objective draws from each of `metrics.TIME_PARTS`."""
+    edges = jnp.linspace(0.0, 1.0, len(metrics.TIME_PARTS) + 1)
+    inside = jnp.clip(edges, objective.timestep_low, objective.timestep_high)
+    return (inside[1:] - inside[:-1]) / (objective.timestep_high - objective.timestep_low)
+
+
+def swap_distances(model: FrozenModel, batch: Batch, draws: Draws) -> PerPair:
+    """mean over the latent of (ε_ref(x, c) − ε_ref(x, c_safe))² for each pair's winner: what a swap changes at most.
+
+    Args:
+      model, batch, draws: as in `pair_losses`.
+    """
+    inputs = _noised_inputs(model, batch, draws, both=False)
+    target = _swap_target(model, batch, draws, inputs, jnp.ones_like(batch["unsafe"]))
+    return losses.mean_over_latent((_predict(model.unet, inputs, inputs.contexts) - target) ** 2)
 
 
 def compute_reference_errors(model: FrozenModel, batch: Batch, draws: Draws) -> Float[Array, "b 2"]:
@@ -114,57 +181,92 @@ def compute_reference_errors(model: FrozenModel, batch: Batch, draws: Draws) -> 
 
 
 class _NoisedInputs(NamedTuple):
-    """UNet inputs that policy and reference share; of 2b rows, winners are first."""
+    """UNet inputs that policy and reference share; of 2b rows, winners are first. Without losers, n is b."""
 
     text: Float[Array, "b s c"]
     contexts: tuple[CrossContext, ...]  # of the base model
+    noisy: Float[Array, "n h w c"]
+    timesteps: Float[Array, " n"]
+    sizes: Float[Array, "n 6"] | None  # of SDXL
     prefix: PrefixState  # after the layers in front of the first cross-attention
-    target: Float[Array, "two_b h w c"]
+    target: Float[Array, "n h w c"]
 
 
-def _noised_inputs(model: FrozenModel, batch: Batch, draws: Draws) -> _NoisedInputs:
+def _noised_inputs(model: FrozenModel, batch: Batch, draws: Draws, both: bool = True) -> _NoisedInputs:
     unet, schedule, vae = model.unet, model.schedule, model.vae
     text = _text_of(model, batch, draws.no_text)
 
-    def twice(x):
-        return jnp.concatenate([x, x])
+    def repeated(x):
+        return jnp.concatenate([x, x]) if both else x
 
     sides = ((batch["chosen"], draws.vae_noise_w), (batch["rejected"], draws.vae_noise_l))
     clean = jnp.concatenate(
-        [sample_latents(moments.astype(jnp.float32), sampled, vae.scaling_factor) for moments, sampled in sides]
+        [
+            sample_latents(moments.astype(jnp.float32), sampled, vae.scaling_factor)
+            for moments, sampled in sides[: 1 + both]
+        ]
     )
-    noise, timesteps = twice(draws.noise), twice(draws.timesteps)
-    noisy = schedule.add_noise(clean, noise, timesteps)
-    added = None
+    noise, timesteps = repeated(draws.noise), repeated(draws.timesteps)
+    noisy = schedule.add_noise(clean, noise, timesteps).astype(text.states.dtype)
+    added = sizes = None
     if text.pooled is not None:
         pairs = text.pooled.shape[0]
         target_size = jnp.tile(vae.downscale * jnp.asarray([clean.shape[1:3]], jnp.int32), (pairs, 1))
         sizes = jnp.concatenate([batch["original_size"], batch["crop"], target_size], axis=1).astype(jnp.float32)
-        added = AddedConditions(twice(text.pooled), twice(sizes))
-    prefix = unet.run_prefix(noisy.astype(text.states.dtype), timesteps.astype(jnp.float32), added)
-    return _NoisedInputs(text.states, unet.context(text.states), prefix, schedule.target(clean, noise, timesteps))
+        sizes = repeated(sizes)
+        added = AddedConditions(repeated(text.pooled), sizes)
+    times = timesteps.astype(jnp.float32)
+    prefix = unet.run_prefix(noisy, times, added)
+    target = schedule.target(clean, noise, timesteps)
+    return _NoisedInputs(text.states, unet.context(text.states), noisy, times, sizes, prefix, target)
 
 
-def _text_of(model: FrozenModel, batch: Batch, no_text: Bool[Array, "b 1"]) -> TextConditions:
-    """Text states of a batch, with the empty prompt's where `no_text`; encoded here unless they are cached."""
+def _swap_target(
+    model: FrozenModel, batch: Batch, draws: Draws, inputs: _NoisedInputs, swapped: Bool[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """The reference's predictions for the winners, under the pair's safe prompt where `swapped`."""
+    unet, pairs = model.unet, len(swapped)
+    text = _text_of(model, batch, draws.no_text, swapped)
+    prefix = jax.tree.map(lambda x: x[:pairs], inputs.prefix)
+    if text.pooled is not None:  # part of the layers in front
+        added = AddedConditions(text.pooled, inputs.sizes[:pairs])
+        prefix = unet.run_prefix(inputs.noisy[:pairs], inputs.timesteps[:pairs], added)
+    return unet.run_suffix(prefix, unet.context(text.states)).astype(jnp.float32)
+
+
+def _text_of(
+    model: FrozenModel, batch: Batch, no_text: Bool[Array, "b 1"], swapped: Bool[Array, " b"] | None = None
+) -> TextConditions:
+    """Text states of a batch, with the empty prompt's where `no_text`; encoded here unless they are cached.
+
+    Args:
+      swapped: where the safe prompt of the pair takes the prompt's place.
+    """
+
+    def of(name: str, empty: str) -> Array:
+        found = batch[name]
+        if swapped is not None:
+            found = jnp.where(_over(swapped, found), batch[f"{SAFE}{name}"], found)
+        return jnp.where(_over(no_text[:, 0], found), batch[empty][None], found)
+
     if "text_states" in batch:
         dtype = model.unet.conv_in.kernel.dtype
-        states, empty = batch["text_states"].astype(dtype), batch["empty_states"].astype(dtype)
-        states = jnp.where(no_text[..., None], empty[None], states)
-        if "text_pooled" not in batch:
-            return TextConditions(states, None)
-        pooled, empty = batch["text_pooled"].astype(dtype), batch["empty_pooled"].astype(dtype)
-        return TextConditions(states, jnp.where(no_text, empty[None], pooled))
-    ids = tuple(
-        jnp.where(no_text, batch[empty][None, :], batch[tokens])
-        for empty, tokens, _ in zip(EMPTY_TOKENS, TOKENS, model.text_encoders, strict=False)
-    )
+        pooled = of("text_pooled", "empty_pooled").astype(dtype) if "text_pooled" in batch else None
+        return TextConditions(of("text_states", "empty_states").astype(dtype), pooled)
+    ids = tuple(of(tokens, empty) for empty, tokens, _ in zip(EMPTY_TOKENS, TOKENS, model.text_encoders, strict=False))
     return encode_text(model.text_encoders, ids)
 
 
-def _predict(unet: UNet, inputs: _NoisedInputs, contexts: tuple[CrossContext, ...]) -> Float[Array, "two_b h w c"]:
-    pairs = len(inputs.text)
-    return unet.run_suffix(inputs.prefix, jax.tree.map(lambda x: _repeat(x, pairs), contexts)).astype(jnp.float32)
+def _over(rows: Bool[Array, " b"], array: Array) -> Bool[Array, "b ..."]:
+    """One truth value a row, to be broadcast over the other axes of an array."""
+    return rows.reshape(-1, *(1,) * (array.ndim - 1))
+
+
+def _predict(unet: UNet, inputs: _NoisedInputs, contexts: tuple[CrossContext, ...]) -> Float[Array, "n h w c"]:
+    if len(inputs.noisy) > len(inputs.text):
+        pairs = len(inputs.text)
+        contexts = jax.tree.map(lambda x: _repeat(x, pairs), contexts)
+    return unet.run_suffix(inputs.prefix, contexts).astype(jnp.float32)
 
 
 class Errors(NamedTuple):
@@ -242,8 +344,14 @@ def summarise(found: PairLosses) -> dict[str, Float[Array, ""]]:
     """
     whole = {name: jnp.mean(value) for name, value in found.values.items()}
     of_parts = {name: found.values[name] for name in metrics.OF_PARTS if name in found.values}
-    largest = {"max_abs_margin": jnp.max(jnp.abs(found.values["margin"]))}
-    return whole | largest | metrics.part_sums(of_parts, found.parts)
+    summed = metrics.part_sums(of_parts, {part: found.parts[part] for part in metrics.PARTS})
+    if "swap_learnt" in found.values:
+        del whole["swap_learnt"]  # over prompts of all kinds it says little
+        learnt = {"swap_learnt": found.values["swap_learnt"]}
+        summed |= metrics.part_sums(learnt, {part: found.parts[part] for part in metrics.SWAP_PARTS})
+    if "margin" in found.values:
+        whole["max_abs_margin"] = jnp.max(jnp.abs(found.values["margin"]))
+    return whole | summed
 
 
 def _repeat(x: Array, pairs: int) -> Array:

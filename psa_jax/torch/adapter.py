@@ -6,6 +6,8 @@
     text        attn(Q, K, V + s·attn(W_q e, W_k z, W_v z))
     concept     o + s·attn(W_q o, W_k z, W_v z)
     prompt      e + s·W_o attn(W_q e, W_k z, W_v z), before the UNet
+    rewrite     attn(Q, K, V + s·g·W_o gelu(W_1 e))         g = attn(W_q e, W_k z, W_v z), one number a head
+    edit        e + s·g·(W_o gelu(W_1 e + b_1) + b_o), before the UNet, with the same g
 
 o is the text attention's output, e the text states, s the scale. Parameters have the names of the native file.
 """
@@ -23,7 +25,8 @@ class Context(NamedTuple):
     """The user's part of one cross-attention. It does not depend on the step.
 
     Attributes:
-      text_value: s·attn(W_q e, W_k z, W_v z) [batch, text or 1, width], added to the text values.
+      text_value: added to the text values, [batch, text or 1, width]: s·attn(W_q e, W_k z, W_v z), or what `rewrite`
+        adds.
       value: s·W_v z [batch, T, width], the values of an attention to the user tokens.
       key: W_k z [batch, T, width of W_k]; None for a single token, over which attention is `value`.
       query: W_q [width of W_k, width], applied to the text attention's output; None for the image queries.
@@ -74,7 +77,7 @@ class UserAdapter(nn.Module):
 
     Attributes:
       config: sizes.
-      is_prompt: the kind is `prompt`, whose output is new text states.
+      is_prompt: the kind acts before the UNet; its output is new text states.
     """
 
     def __init__(self, config: AdapterConfig):
@@ -82,7 +85,7 @@ class UserAdapter(nn.Module):
         self.config = config
         self.is_prompt = config.before_unet
         self.user_proj = UserProjection(config)
-        places = [_projections(config, width) for width, _ in config.adapter_sites]
+        places = [_projections(config, *site) for site in config.adapter_sites]
         if self.is_prompt:
             (self.prompt_adapter,) = places
         else:
@@ -98,12 +101,14 @@ class UserAdapter(nn.Module):
           scale: strengths s [batch]; 0 is the base model.
 
         Returns:
-          A `Context` for each cross-attention. The `prompt` kind returns new text states [batch, text, C], which any
-          pipeline takes as `prompt_embeds`.
+          A `Context` for each cross-attention. The kinds `prompt` and `edit` return new text states [batch, text, C],
+          which any pipeline takes as `prompt_embeds`.
         """
         z, s = self.user_proj(user), scale[:, None, None]
         if self.is_prompt:
             ((_, heads),) = self.config.adapter_sites
+            if self.config.rewrites:
+                return text + s * _rewrite(self.prompt_adapter, text, z, heads)
             return text + s * self.prompt_adapter["to_out"](_user_attention(self.prompt_adapter, text, z, heads))
         return [
             self._context(layer, text, z, s, heads)
@@ -113,17 +118,31 @@ class UserAdapter(nn.Module):
     def _context(self, layer: nn.ModuleDict, text: Tensor, z: Tensor, s: Tensor, heads: int) -> Context:
         if self.config.kind == "text":
             return Context(text_value=s * _user_attention(layer, text, z, heads))
+        if self.config.rewrites:
+            return Context(text_value=s * _rewrite(layer, text, z, heads))
         key = layer["to_k_user"](z) if "to_k_user" in layer else None
         query = layer["to_q_user"][0].weight if "to_q_user" in layer else None
         return Context(value=s * layer["to_v_user"](z), key=key, query=query)
 
 
-def _projections(config: AdapterConfig, width: int) -> nn.ModuleDict:
-    """Projections of one adapter site under the file's names: all but `to_out` have the suffix `_user`."""
-    linear = {name: nn.Linear(*sizes, bias=False) for name, sizes in config.projections(width).items()}
+_PLAIN = ("to_out", "hidden")
+"""Names without the suffix `_user` in files of the kinds before the UNet."""
+
+
+def _projections(config: AdapterConfig, width: int, heads: int) -> nn.ModuleDict:
+    """Projections of one adapter site under the file's names."""
+    linear = {name: nn.Linear(p.inner, p.outer, bias=p.bias) for name, p in config.projections(width, heads).items()}
     if config.before_unet:
-        return nn.ModuleDict({name if name == "to_out" else f"{name}_user": m for name, m in linear.items()})
+        return nn.ModuleDict({name if name in _PLAIN else f"{name}_user": m for name, m in linear.items()})
     return nn.ModuleDict({f"{name}_user": nn.Sequential(m) for name, m in linear.items()})
+
+
+def _rewrite(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:
+    """g·(W_o gelu(W_1 e + b_1) + b_o): each head's part of the new states times its gate."""
+    hidden, out = ((layer[n] if n in layer else layer[f"{n}_user"]) for n in ("hidden", "to_out"))
+    gates = _user_attention(layer, text, z, heads)  # [batch, text or 1, heads]
+    states = out(F.gelu(hidden(text))).unflatten(-1, (heads, -1))
+    return (gates[..., None] * states).flatten(2)
 
 
 def _user_attention(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:

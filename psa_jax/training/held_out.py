@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from psa_jax.data.pipeline import to_devices
 from psa_jax.data.shards import Shards
@@ -15,13 +15,14 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.native import with_arrays
 from psa_jax.preference.batch import Batch
 from psa_jax.preference.draws import draw
+from psa_jax.preference.metrics import part_means
 from psa_jax.preference.pair_loss import pair_losses, summarise
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.setup import Setup
 from psa_jax.training.sharding import by_rows
 from psa_jax.training.state import Frozen, Metrics
 
-_LOGGED = ("loss", "accuracy", "margin", "winner_gap", "loser_gap")
+_LOGGED = ("loss", "accuracy", "margin", "winner_gap", "loser_gap", "sum_swap_learnt", "pairs_")
 
 
 class HeldOut:
@@ -41,19 +42,20 @@ class HeldOut:
             model, adapter = setup.frozen_model(frozen, remat="none"), with_arrays(setup.adapter, params)
             fixed = {"noise": batch["noise"], "timesteps": batch["timesteps"]}
             draws = draw(objective, model.schedule, batch, key)._replace(**fixed)
-            found = summarise(pair_losses(objective, adapter, model, batch, draws))
-            return {name: found[name] for name in _LOGGED if name in found}
+            losses = pair_losses(objective, adapter, model, batch, draws, None, frozen.swap_distance, compare=True)
+            return {name: value for name, value in summarise(losses).items() if name.startswith(_LOGGED)}
 
         self._measure, self._batches, self._key = jax.jit(measure), list(batches), key
 
-    def __call__(self, params: dict[str, Any], frozen: Frozen) -> Metrics:
-        """Means over all held-out pairs, as `held_out_<name>`; on the device, not waited for.
+    def __call__(self, params: dict[str, Any], frozen: Frozen) -> dict[str, float]:
+        """Means over all held-out pairs, as `held_out_<name>`; on the host.
 
         Args:
           params: the adapter's arrays.
         """
-        found = [self._measure(params, frozen, batch, self._key) for batch in self._batches]
-        return {f"held_out_{name}": jnp.mean(jnp.stack([each[name] for each in found])) for name in found[0]}
+        found = jax.device_get([self._measure(params, frozen, batch, self._key) for batch in self._batches])
+        means = part_means({name: float(np.mean([each[name] for each in found])) for name in found[0]})
+        return {f"held_out_{name}": value for name, value in means.items() if not name.startswith("pairs_")}
 
 
 def held_out_batches(

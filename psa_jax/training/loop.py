@@ -31,6 +31,7 @@ from psa_jax.training.sharding import replicated
 from psa_jax.training.state import Frozen, Metrics, TrainState
 from psa_jax.training.step import make_step
 from psa_jax.training.step_timer import StepClock, peak_flops, step_flops
+from psa_jax.training.swap import mean_swap_distance
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None = None) -> Path:
@@ -60,7 +61,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         stop = stack.enter_context(StopSignal())
         stack.enter_context(lost_peers_named())
         services = Services(watchdog, checkpoints, writer, samples, stop)
-        frozen = with_reference_errors(run, services)
+        frozen = with_swap_distance(run, with_reference_errors(run, services))
         state = run_steps(run, services, cadence, state, frozen)
     return export(run, state)
 
@@ -120,6 +121,15 @@ def with_reference_errors(run: Run, services: Services) -> Frozen:
     return run.frozen._replace(reference_errors=errors)
 
 
+def with_swap_distance(run: Run, frozen: Frozen) -> Frozen:
+    """The frozen arrays with what a swap of the prompt changes, where the loss has swap distillation."""
+    if not run.setup.needs_swap:
+        return frozen
+    size = run.config.batch_size // run.config.accumulate
+    distance = mean_swap_distance(run.setup, frozen, run.shared, run.shards, run.table, batch_size=size)
+    return frozen._replace(swap_distance=distance)
+
+
 def run_steps(run: Run, services: Services, cadence: Cadence, state: TrainState, frozen: Frozen) -> TrainState:
     """Runs the steps up to `cadence.end`.
 
@@ -155,7 +165,7 @@ def run_steps(run: Run, services: Services, cadence: Cadence, state: TrainState,
             if measuring:
                 with clock.excluded():
                     measured = run.held_out(state.exported, frozen)
-                    accuracy = float(jax.device_get(measured["held_out_accuracy"])) if saving else None
+                    accuracy = measured["held_out_accuracy"] if saving else None
             if cadence.logs(done):
                 written = services.writer.log(done, metrics | measured, **clock.read())
                 said = said if written is None else _summary(written)
@@ -261,4 +271,9 @@ def _on_one_device(params: dict[str, jax.Array], mesh: Mesh) -> dict[str, jax.Ar
 
 def _summary(row: Row) -> str:
     pace = f"{row['pairs_per_second']:.1f} pairs/s, " if "pairs_per_second" in row else ""
-    return f"{pace}loss {row['loss']:.3f}, acc {row['accuracy']:.2f}"
+    said = [f"loss {row['loss']:.3f}"]
+    if "accuracy" in row:
+        said.append(f"acc {row['accuracy']:.2f}")
+    if "swap_learnt_banned" in row:  # a batch may have no banned prompt
+        said.append(f"swap learnt {row['swap_learnt_banned']:.2f}")
+    return pace + ", ".join(said)

@@ -42,15 +42,17 @@ def lower_step(setup: Setup, pairs: int, resolution: int) -> Lowered:
 
 
 def abstract_frozen(setup: Setup, rows: int = 1) -> Frozen:
-    """Shapes of the frozen arrays, with reference errors where the set-up stores them.
+    """Shapes of the frozen arrays, with those that come from data.
 
     A set-up does not know the number of rows of the data set. It changes no time and few bytes.
     """
-    frozen = setup.frozen()
-    if setup.fixed_draws is not None:
-        errors = np.empty((rows, setup.fixed_draws.count, 2), np.float32)
-        frozen = frozen._replace(reference_errors=_shape(errors, replicated(setup.mesh)))
-    return frozen
+    whole = replicated(setup.mesh)
+    return setup.frozen()._replace(
+        **{
+            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=whole)
+            for name, shape in setup.data_shapes(rows).items()
+        }
+    )
 
 
 def compile_lowered(lowered: Lowered) -> Compiled:

@@ -64,7 +64,8 @@ class Run:
             "shards": self.info["inputs"],
             "encoder": self.table.fingerprint,
             "objective": objective,
-            **{group: config[group].to_dict() for group in ("adapter", "optimizer")},
+            "adapter": {"hidden": None} | config.adapter.to_dict(),
+            "optimizer": config.optimizer.to_dict(),
             "order": {name: config.data[name] for name in ("balance", "safe_share")},
             "reference": {name: config.reference[name] for name in ("draws", "seed")},
             **{name: config[name] for name in ("seed", "batch_size", "steps", "dtype")},
@@ -76,7 +77,10 @@ class Run:
         model = self.setup.model
         # A field that the objective did not have then acts as its default, which changes nothing.
         defaults = dataclasses.asdict(Objective())
-        renewed = saved | {"objective": defaults | saved.get("objective", {})}
+        renewed = saved | {
+            "objective": defaults | saved.get("objective", {}),
+            "adapter": {"hidden": None} | saved.get("adapter", {}),
+        }
         # Earlier versions knew the base model by the bytes of its files.
         return renewed | ({"base_model": model.base_hash} if model.is_base_of(saved) else {})
 

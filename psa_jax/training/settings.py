@@ -153,6 +153,8 @@ PRETRAINING: dict[str, Rule] = _under(
         **_under("restart", _AVERAGED),
     },
 )
+OPTIONAL: dict[str, Rule] = {"adapter.hidden": optional(SIZE)}
+"""Keys that a configuration may leave out, which is None."""
 BASE_MODEL: dict[str, Rule] = {"variant": NAME, **dict.fromkeys(("vae", "tokenizer", "model_config"), PLACE)}
 """What may stand beside `model`; a configuration without these keys is one that leaves them empty."""
 RULES_OF: dict[str, dict[str, Rule]] = {
@@ -163,7 +165,7 @@ RULES_OF: dict[str, dict[str, Rule]] = {
     "pretrain": PRETRAINING,
 }
 """Keys that a command needs. Other keys are checked where this file knows them."""
-EVERY_RULE = TRAINING | OBJECTIVE | BASE_MODEL | EVALUATION | PRETRAINING
+EVERY_RULE = TRAINING | OBJECTIVE | OPTIONAL | BASE_MODEL | EVALUATION | PRETRAINING
 PATHS = tuple(key for key, rule in EVERY_RULE.items() if rule is PLACE)
 _ABSENT = object()
 
@@ -193,8 +195,8 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     if command == "pretrain":
         return
     _require_known(config.objective, "objective", [field.name for field in dataclasses.fields(Objective)])
-    _require_known(config.adapter, "adapter", ["kind", "tokens", "qk_dim"])
-    check_kind(config.adapter.kind, config.adapter.qk_dim)
+    _require_known(config.adapter, "adapter", ["kind", "tokens", "qk_dim", "hidden"])
+    check_kind(config.adapter.kind, config.adapter.qk_dim, config.adapter.get("hidden"))
     objective = Objective(**config.objective)
     fixed_draws_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
     check_accumulate(objective, config.accumulate)

@@ -22,6 +22,7 @@ from psa_jax.models.attention import REMAT, ComputeOptions
 from psa_jax.models.fused_attention import fused_attention
 from psa_jax.preference.batch import Batch, BatchSpec
 from psa_jax.preference.draws import FixedDraws, fixed_draws_or_none
+from psa_jax.preference.metrics import TIME_PARTS
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pair_loss import FrozenModel
 from psa_jax.training.optimizer import make_optimizer
@@ -140,7 +141,13 @@ class Setup:
             self.adapter.user_dim,
             fixed_draws=self.fixed_draws is not None,
             cached_text=self.cached_text,
+            swap=self.needs_swap,
         )
+
+    @property
+    def needs_swap(self) -> bool:
+        """Whether the loss has swap distillation."""
+        return self.objective.swap_weight > 0.0
 
     @property
     def batch_sharding(self) -> dict[str, NamedSharding]:
@@ -157,7 +164,8 @@ class Setup:
         """Where each of the frozen arrays lives."""
         whole = replicated(self.mesh)
         weights = shardings(self._weights(), self.mesh, self.frozen_sharding)
-        return Frozen(weights, whole, None if self.fixed_draws is None else whole)
+        errors, distance = self.fixed_draws is not None, self.needs_swap
+        return Frozen(weights, whole, whole if errors else None, whole if distance else None)
 
     def init_state(self, seed: int) -> TrainState:
         """The state before the first step, on its devices."""
@@ -173,23 +181,33 @@ class Setup:
         return jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(self.mesh))()
 
     def frozen(self) -> Frozen:
-        """The frozen arrays on their devices, without reference errors; shapes where the model is abstract."""
+        """The frozen arrays on their devices, without those that come from data (`reference_errors`, `swap_distance`).
+
+        They are shapes where the model is abstract.
+        """
         weights, alphas = self._weights(), self.schedule.alphas_cumprod
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weights)):
             alphas = jax.ShapeDtypeStruct(alphas.shape, alphas.dtype)
-        where = self.frozen_model_sharding._replace(reference_errors=None)
+        where = self.frozen_model_sharding._replace(reference_errors=None, swap_distance=None)
         return jax.tree.map(_place, Frozen(weights, alphas), where)
 
     def random_frozen(self, rows: int) -> Frozen:
-        """The frozen arrays with reference errors of 1 where the set-up has fixed draws: for measuring.
+        """The frozen arrays, with 1 for what comes from data: for measuring.
 
         Args:
           rows: of the data set.
         """
-        if self.fixed_draws is None:
-            return self.frozen()
-        errors = np.ones((rows, self.fixed_draws.count, 2), np.float32)
-        return self.frozen()._replace(reference_errors=jax.device_put(errors, replicated(self.mesh)))
+        ones = {name: np.ones(shape, np.float32) for name, shape in self.data_shapes(rows).items()}
+        return self.frozen()._replace(**jax.device_put(ones, replicated(self.mesh)))
+
+    def data_shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the frozen arrays that come from a data set of so many rows."""
+        shapes = {}
+        if self.fixed_draws is not None:
+            shapes["reference_errors"] = (rows, self.fixed_draws.count, 2)
+        if self.needs_swap:
+            shapes["swap_distance"] = (len(TIME_PARTS),)
+        return shapes
 
     def shared_arrays(self, empty_text: dict[str, np.ndarray] | None = None) -> Batch:
         """The arrays of a batch that all pairs share, on all devices: the empty prompt's tokens or text states.

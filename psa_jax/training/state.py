@@ -45,11 +45,14 @@ class Frozen(NamedTuple):
       weights: of (UNet, text encoders).
       alphas_cumprod: ᾱ of the noise schedule.
       reference_errors: (rw, rl) of the reference for n rows and their K fixed draws.
+      swap_distance: how far apart the reference's predictions for a banned prompt and its safe one are, as
+        `pair_loss.swap_distances`, on average over each of `metrics.TIME_PARTS`.
     """
 
     weights: nnx.State
     alphas_cumprod: Float[Array, " t"]
     reference_errors: Float[Array, "n k 2"] | None = None
+    swap_distance: Float[Array, " parts"] | None = None
 
 
 def init_state(

@@ -107,7 +107,15 @@ def loss(
       shared: the shared columns of the batch.
     """
     model, adapter = setup.frozen_model(frozen), with_arrays(setup.adapter, params)
-    found = pair_losses(setup.objective, adapter, model, inputs.batch | shared, inputs.draws, inputs.reference_errors)
+    found = pair_losses(
+        setup.objective,
+        adapter,
+        model,
+        inputs.batch | shared,
+        inputs.draws,
+        inputs.reference_errors,
+        frozen.swap_distance,
+    )
     return jnp.mean(found.values["loss"]), found
 
 
