@@ -1,5 +1,6 @@
 """Shared set-up: annotations are checked at run time, dtypes and ranks are strict, real data is found or skipped."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def small_pipeline(sd1):
 
 
 @pytest.fixture(scope="session")
+def smallest_pipeline(tmp_path_factory):
+    """The same as small as it can be, for what compiles a step or a sampler often: read only."""
+    from psa_jax.interop.diffusers import load_stable_diffusion
+
+    folder, theirs = _saved(tmp_path_factory, "smallest")
+    return theirs, load_stable_diffusion(folder)
+
+
+@pytest.fixture(scope="session")
 def sd1(tmp_path_factory):
     """A folder of a random pipeline and the pipeline of diffusers that wrote it: read only."""
     return _saved(tmp_path_factory, "sd1")
@@ -76,6 +86,12 @@ def _saved(tmp_path_factory, family: str):
     from support.torch_pipelines import save_sd2, save_sdxl
 
     folder = tmp_path_factory.mktemp(family)
-    theirs = {"sd1": save_torch_pipeline, "sd2": save_sd2, "sdxl": save_sdxl}[family](folder)
+    save = {
+        "sd1": save_torch_pipeline,
+        "smallest": functools.partial(save_torch_pipeline, smallest=True),
+        "sd2": save_sd2,
+        "sdxl": save_sdxl,
+    }
+    theirs = save[family](folder)
     theirs.set_progress_bar_config(disable=True)
     return folder / "model", theirs

@@ -11,9 +11,9 @@ from psa_jax.data.validation import validation_batches
 from psa_jax.diffusion.generate import initial_latents, picture_keys
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.protocol import select_cases
-from psa_jax.mini.oracle import render_pairs
 from psa_jax.mini.captions import sample_scenes
 from psa_jax.mini.dataset import render_mini
+from psa_jax.mini.oracle import render_pairs
 from psa_jax.preference.draws import fixed_draws_or_none
 from psa_jax.preference.objective import Objective
 from psa_jax.profiles.encoders import get_encoder
@@ -62,7 +62,7 @@ def test_numpy_numbers_are_seeds():
 class OneRow:
     """A source of rows that nothing reads."""
 
-    columns = RowColumns(["0000001"], np.zeros(1, np.int32), np.zeros(1, np.bool_), np.zeros(1, np.bool_))
+    columns = RowColumns(["0000001"], np.zeros(1, np.int32), *[np.zeros(1, np.bool_)] * 3)
 
     def __len__(self) -> int:
         return 1

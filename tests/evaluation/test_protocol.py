@@ -5,8 +5,8 @@ import pytest
 
 from psa_jax.data.sage import read_split
 from psa_jax.evaluation.protocol import Case, Verdicts, rates, select_cases, wins
-from psa_jax.mini.protocol import case_of
 from psa_jax.mini.dataset import render_mini
+from psa_jax.mini.protocol import case_of
 
 # Four banned, two allowed, two safe.
 CASES = [

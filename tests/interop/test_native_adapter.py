@@ -52,7 +52,7 @@ def refused(path, layers=LAYERS, cross_dim=CROSS) -> str:
 @pytest.mark.parametrize(
     ("kind", "tokens", "qk_dim"),
     [(kind, tokens, None) for kind in ADAPTER_KINDS for tokens in (1, 2, 4)]
-    + [("text", 4, 6), ("concept", 2, 6), ("prompt", 4, 10)],
+    + [("text", 4, 6), ("concept", 2, 6), ("prompt", 4, 10), ("rewrite", 2, 6), ("edit", 4, 10)],
 )
 def test_save_and_load_is_bit_equal(tmp_path, kind, tokens, qk_dim):
     adapter, path = make(kind, tokens, qk_dim), tmp_path / "deep" / "a.safetensors"
@@ -100,6 +100,19 @@ def test_names_and_shapes_in_torch(tmp_path):
     once = {f"prompt_adapter.to_{p}_user.weight": (CROSS, CROSS) for p in "qkv"}
     assert shapes(path) == projection | once | {"prompt_adapter.to_out.weight": (CROSS, CROSS)}
 
+    save_adapter(make("rewrite", 2), path, {})
+    asks = {f"psa_adapter.{i}.to_q_user.0.weight": (w, CROSS) for i, (w, _) in enumerate(LAYERS)}
+    gates = {f"psa_adapter.{i}.to_v_user.0.weight": (heads, CROSS) for i, (_, heads) in enumerate(LAYERS)}
+    hidden = {f"psa_adapter.{i}.hidden_user.0.weight": (CROSS, CROSS) for i in range(3)}
+    out = {f"psa_adapter.{i}.to_out_user.0.weight": (w, CROSS) for i, (w, _) in enumerate(LAYERS)}
+    assert shapes(path) == projection | upstream | asks | gates | hidden | out
+
+    save_adapter(make("edit", 2), path, {})
+    gates = {"prompt_adapter.to_v_user.weight": (5, CROSS)}  # heads: the most, up to 8, that divide 20
+    hidden = {"prompt_adapter.hidden.weight": (4 * CROSS, CROSS), "prompt_adapter.hidden.bias": (4 * CROSS,)}
+    out = {"prompt_adapter.to_out.weight": (CROSS, 4 * CROSS), "prompt_adapter.to_out.bias": (CROSS,)}
+    assert shapes(path) == projection | once | gates | hidden | out
+
 
 @pytest.mark.parametrize("kind", ADAPTER_KINDS)
 def test_a_torch_linear_with_a_tensor_of_the_file_does_the_same(tmp_path, kind):
@@ -107,13 +120,15 @@ def test_a_torch_linear_with_a_tensor_of_the_file_does_the_same(tmp_path, kind):
     save_adapter(adapter, path, {})
     tensors = safetensors.torch.load_file(path)
     layer = adapter.layers[0]
-    prefix, suffix = ("prompt_adapter.", "_user.weight") if kind == "prompt" else ("psa_adapter.0.", "_user.0.weight")
+    before = kind in ("prompt", "edit")
+    prefix, suffix = ("prompt_adapter.", "_user.weight") if before else ("psa_adapter.0.", "_user.0.weight")
     checks = {"user_proj.proj.weight": adapter.user_proj.kernel}
     for name in ("to_q", "to_k", "to_v"):
         if getattr(layer, name) is not None:
             checks[prefix + name + suffix] = getattr(layer, name)
-    if kind == "prompt":
-        checks["prompt_adapter.to_out.weight"] = layer.to_out
+    for name in ("hidden", "to_out"):
+        if getattr(layer, name) is not None:
+            checks[f"prompt_adapter.{name}.weight" if before else prefix + name + suffix] = getattr(layer, name)
     for name, kernel in checks.items():
         x = torch.randn(3, tensors[name].shape[1], generator=torch.Generator().manual_seed(0))
         expected = torch.nn.functional.linear(x, tensors[name])

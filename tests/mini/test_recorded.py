@@ -9,6 +9,7 @@ import pytest
 from psa_jax.data.sage import read_split
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, rates, select_cases
+from psa_jax.mini.dataset import render_mini
 from psa_jax.mini.protocol import case_of
 from psa_jax.mini.recorded import (
     COMPARED,
@@ -19,7 +20,6 @@ from psa_jax.mini.recorded import (
     same_recipe,
     write_recording,
 )
-from psa_jax.mini.dataset import render_mini
 from psa_jax.preference import objective
 from psa_jax.tools.configs import read_config
 

@@ -88,16 +88,20 @@ def test_parameters_and_their_types(unets, kind, tokens):
     state = nnx.to_flat_state(nnx.state(untrained_adapter(configure(unet, kind, tokens))))
     assert {type(variable) for _, variable in state} == {AdapterParam}
     per_layer = {path[2] for path, _ in state if path[0] == "layers"}
-    expected = {"to_v"} | ({"to_out"} if kind == "prompt" else set())
+    expected = {"to_v"} | {"prompt": {"to_out"}, "rewrite": {"hidden", "to_out"}}.get(kind, set())
+    if kind == "edit":
+        expected |= {"hidden", "hidden_bias", "to_out", "to_out_bias"}
     if tokens > 1:
         expected |= {"to_k"} | (set() if kind == "published" else {"to_q"})
     assert per_layer == expected
-    assert len({path[1] for path, _ in state if path[0] == "layers"}) == (1 if kind == "prompt" else LAYERS)
+    assert len({path[1] for path, _ in state if path[0] == "layers"}) == (1 if kind in ("prompt", "edit") else LAYERS)
     # The matrix that speaks starts at zero, the others do not.
-    silent = "to_out" if kind == "prompt" else "to_v"
+    silent = "to_out" if kind in ("prompt", "rewrite", "edit") else "to_v"
     for path, variable in state:
-        if path[0] == "layers":
+        if path[0] == "layers" and "bias" not in path[2]:
             assert (np.abs(variable[...]).max() == 0) == (path[2] == silent), path
+        elif path[0] == "layers":
+            assert np.abs(variable[...]).max() == 0, path
 
 
 def test_no_parameter_of_the_unet_is_an_adapter_parameter(unets):
@@ -205,10 +209,11 @@ def test_kinds_inside_the_unet_follow_their_formulas(unets, kind, tokens, qk_dim
     assert np.abs(output - base(unet)).max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["prompt", "edit"])
 @pytest.mark.parametrize(("tokens", "qk_dim"), [(1, None), (2, None), (4, None), (4, 10)])
-def test_the_prompt_kind_follows_its_formula(unets, tokens, qk_dim):
+def test_the_kinds_before_the_unet_follow_their_formulas(unets, kind, tokens, qk_dim):
     theirs, unet = unets
-    adapter = random_adapter(configure(unet, "prompt", tokens, qk_dim), seed=tokens)
+    adapter = random_adapter(configure(unet, kind, tokens, qk_dim), seed=tokens)
     tensors, scale = file_tensors(adapter), torch.tensor([0.37, 1.0])
     z = user_tokens(tensors, USERS, 20)
     text = prompt_states(tensors, TEXT, z, scale[:, None, None], heads=5)  # the most, up to 8, that divide 20
@@ -231,7 +236,7 @@ def test_contexts_serve_every_timestep(unets, kind):
     theirs, unet = unets
     adapter = random_adapter(configure(unet, kind, 4))
     contexts = contexts_of(adapter, unet, as_jax(TEXT), as_jax(USERS), jnp.ones(2))
-    if kind == "prompt":
+    if kind in ("prompt", "edit"):
         tensors = file_tensors(adapter)
         text = prompt_states(tensors, TEXT, user_tokens(tensors, USERS, 20), torch.ones(2, 1, 1), heads=5)
         torch_unet = theirs
@@ -265,13 +270,15 @@ def test_user_tokens_with_a_large_mean(unets):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"kind": "loud"}, "'loud' is unknown (one of published, text, concept, prompt)"),
+        ({"kind": "loud"}, "'loud' is unknown (one of published, text, concept, prompt, rewrite, edit)"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"qk_dim": 4}, "qk_dim 4"),  # not for three heads
         ({"qk_dim": 0}, "qk_dim 0"),
         ({"qk_dim": -6}, "qk_dim -6"),
         ({"kind": "prompt", "qk_dim": 6}, "qk_dim 6"),  # a width of 20 has five heads
         ({"kind": "published", "qk_dim": 6}, "does not apply to the published kind"),
+        ({"hidden": 8}, "adapter.hidden is 8, which does not apply to the text kind: only rewrite, edit have"),
+        ({"kind": "rewrite", "hidden": 0}, "hidden must be at least 1, got 0"),
     ],
 )
 def test_bad_configs_are_refused(change, says):

@@ -50,7 +50,7 @@ def test_unet_output(small_pipeline, tmp_path, predict, kind, tokens):
     contexts = adapter(model.unet, as_jax(text), as_jax(users), as_jax(scales))
     ours = np.asarray(predict(model.unet, nhwc(latents), as_jax(times), contexts)).transpose(0, 3, 1, 2)
 
-    if kind == "prompt":
+    if kind in ("prompt", "edit"):
         tensors = file_tensors(adapter)
         z = user_tokens(tensors, users, 32)
         states = prompt_states(tensors, text, z, scales[:, None, None], prompt_heads(32))
@@ -94,6 +94,8 @@ def jax_pixels(model, adapter, users, latents, prompts=PROMPTS, *, steps, guidan
     ("family", "kind", "tokens", "unconditional"),
     [
         ("sd1", "prompt", 4, "zeros"),
+        ("sd1", "rewrite", 4, "off"),
+        ("sd2", "edit", 4, "off"),
         ("sd2", "text", 8, "same"),
         pytest.param("sdxl", "concept", 2, "off", marks=pytest.mark.slow),
     ],

@@ -1,8 +1,6 @@
 """Preference losses of a batch: what holds at initialisation, what is shared in a pair, and evaluations in torch."""
 
-import copy
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,30 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from flax import nnx
-from support.torch_adapters import adapted_unet, as_jax, random_adapter, untrained_adapter
-from support.torch_models import FAST_COMPILE, UNETS, randomise, tensor, to_flax
+from support.torch_adapters import as_jax, random_adapter, untrained_adapter
+from support.torch_models import FAST_COMPILE, tensor
+from support.torch_pairs import FACTOR, KEY, PAIRS, USER_DIM, VAE, TorchPairs, text_states, torch_pairs
 
-from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.interop.native import adapter_arrays, with_arrays
 from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
-from psa_jax.models.config import UNetConfig, VAEConfig
-from psa_jax.models.unet import UNet
-from psa_jax.models.vae import latent_noise
-from psa_jax.preference.draws import draw, spread_timesteps
+from psa_jax.preference.draws import draw
 from psa_jax.preference.losses import LOSSES
 from psa_jax.preference.metrics import part_means
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pair_loss import Errors, FrozenModel, compose, pair_losses, summarise
 
-PAIRS, USER_DIM, FACTOR = 3, 6, 0.18215
-VAE = VAEConfig(scaling_factor=FACTOR)
 PAPER = Objective()
 MILD = Objective(beta=50.0, sft_weight=5.0)  # float32 rounding of the errors stays far below the margin
-KEY = jax.random.key(3)
-# An unsafe prompt that its user bans, one that its user allows, a safe one.
-PROMPTS = {"banned": jnp.asarray([True, False, True]), "unsafe": jnp.asarray([True, True, False])}
 
 
 def preference_loss(objective, adapter, unet, text_encoders, schedule, vae, batch, key):
@@ -44,26 +33,6 @@ def preference_loss(objective, adapter, unet, text_encoders, schedule, vae, batc
 
 
 evaluate = jax.jit(preference_loss, static_argnums=(0, 5), compiler_options=FAST_COMPILE)
-
-
-@pytest.fixture(scope="module")
-def world(small_pipeline, tmp_path_factory):
-    """(torch pipeline, UNet, text encoder, schedule, batch), the UNet of the smallest kind: it is compiled often."""
-    theirs, model = copy.copy(small_pipeline[0]), small_pipeline[1]
-    theirs.unet = randomise(UNet2DConditionModel(**UNETS["mid_only"] | {"cross_attention_dim": 32}), seed=5)
-    config = UNetConfig.from_json(dict(theirs.unet.config))
-    unet = to_flax(lambda r: UNet(config, rngs=r), theirs.unet, tmp_path_factory.mktemp("objective_unet"))
-    moments = torch.cat([tensor(2 * PAIRS, 4, 4, 4), torch.full((2 * PAIRS, 4, 4, 4), -1.0)], dim=-1)
-    ids = model.tokenize(["a cat", "cat at a cat", "t", ""])
-    batch = {
-        "chosen": as_jax(3 * moments[:PAIRS]),
-        "rejected": as_jax(3 * moments[PAIRS:]),
-        "input_ids": jnp.asarray(ids[:PAIRS]),
-        "empty_ids": jnp.asarray(ids[PAIRS]),
-        "user": as_jax(tensor(PAIRS, USER_DIM, seed=1)),
-        **PROMPTS,
-    }
-    return theirs, unet, model.text_encoder, NoiseSchedule.from_config(model.scheduler_config), batch
 
 
 def configure(world, kind: str = "text", tokens: int = 2) -> AdapterConfig:
@@ -125,42 +94,6 @@ def test_text_dropout_gives_the_empty_prompt(world):
     assert abs(float(kept - empty)) > 1e-4
 
 
-class TorchPairs(NamedTuple):
-    """What torch predicts for the noise and timesteps that `KEY` draws: winners, losers, by policy and reference."""
-
-    policy: tuple[torch.Tensor, torch.Tensor]
-    reference: tuple[torch.Tensor, torch.Tensor]
-    noise: torch.Tensor
-    timesteps: torch.Tensor
-
-    def errors(self) -> tuple[torch.Tensor, ...]:
-        """(pw, pl, rw, rl)."""
-        return tuple(((x - self.noise) ** 2).mean(dim=(1, 2, 3)).double() for x in (*self.policy, *self.reference))
-
-
-def torch_pairs(theirs, schedule, batch, adapter, factor: float, user=None, **conditions) -> TorchPairs:
-    """`user` is the batch's, unless a tensor whose gradient is wanted; `conditions` are for the UNet."""
-    *_, vae_noise_w, vae_noise_l, noise_key, time_key = jax.random.split(KEY, 6)
-
-    def to_torch(x):
-        return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
-
-    timesteps = torch.from_numpy(np.array(spread_timesteps(time_key, PAIRS, 0.0, float(schedule.steps))))
-    noise = to_torch(latent_noise(noise_key, batch["chosen"]))
-    forward = DDPMScheduler.from_config(theirs.scheduler.config)
-    user = torch.from_numpy(np.array(batch["user"])) if user is None else user
-    policy = adapted_unet(theirs.unet, adapter, user, torch.ones(PAIRS))
-
-    def predict(unet, side, key):
-        mean, log_variance = to_torch(batch[side]).chunk(2, dim=1)
-        clean = factor * (mean + (log_variance / 2).exp() * to_torch(latent_noise(key, batch[side])))
-        return unet(forward.add_noise(clean, noise, timesteps), timesteps, **conditions).sample
-
-    sides = (("chosen", vae_noise_w), ("rejected", vae_noise_l))
-    both = (tuple(predict(unet, side, key) for side, key in sides) for unet in (policy, theirs.unet))
-    return TorchPairs(*both, noise, timesteps)
-
-
 def assert_as_in_torch(loss, metrics, pairs: TorchPairs) -> None:
     """Everything logged, from the four errors of torch, at MILD."""
     pw, pl, rw, rl = (error.numpy() for error in pairs.errors())
@@ -192,10 +125,6 @@ def assert_as_in_torch(loss, metrics, pairs: TorchPairs) -> None:
             assert means[f"winner_gap_t{i}"] == pytest.approx((pw - rw)[mine].mean(), rel=1e-3, abs=1e-5)
         else:
             assert f"margin_t{i}" not in means
-
-
-def text_states(theirs, batch) -> torch.Tensor:
-    return theirs.text_encoder(torch.from_numpy(np.array(batch["input_ids"]))).last_hidden_state
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("published", 1), ("text", 2)])

@@ -57,6 +57,18 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads
     return torch.cat(answers, dim=-1)
 
 
+def rewritten(text: torch.Tensor, w: Tensors, z: torch.Tensor, heads: int) -> torch.Tensor:
+    """Of each head g·(W_o gelu(W_1 e + b_1) + b_o), with g = softmax(q kᵀ/√d)·(W_v z)."""
+    states = F.linear(F.gelu(F.linear(text, w["hidden"], w.get("hidden_bias"))), w["to_out"], w.get("to_out_bias"))
+    gates = F.linear(z, w["to_v"])  # [batch, T, heads]
+    if "to_q" in w:
+        query, key = F.linear(text, w["to_q"]), F.linear(z, w["to_k"])
+        each = zip(query.chunk(heads, -1), key.chunk(heads, -1), gates.chunk(heads, -1), strict=True)
+        gates = torch.cat([attention(q, k, v, 1) for q, k, v in each], dim=-1)
+    parts = [gates[..., [head]] * part for head, part in enumerate(states.chunk(heads, -1))]
+    return torch.cat(parts, dim=-1)
+
+
 class UserProcessor:
     """One cross-attention with the user tokens; s is a column [batch, 1, 1]."""
 
@@ -68,6 +80,8 @@ class UserProcessor:
         assert attention_mask is None
         text, w, s, z, heads = encoder_hidden_states, self.weights, self.scale, self.z, attn.heads
         query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+        if self.kind == "rewrite":
+            return attn.to_out[0](attention(query, key, value + s * rewritten(text, w, z, heads), heads))
         user_value = F.linear(z, w["to_v"])
         user_key = F.linear(z, w["to_k"]) if "to_k" in w else torch.zeros_like(user_value)
 
@@ -102,7 +116,11 @@ def layer_weights(tensors: Tensors, index: int) -> Tensors:
 def prompt_states(
     tensors: Tensors, text: torch.Tensor, z: torch.Tensor, scale: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """e + s·W_o attn(W_q e, W_k z, W_v z)."""
+    """e + s·W_o attn(W_q e, W_k z, W_v z), or with a hidden layer what `rewritten` adds."""
+    if "prompt_adapter.hidden.weight" in tensors:
+        named = {n.removeprefix("prompt_adapter.").replace("_user", ""): t for n, t in tensors.items()}
+        w = {n.removesuffix(".weight").replace(".bias", "_bias"): t for n, t in named.items()}
+        return text + scale * rewritten(text, w, z, heads)
     value = F.linear(z, tensors["prompt_adapter.to_v_user.weight"])
     if "prompt_adapter.to_k_user.weight" in tensors:
         query = F.linear(text, tensors["prompt_adapter.to_q_user.weight"])

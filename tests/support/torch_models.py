@@ -142,6 +142,7 @@ CLIPS = {
         "eos_token_id": 2,
         "projection_dim": 24,
     },
+    "one_layer": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
 }
 
 
@@ -239,8 +240,16 @@ def small_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def save_torch_pipeline(folder: Path) -> StableDiffusionPipeline:
-    """A whole random pipeline of matching parts, saved by diffusers."""
+SMALLEST_UNET = UNETS["mid_only"] | {"cross_attention_dim": 32, "norm_num_groups": 8}
+"""One cross-attention, and one block of every other kind: for what is compiled often."""
+
+
+def save_torch_pipeline(folder: Path, *, smallest: bool = False) -> StableDiffusionPipeline:
+    """A whole random pipeline of matching parts, saved by diffusers.
+
+    Args:
+      smallest: with `SMALLEST_UNET` and one layer in the text encoder.
+    """
     tokenizer = small_tokenizer(folder / "source_tokenizer")
     unet = {
         "sample_size": 8,
@@ -258,9 +267,9 @@ def save_torch_pipeline(folder: Path) -> StableDiffusionPipeline:
         "norm_num_groups": 4,
     }
     pipeline = join_pipeline(
-        randomise(UNet2DConditionModel(**unet), seed=1),
+        randomise(UNet2DConditionModel(**SMALLEST_UNET if smallest else unet), seed=1),
         randomise(AutoencoderKL(**vae), seed=2),
-        torch_clip("sd1_shape", vocab_size=len(tokenizer)),
+        torch_clip("one_layer" if smallest else "sd1_shape", vocab_size=len(tokenizer)),
         tokenizer,
     )
     pipeline.save_pretrained(folder / "model")

@@ -13,8 +13,8 @@ from flax import nnx
 from support.torch_adapters import random_adapter
 
 from psa_jax.interop.native import adapter_arrays
-from psa_jax.mini.prepare import prepare
 from psa_jax.mini.dataset import render_mini
+from psa_jax.mini.prepare import prepare
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.config import UNetConfig
 from psa_jax.models.unet import UNet
@@ -25,6 +25,12 @@ from psa_jax.training.sharding import by_rows, make_mesh
 from psa_jax.training.step import make_step
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
+
+
+@pytest.fixture(scope="session")
+def small_pipeline(smallest_pipeline):
+    """In the tests of training, which compile a step for most of them."""
+    return smallest_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -74,16 +80,16 @@ class Training(NamedTuple):
         return history, state
 
 
-# Compiled for every mesh and option: as small as a UNet with both kinds of blocks can be.
+# Compiled for every mesh and option: one resolution, and one stack of two transformer blocks.
 UNET = UNetConfig(
     sample_size=8,
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    block_out_channels=(16, 32),
+    down_block_types=("DownBlock2D",),
+    up_block_types=("UpBlock2D",),
+    block_out_channels=(32,),
     layers_per_block=1,
     cross_attention_dim=32,
     attention_head_dim=4,
-    transformer_layers_per_block=(2, 1),
+    transformer_layers_per_block=(2,),
     norm_num_groups=8,
 )
 

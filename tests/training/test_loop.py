@@ -126,7 +126,7 @@ def test_samples_are_for_users_from_the_least_to_the_most_strict():
     users = ["c"] * 4 + ["a"] * 4 + ["b"] * 3 + ["d"] * 2  # ban 3 of 3, 1 of 4, 1 of 2 and nothing that is unsafe
     unsafe = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0], bool)
     banned = np.array([1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 1], bool)
-    columns = RowColumns(users, np.zeros(len(users), np.int32), unsafe, banned)
+    columns = RowColumns(users, np.zeros(len(users), np.int32), unsafe, banned, unsafe)
     assert by_strictness(columns, 9) == ["d", "a", "b", "c"]
     assert by_strictness(columns, 2) == ["d", "c"]
 
