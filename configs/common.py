@@ -52,7 +52,7 @@ def base_config(objective: Objective) -> ml_collections.ConfigDict:
 
     # --- what is learned, and from what
     unset = ml_collections.config_dict.placeholder(int)
-    config.adapter = dict(kind="text", tokens=4, qk_dim=unset, hidden=unset)
+    config.adapter = dict(kind="text", tokens=4, qk_dim=unset, hidden=unset, gate="attention")
     config.objective = dataclasses.asdict(objective)
     # draws > 0: each pair has this many fixed draws of noise and timestep. Their reference errors are computed once and
     # stored in folder (default: in the workdir), which runs may share; a training step then runs no reference model.
@@ -69,7 +69,9 @@ def base_config(objective: Objective) -> ml_collections.ConfigDict:
         clip_norm=1.0,
         ema=0.0,
     )
-    config.data = dict(shards="", table="", balance="users", safe_share=0.3, mini=dict(users=0, seed=0))
+    # Of the examples: how many have a safe prompt, and how many of the others a user who bans their category.
+    mixture = dict(balance="users", safe_share=0.3, banned_share=0.5)
+    config.data = dict(shards="", table="", **mixture, mini=dict(users=0, seed=0))
     return config
 
 

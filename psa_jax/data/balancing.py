@@ -116,19 +116,21 @@ def _stretch(rows: Int[np.ndarray, " n"], count: int, rng: np.random.Generator) 
 
 @dataclass(frozen=True, eq=False)
 class UserSampler:
-    """Samples a user for a row: half the time one who bans the row's category, half the time one who allows it.
+    """Samples a user for a row: one who bans the row's category, or one who allows it.
 
     Args:
       users: category → (indices of the users who allow it, indices of those who ban it). Users are numbered in the
         order of their ids.
       columns: facts about the rows.
+      banned_share: how often the user is one who bans the category.
     """
 
     users: Mapping[int, tuple[np.ndarray, np.ndarray]]
     columns: RowColumns
+    banned_share: float = 0.5
 
     @classmethod
-    def of(cls, columns: RowColumns) -> "UserSampler":
+    def of(cls, columns: RowColumns, banned_share: float = 0.5) -> "UserSampler":
         """The sampler over the users of a split.
 
         Raises:
@@ -141,7 +143,7 @@ class UserSampler:
             allow, ban = (np.unique(numbers[here & (columns.banned == banned)]) for banned in (False, True))
             _require_both(category, ban, allow)
             users[category] = allow, ban
-        return cls(users, columns)
+        return cls(users, columns, banned_share)
 
     def sample(self, row: int, rng: np.random.Generator) -> tuple[int, bool]:
         """Samples the user for a row.
@@ -153,7 +155,7 @@ class UserSampler:
         Returns:
           The index of the user, and whether that user bans the row's category.
         """
-        banned = bool(rng.integers(2))
+        banned = bool(rng.integers(2)) if self.banned_share == 0.5 else bool(rng.random() < self.banned_share)
         return int(rng.choice(self.users[int(self.columns.categories[row])][banned])), banned
 
 

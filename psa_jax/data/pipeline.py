@@ -55,6 +55,7 @@ def make_pipeline(
     seed: int,
     balance: str = "users",
     safe_share: float = 0.3,
+    banned_share: float = 0.5,
     flips: bool = False,
     process_index: int = 0,
     process_count: int = 1,
@@ -84,10 +85,11 @@ def make_pipeline(
       table: embeddings of all users in `source`.
       batch_size: over all processes.
       seed: of shuffling, balancing, sampling users and flipping.
-      balance: "users" combines every unsafe prompt with a sampled user of this split, who bans its category half the
-        time and prefers what SAGE's label rule says. "rows" keeps the user of every row and repeats rows as
-        `balanced_order` says. "none" takes every row as it is, once an epoch.
+      balance: "users" combines every unsafe prompt with a sampled user of this split, who bans its category in
+        `banned_share` of the cases and prefers what SAGE's label rule says. "rows" keeps the user of every row and
+        repeats rows as `balanced_order` says. "none" takes every row as it is, once an epoch.
       safe_share: share of safe prompts in all rows, unless balance is "none".
+      banned_share: see `balance`.
       flips: mirror the pair with probability 1/2, sampled again in every epoch.
       process_index, process_count: which block of every batch.
       num_epochs: None repeats without end.
@@ -111,7 +113,7 @@ def make_pipeline(
     if shuffle:
         dataset = dataset.shuffle()
     # Sampled here, keyed by the position in the global order: the same however batches are divided.
-    sample = _Sample(flips, UserSampler.of(source.columns) if balance == "users" else None)
+    sample = _Sample(flips, UserSampler.of(source.columns, banned_share) if balance == "users" else None)
     examples = dataset.repeat(num_epochs).random_map(sample).map(_Load.of(source, table))
     endless = num_epochs is None
     batches = _BatchesFrom(

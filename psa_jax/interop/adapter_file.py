@@ -4,6 +4,7 @@ Imports neither JAX nor torch: both runtimes read files with the same checks.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors.numpy import save
 from psa_jax.errors import PSAError
 from psa_jax.files import write
 from psa_jax.json_input import parse_json
-from psa_jax.models.adapter_config import AdapterConfig, Layers
+from psa_jax.models.adapter_config import ADDED_SIZES, GATE_HIDDEN, AdapterConfig, Layers
+from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.tensor_file import MAX_HEADER, all_finite, read_float32, read_header, require_finite
 
 FORMAT = "psa_jax.adapter/1"
@@ -53,12 +55,13 @@ _SIZE = _Rule(_is_size, "a whole number above zero")
 _OBJECT = _Rule(lambda value: isinstance(value, dict), "an object")
 _METADATA = {
     "kind": _TEXT,
-    "tokens": _SIZE,
+    "tokens": _Rule(lambda value: type(value) is int and 0 <= value < 1 << 24, "a whole number"),
     "user_dim": _SIZE,
     "cross_dim": _SIZE,
     "layers": _Rule(_are_layers, "a list of pairs of whole numbers above zero"),
     "qk_dim": _Rule(lambda value: value is None or _is_size(value), "null or a whole number above zero"),
     "hidden": _SIZE,
+    "gate": _TEXT,
     "base_model": _TEXT,
     "family": _TEXT,
     "encoder": _TEXT,
@@ -90,12 +93,39 @@ def tensor_name(parameter: str, index: int, *, before_unet: bool) -> str:
 def tensor_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the file's tensors by name; kernels are [out, in]."""
     width = config.cross_dim
-    shapes = {
-        "user_proj.proj.weight": (config.tokens * width, config.user_dim),
-        "user_proj.proj.bias": (config.tokens * width,),
-        "user_proj.norm.weight": (width,),
-        "user_proj.norm.bias": (width,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.by_categories:
+        for half, inner in (("user", config.user_dim), ("prompt", width)):
+            sizes = (inner, GATE_HIDDEN, len(CATEGORIES))
+            for number, (into, out) in zip((0, 2), itertools.pairwise(sizes), strict=True):
+                shapes |= {gate_name(half, number, "weight"): (out, into), gate_name(half, number, "bias"): (out,)}
+    else:
+        shapes = {
+            "user_proj.proj.weight": (config.tokens * width, config.user_dim),
+            "user_proj.proj.bias": (config.tokens * width,),
+            "user_proj.norm.weight": (width,),
+            "user_proj.norm.bias": (width,),
+        }
+    return shapes | _site_shapes(config)
+
+
+GATE_NAMES = ("user_gate.", "prompt_gate.")
+"""What the names of the gate's tensors begin with."""
+
+
+def gate_name(half: str, number: int, what: str) -> str:
+    """Tensor name in one half of the gate by categories.
+
+    Args:
+      half: "user" or "prompt".
+      number: 0 for the hidden layer, 2 for the one after it.
+      what: "weight" or "bias".
+    """
+    return f"{half}_gate.{number}.{what}"
+
+
+def _site_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
     for index, site in enumerate(config.adapter_sites):
         for name, (inner, outer, bias) in config.projections(*site).items():
             shapes[tensor_name(name, index, before_unet=config.before_unet)] = (outer, inner)
@@ -140,7 +170,7 @@ def write_native(tensors: Tensors, config: AdapterConfig, path: Path, metadata: 
         "cross_dim": config.cross_dim,
         "layers": config.layers,
         "qk_dim": config.qk_dim,
-        **({} if config.hidden is None else {"hidden": config.hidden}),
+        **{name: value for name, value in config.as_json().items() if name in ADDED_SIZES},
     }
     # One key: safetensors writes several in an order that changes from call to call.
     content = save(tensors, {"psa": json.dumps(described, sort_keys=True)})
@@ -272,20 +302,22 @@ def fitting_config(
             f"{where}: the adapter is for another base model: {len(own)} cross-attentions of width {own_dim}, this one "
             f"has {len(layers or own)} of width {cross_dim or own_dim}, or others in between"
         )
-    projection = tensors.get("user_proj.proj.weight")
+    gate = about.get("gate", ADDED_SIZES["gate"])
+    reading = gate_name("user", 0, "weight") if gate == "categories" else "user_proj.proj.weight"
+    projection = tensors.get(reading)
     if projection is None:
-        raise PSAError(f"{where}: user_proj.proj.weight is missing, so it is no adapter of PSA, or damaged")
-    if projection.ndim != 2 or projection.shape[0] % own_dim:
-        raise PSAError(f"{where}: user_proj.proj.weight does not fit a cross-attention width of {own_dim}")
-    tokens, user_dim = projection.shape[0] // own_dim, projection.shape[1]
+        raise PSAError(f"{where}: {reading} is missing, so it is no adapter of PSA, or damaged")
+    if projection.ndim != 2 or (gate != "categories" and projection.shape[0] % own_dim):
+        raise PSAError(f"{where}: {reading} does not fit a cross-attention width of {own_dim}")
+    tokens, user_dim = 0 if gate == "categories" else projection.shape[0] // own_dim, projection.shape[1]
     try:
-        widths = about.get("qk_dim"), about.get("hidden")
-        config = AdapterConfig(about.get("kind", "published"), tokens, user_dim, own_dim, own, *widths)
+        kind, sizes = about.get("kind", "published"), (about.get("qk_dim"), about.get("hidden"), gate)
+        config = AdapterConfig(kind, tokens, user_dim, own_dim, own, *sizes)
     except ValueError as error:
         raise PSAError(f"{where}: {error}") from error
     for name, found in (("tokens", tokens), ("user_dim", user_dim)):
         if about.get(name, found) != found:
-            raise PSAError(f"{where}: user_proj.proj.weight holds {found} {name}, its metadata say {about[name]}")
+            raise PSAError(f"{where}: {reading} holds {found} {name}, its metadata say {about[name]}")
     wanted, spare = tensor_shapes(config), constant_keys(config)
     for what, names in (
         ("missing", wanted.keys() - tensors.keys()),

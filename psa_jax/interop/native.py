@@ -16,6 +16,7 @@ from psa_jax.interop.adapter_file import (
     Tensors,
     constant_keys,
     fitting_config,
+    gate_name,
     read_metadata,
     read_tensors,
     tensor_name,
@@ -36,6 +37,10 @@ def _name(path: tuple[str | int, ...], config: AdapterConfig) -> str:
     """Tensor name in the file of a parameter with this path in the adapter's state."""
     if path[0] == "user_proj":
         return _PROJECTION[path[1]]
+    if path[0] == "gate":
+        _, half, parameter = path
+        layer, _, bias = parameter.partition("_")
+        return gate_name(half, 0 if layer == "first" else 2, bias or "weight")
     _, index, projection = path
     return tensor_name(projection, index, before_unet=config.before_unet)
 

@@ -19,6 +19,7 @@ from psa_jax.files import write
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.json_input import read_json
 from psa_jax.mini.protocol import MiniCase, cases_hash
+from psa_jax.models.adapter_config import ADDED_SIZES
 from psa_jax.preference import objective
 from psa_jax.renamed import renamed_keys
 
@@ -31,9 +32,9 @@ COMMAND = "psa-jax demo --workdir=runs/demo --compare"
 
 _GROUPS = ("seed", "model", "steps", "batch_size", "adapter", "objective", "optimizer", "data", "evaluate")
 _OPTIONAL: dict[str, dict[str, Any]] = {
-    "adapter": {"qk_dim": None, "hidden": None},
+    "adapter": {"qk_dim": None, **ADDED_SIZES},
     "optimizer": {"ema": 0.0},
-    "data": {"shards": "", "table": ""},
+    "data": {"shards": "", "table": "", "banned_share": 0.5},
     "reference": {"draws": 0, "seed": 0},
 }
 """For each group, the keys that a recipe may lack and the values that these then have.

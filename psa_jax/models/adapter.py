@@ -9,7 +9,8 @@ The adapter's kind says how. With o the text attention's output, e the text stat
     concept     o + s·attn(W_q o, W_k z, W_v z)
     prompt      e + s·W_o attn(W_q e, W_k z, W_v z), before the UNet
     rewrite     attn(Q, K, V + s·g·W_o gelu(W_1 e))         g = attn(W_q e, W_k z, W_v z), one number a head
-    edit        e + s·g·(W_o gelu(W_1 e + b_1) + b_o), before the UNet, with the same g
+    edit        e + s·g·(W_o gelu(W_1 e + b_1) + b_o), before the UNet, with the same g, or that of
+                `psa_jax.models.gates`
 
 The first four write what the user tokens hold; the last two say what stands in the place of a concept, and the user
 decides whether. W_v (W_o, where there is one) starts at zero, so an untrained adapter leaves the base model exactly as
@@ -25,6 +26,7 @@ from jaxtyping import Array, Float
 
 from psa_jax.models.adapter_config import AdapterConfig, Projection
 from psa_jax.models.attention import CrossContext, UserTokens, attend, gelu
+from psa_jax.models.gates import CategoryGate, combine
 from psa_jax.models.unet import UNet
 
 LAYER_NORM_EPS = 1e-5
@@ -103,14 +105,18 @@ def _rewrite(
     layer: UserAttention, text: Float[Array, "b s c"], z: Float[Array, "b t c"], heads: int
 ) -> Float[Array, "b s d"]:
     """g·(W_o gelu(W_1 e + b_1) + b_o): each head's part of the new states times its gate."""
+    gates, states = _user_attention(layer, text, z, heads), _states(layer, text)  # gates: [b, s or 1, heads]
+    by_head = states.reshape(*states.shape[:2], heads, -1)
+    return (gates[..., None] * by_head).reshape(states.shape)
+
+
+def _states(layer: UserAttention, text: Float[Array, "b s c"]) -> Float[Array, "b s d"]:
+    """W_o gelu(W_1 e + b_1) + b_o."""
 
     def linear(x, kernel, bias):
         return x @ kernel[...] if bias is None else x @ kernel[...] + bias[...][None, None, :]
 
-    gates = _user_attention(layer, text, z, heads)  # [b, s or 1, heads]
-    states = linear(gelu(linear(text, layer.hidden, layer.hidden_bias)), layer.to_out, layer.to_out_bias)
-    by_head = states.reshape(*states.shape[:2], heads, -1)
-    return (gates[..., None] * by_head).reshape(states.shape)
+    return linear(gelu(linear(text, layer.hidden, layer.hidden_bias)), layer.to_out, layer.to_out_bias)
 
 
 def _apply_published(layer, context, text, z, heads, scale):
@@ -152,7 +158,11 @@ class Adapter(nnx.Module):
 
     def __init__(self, config: AdapterConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.user_proj = UserProjection(config, rngs=rngs)
+        # One of the two says which user it is for.
+        if config.by_categories:
+            self.gate = CategoryGate(config.user_dim, config.cross_dim, AdapterParam, rngs=rngs)
+        else:
+            self.user_proj = UserProjection(config, rngs=rngs)
         self.layers = nnx.List(
             [UserAttention(config.projections(*site), config.zero_kernel, rngs=rngs) for site in config.adapter_sites]
         )
@@ -180,18 +190,9 @@ class Adapter(nnx.Module):
         Returns:
           One context for each cross-attention, in adapter order.
         """
-        # User embeddings differ little: W_p and its norm are not rounded to the type of the text.
-        with jax.named_scope("user_projection"):
-            z = self.user_proj(user).astype(text.dtype)
-        layers = jax.tree.map(lambda leaf: leaf.astype(text.dtype), self.layers)
-        scale = scale.astype(text.dtype)
         if self.config.before_unet:
-            (layer,), ((_, heads),) = layers, self.config.adapter_sites
-            if self.config.rewrites:
-                added = _rewrite(layer, text, z, heads)
-            else:
-                added = _user_attention(layer, text, z, heads) @ layer.to_out[...]
-            return unet.context(text + scale[:, None, None] * added)
+            return unet.context(self.edit(text, user, scale))
+        z, layers, scale = self._tokens(user, text), self._layers_like(text), scale.astype(text.dtype)
         base = unet.context(text) if base is None else base
         apply = _APPLY[self.config.kind]
         with jax.named_scope("user_contexts"):
@@ -199,3 +200,29 @@ class Adapter(nnx.Module):
                 apply(layer, context, text, z, heads, scale)
                 for layer, context, (_, heads) in zip(layers, base, self.config.layers, strict=True)
             )
+
+    def edit(self, text: Float[Array, "b s c"], user: Float[Array, "b d"], scale: Scale) -> Float[Array, "b s c"]:
+        """New text states, of the kinds that act before the UNet.
+
+        Args:
+          text, user, scale: as for the adapter itself.
+        """
+        (layer,), ((_, heads),) = self._layers_like(text), self.config.adapter_sites
+        if self.config.by_categories:
+            with jax.named_scope("gate"):
+                # Fitted before the steps, which leave it alone.
+                gates = jax.lax.stop_gradient(combine(self.gate.parts(text, user))).astype(text.dtype)[:, None, None]
+            added = gates * _states(layer, text)
+        elif self.config.rewrites:
+            added = _rewrite(layer, text, self._tokens(user, text), heads)
+        else:
+            added = _user_attention(layer, text, self._tokens(user, text), heads) @ layer.to_out[...]
+        return text + scale.astype(text.dtype)[:, None, None] * added
+
+    def _tokens(self, user: Float[Array, "b d"], text: Float[Array, "b s c"]) -> Float[Array, "b t c"]:
+        # User embeddings differ little: W_p and its norm are not rounded to the type of the text.
+        with jax.named_scope("user_projection"):
+            return self.user_proj(user).astype(text.dtype)
+
+    def _layers_like(self, text: Float[Array, "b s c"]) -> nnx.List:
+        return jax.tree.map(lambda leaf: leaf.astype(text.dtype), self.layers)

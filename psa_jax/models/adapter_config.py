@@ -10,6 +10,10 @@ PROMPT_HEADS = 8
 """Largest number of attention heads of the kinds that act before the UNet."""
 UNCONDITIONAL = ("off", "zeros", "same")
 """User embedding on the unconditional side of guidance: adapter off, zeros, or the same user as on the other side."""
+GATES = ("attention", "categories")
+"""What decides whether a kind that rewrites acts: an attention to the user tokens, or `psa_jax.models.gates`."""
+GATE_HIDDEN = 128
+"""Width of the hidden layers of the gate by categories."""
 Layers = tuple[tuple[int, int], ...]
 """(width, heads) of every cross-attention, in diffusers' `attn_processors` order."""
 
@@ -79,6 +83,25 @@ def check_kind(kind: str, qk_dim: int | None, hidden: int | None = None) -> None
         )
 
 
+def check_gate(kind: str, gate: str, tokens: int, qk_dim: int | None) -> None:
+    """Checks a gate, and that the kind has it.
+
+    Raises:
+      PSAError: an unknown gate, one that the kind does not have, or user tokens beside the gate by categories.
+    """
+    if gate not in GATES:
+        raise PSAError(f"adapter.gate is {gate!r}; choose {', '.join(GATES)}")
+    if gate != "categories":
+        return
+    if kind != "edit":
+        raise PSAError(f"adapter.gate is categories, which the {kind} kind lacks; use it with adapter.kind=edit")
+    if tokens or qk_dim is not None:
+        raise PSAError(
+            f"adapter.gate is categories, which has no user tokens, but adapter.tokens is {tokens} and adapter.qk_dim "
+            f"is {qk_dim}; give adapter.tokens=0 and leave qk_dim out"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """Sizes of an adapter.
@@ -91,9 +114,10 @@ class AdapterConfig:
       layers: (width, heads) of the base model's cross-attentions.
       qk_dim: width of W_q and W_k; None for full width.
       hidden: width of the hidden layer of the kinds that rewrite; None for C in a cross-attention, 4·C before the UNet.
+      gate: one of GATES, for the kinds that rewrite; `categories` for `edit` alone, which then has no user tokens.
 
     Raises:
-      PSAError: an unknown kind, no token, or a width that does not fit.
+      PSAError: an unknown kind or gate, no token, or a width that does not fit.
     """
 
     kind: str
@@ -103,10 +127,12 @@ class AdapterConfig:
     layers: Layers
     qk_dim: int | None = None
     hidden: int | None = None
+    gate: str = "attention"
 
     def __post_init__(self):
         check_kind(self.kind, self.qk_dim, self.hidden)
-        if self.tokens < 1:
+        check_gate(self.kind, self.gate, self.tokens, self.qk_dim)
+        if self.tokens < 1 and self.gate != "categories":
             raise PSAError(f"adapter tokens must be at least 1, got {self.tokens}")
         if self.hidden is not None and self.hidden < 1:
             raise PSAError(f"adapter hidden must be at least 1, got {self.hidden}")
@@ -128,18 +154,19 @@ class AdapterConfig:
         tokens: int = 4,
         qk_dim: int | None = None,
         hidden: int | None = None,
+        gate: str = "attention",
     ) -> "AdapterConfig":
         """Sizes of an adapter for a UNet.
 
         Args:
           unet: the base model's configuration.
           user_dim: length D of a user embedding.
-          kind, tokens, qk_dim, hidden: as the attributes.
+          kind, tokens, qk_dim, hidden, gate: as the attributes.
 
         Raises:
           PSAError: as the constructor.
         """
-        return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim, hidden)
+        return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim, hidden, gate)
 
     @property
     def before_unet(self) -> bool:
@@ -168,7 +195,7 @@ class AdapterConfig:
         values are one gate a head, and `hidden` and `to_out` are W₁ and W₂.
         """
         qk = width if self.qk_dim is None else self.qk_dim
-        found = {"to_v": Projection(self.cross_dim, heads if self.rewrites else width)}
+        found = {"to_v": Projection(self.cross_dim, heads if self.rewrites else width)} if self.tokens else {}
         if self.tokens > 1:
             found["to_k"] = Projection(self.cross_dim, qk)
             query_source = ADAPTER_KINDS[self.kind].query_source
@@ -185,7 +212,16 @@ class AdapterConfig:
     def as_json(self) -> dict[str, Any]:
         """The sizes as JSON values. A size that earlier versions did not have is there only where it is given."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name != "hidden" or value is not None}
+        return {name: value for name, value in values.items() if (name, value) not in ADDED_SIZES.items()}
+
+    @property
+    def by_categories(self) -> bool:
+        """Whether the gate is that of `psa_jax.models.gates`."""
+        return self.gate == "categories"
+
+
+ADDED_SIZES = {"hidden": None, "gate": "attention"}
+"""What a configuration or a file of an earlier version, which lacks these keys, means by that."""
 
 
 def prompt_heads(cross_dim: int) -> int:

@@ -7,7 +7,8 @@
     concept     o + s·attn(W_q o, W_k z, W_v z)
     prompt      e + s·W_o attn(W_q e, W_k z, W_v z), before the UNet
     rewrite     attn(Q, K, V + s·g·W_o gelu(W_1 e))         g = attn(W_q e, W_k z, W_v z), one number a head
-    edit        e + s·g·(W_o gelu(W_1 e + b_1) + b_o), before the UNet, with the same g
+    edit        e + s·g·(W_o gelu(W_1 e + b_1) + b_o), before the UNet, with the same g, or that by categories
+                (`psa_jax.models.gates`)
 
 o is the text attention's output, e the text states, s the scale. Parameters have the names of the native file.
 """
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psa_jax.models.adapter_config import AdapterConfig
+from psa_jax.models.adapter_config import GATE_HIDDEN, AdapterConfig
+from psa_jax.profiles.schema import CATEGORIES
 
 
 class Context(NamedTuple):
@@ -84,7 +86,11 @@ class UserAdapter(nn.Module):
         super().__init__()
         self.config = config
         self.is_prompt = config.before_unet
-        self.user_proj = UserProjection(config)
+        if config.by_categories:
+            self.user_gate = _hidden_layer(config.user_dim)
+            self.prompt_gate = _hidden_layer(config.cross_dim)
+        else:
+            self.user_proj = UserProjection(config)
         places = [_projections(config, *site) for site in config.adapter_sites]
         if self.is_prompt:
             (self.prompt_adapter,) = places
@@ -104,6 +110,8 @@ class UserAdapter(nn.Module):
           A `Context` for each cross-attention. The kinds `prompt` and `edit` return new text states [batch, text, C],
           which any pipeline takes as `prompt_embeds`.
         """
+        if self.config.by_categories:
+            return self.edit(text, self.bans(user), scale)
         z, s = self.user_proj(user), scale[:, None, None]
         if self.is_prompt:
             ((_, heads),) = self.config.adapter_sites
@@ -114,6 +122,34 @@ class UserAdapter(nn.Module):
             self._context(layer, text, z, s, heads)
             for layer, (_, heads) in zip(self.psa_adapter, self.config.layers, strict=True)
         ]
+
+    def bans(self, user: Tensor) -> Tensor:
+        """b_k [batch, 7]: how sure the gate by categories is that each user bans each category.
+
+        Args:
+          user: user embeddings [batch, D].
+        """
+        return torch.sigmoid(self.user_gate(user.float()))
+
+    def gates(self, text: Tensor, bans: Tensor) -> Tensor:
+        """p_k·b_k [batch, 7]: how much of each category the prompts ask for and the users ban.
+
+        Args:
+          text: text states [batch, text, C].
+          bans: as `bans` gives them.
+        """
+        return torch.sigmoid(torch.logsumexp(self.prompt_gate(text.float()), dim=1)) * bans
+
+    def edit(self, text: Tensor, bans: Tensor, scale: Tensor) -> Tensor:
+        """New text states [batch, text, C] of an adapter with the gate by categories.
+
+        Args:
+          text: text states [batch, text, C].
+          bans: b_k of each user [batch, 7].
+          scale: strengths s [batch].
+        """
+        gate = 1 - torch.prod(1 - self.gates(text, bans), dim=-1)
+        return text + (scale * gate)[:, None, None] * _states(self.prompt_adapter, text)
 
     def _context(self, layer: nn.ModuleDict, text: Tensor, z: Tensor, s: Tensor, heads: int) -> Context:
         if self.config.kind == "text":
@@ -139,10 +175,19 @@ def _projections(config: AdapterConfig, width: int, heads: int) -> nn.ModuleDict
 
 def _rewrite(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:
     """g·(W_o gelu(W_1 e + b_1) + b_o): each head's part of the new states times its gate."""
-    hidden, out = ((layer[n] if n in layer else layer[f"{n}_user"]) for n in ("hidden", "to_out"))
     gates = _user_attention(layer, text, z, heads)  # [batch, text or 1, heads]
-    states = out(F.gelu(hidden(text))).unflatten(-1, (heads, -1))
-    return (gates[..., None] * states).flatten(2)
+    return (gates[..., None] * _states(layer, text).unflatten(-1, (heads, -1))).flatten(2)
+
+
+def _states(layer: nn.ModuleDict, text: Tensor) -> Tensor:
+    """W_o gelu(W_1 e + b_1) + b_o."""
+    hidden, out = ((layer[n] if n in layer else layer[f"{n}_user"]) for n in ("hidden", "to_out"))
+    return out(F.gelu(hidden(text)))
+
+
+def _hidden_layer(width: int) -> nn.Sequential:
+    """One half of the gate by categories: `width` to a logit for each category."""
+    return nn.Sequential(nn.Linear(width, GATE_HIDDEN), nn.GELU(), nn.Linear(GATE_HIDDEN, len(CATEGORIES)))
 
 
 def _user_attention(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:

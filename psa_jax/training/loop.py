@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from psa_jax.errors import Stopped
+from psa_jax.files import write
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.interop.native import save_adapter, with_arrays
 from psa_jax.preference.objective import describe_beta
@@ -21,6 +23,7 @@ from psa_jax.progress import Progress, print_on_main, print_stage
 from psa_jax.training.cadence import Cadence
 from psa_jax.training.checkpoints import Checkpoints
 from psa_jax.training.distributed import is_main_process, lost_peers_named
+from psa_jax.training.gates import fit_gates
 from psa_jax.training.lowered import compile_step
 from psa_jax.training.metric_writer import MetricsWriter, Row, require_finite
 from psa_jax.training.preemption import StopSignal, Watchdog
@@ -32,6 +35,9 @@ from psa_jax.training.state import Frozen, Metrics, TrainState
 from psa_jax.training.step import make_step
 from psa_jax.training.step_timer import StepClock, peak_flops, step_flops
 from psa_jax.training.swap import mean_swap_distance
+
+GATE_FILE = "gate.json"
+"""In the workdir: how often a fitted gate is right."""
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None = None) -> Path:
@@ -83,13 +89,30 @@ class Services:
 
 def restore(run: Run, checkpoints: Checkpoints) -> TrainState:
     """The state of the last checkpoint, with the data at its position; the initial state where there is none."""
-    state = run.setup.init_state(run.config.seed)
-    state = checkpoints.restore(state, run.iterator) or state
+    initial = run.setup.init_state(run.config.seed)
+    state = checkpoints.restore(initial, run.iterator)
+    if state is None:
+        state = with_fitted_gate(run, initial) if run.setup.adapter.by_categories else initial
     height, width, moments = run.info["latent_shape"]
     print_on_main(describe_beta(run.setup.objective.beta, (height, width, moments // 2)))
     if int(state.step):
         print_on_main(f"resumed at step {int(state.step)}")
     return state
+
+
+def with_fitted_gate(run: Run, state: TrainState) -> TrainState:
+    """The initial state with a gate that is fitted on users and prompts; says and writes how often it is right."""
+    print_stage("fitting the gate on users and prompts")
+    params, accuracy = fit_gates(run.setup, run.frozen, state.params, run.shards, run.table, run.config.seed)
+    print_on_main(
+        f"the gate is right about {accuracy.users:.1f} % of what users ban and {accuracy.prompts:.1f} % of prompts, "
+        "of users and prompts that were left out"
+    )
+    if is_main_process():
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        write(run.workdir / GATE_FILE, json.dumps(dataclasses.asdict(accuracy)) + "\n")
+    average = jax.tree.map(jnp.copy, params) if state.ema else {}
+    return state._replace(params=params, ema=average)
 
 
 def with_reference_errors(run: Run, services: Services) -> Frozen:

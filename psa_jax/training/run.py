@@ -14,6 +14,7 @@ from psa_jax.data.pipeline import make_pipeline, to_devices
 from psa_jax.data.shards import Shards, open_shards, preprocess_of, read_empty_prompt, read_info
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
+from psa_jax.models.adapter_config import ADDED_SIZES
 from psa_jax.preference.batch import Batch
 from psa_jax.preference.objective import Objective
 from psa_jax.profiles.table import EmbeddingTable
@@ -64,9 +65,12 @@ class Run:
             "shards": self.info["inputs"],
             "encoder": self.table.fingerprint,
             "objective": objective,
-            "adapter": {"hidden": None} | config.adapter.to_dict(),
+            "adapter": ADDED_SIZES | config.adapter.to_dict(),
             "optimizer": config.optimizer.to_dict(),
-            "order": {name: config.data[name] for name in ("balance", "safe_share")},
+            "order": {
+                **{name: config.data[name] for name in ("balance", "safe_share")},
+                "banned_share": config.data.get("banned_share", 0.5),
+            },
             "reference": {name: config.reference[name] for name in ("draws", "seed")},
             **{name: config[name] for name in ("seed", "batch_size", "steps", "dtype")},
             **({"text": self.info["text_fingerprint"]} if self.setup.cached_text else {}),
@@ -79,7 +83,8 @@ class Run:
         defaults = dataclasses.asdict(Objective())
         renewed = saved | {
             "objective": defaults | saved.get("objective", {}),
-            "adapter": {"hidden": None} | saved.get("adapter", {}),
+            "adapter": ADDED_SIZES | saved.get("adapter", {}),
+            "order": {"banned_share": 0.5} | saved.get("order", {}),
         }
         # Earlier versions knew the base model by the bytes of its files.
         return renewed | ({"base_model": model.base_hash} if model.is_base_of(saved) else {})
@@ -198,6 +203,7 @@ def _batches(config: ml_collections.ConfigDict, setup: Setup, shards: Shards, ta
         seed=config.seed,
         balance=config.data.balance,
         safe_share=config.data.safe_share,
+        banned_share=config.data.get("banned_share", 0.5),
         flips=flips,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

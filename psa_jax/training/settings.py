@@ -15,7 +15,7 @@ from psa_jax.data.shards import INFO_FILE
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
-from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig, check_kind
+from psa_jax.models.adapter_config import ADAPTER_KINDS, ADDED_SIZES, GATES, AdapterConfig, check_gate, check_kind
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
 from psa_jax.preference.draws import fixed_draws_or_none
@@ -97,7 +97,7 @@ TRAINING: dict[str, Rule] = {
     "remat": any_of(REMAT),
     "dtype": any_of(DTYPES),
     "adapter.kind": any_of(ADAPTER_KINDS),
-    "adapter.tokens": SIZE,
+    "adapter.tokens": COUNT_OR_NONE,
     "adapter.qk_dim": optional(SIZE),
     "reference.draws": COUNT_OR_NONE,
     "reference.seed": SEED,
@@ -153,8 +153,12 @@ PRETRAINING: dict[str, Rule] = _under(
         **_under("restart", _AVERAGED),
     },
 )
-OPTIONAL: dict[str, Rule] = {"adapter.hidden": optional(SIZE)}
-"""Keys that a configuration may leave out, which is None."""
+OPTIONAL: dict[str, Rule] = {
+    "adapter.hidden": optional(SIZE),
+    "adapter.gate": any_of(GATES),
+    "data.banned_share": SHARE,
+}
+"""Keys that a configuration may leave out, which then have their defaults."""
 BASE_MODEL: dict[str, Rule] = {"variant": NAME, **dict.fromkeys(("vae", "tokenizer", "model_config"), PLACE)}
 """What may stand beside `model`; a configuration without these keys is one that leaves them empty."""
 RULES_OF: dict[str, dict[str, Rule]] = {
@@ -195,8 +199,12 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     if command == "pretrain":
         return
     _require_known(config.objective, "objective", [field.name for field in dataclasses.fields(Objective)])
-    _require_known(config.adapter, "adapter", ["kind", "tokens", "qk_dim", "hidden"])
-    check_kind(config.adapter.kind, config.adapter.qk_dim, config.adapter.get("hidden"))
+    _require_known(config.adapter, "adapter", ["kind", "tokens", "qk_dim", *ADDED_SIZES])
+    adapter = ADDED_SIZES | config.adapter.to_dict()
+    check_kind(adapter["kind"], adapter["qk_dim"], adapter["hidden"])
+    check_gate(adapter["kind"], adapter["gate"], adapter["tokens"], adapter["qk_dim"])
+    if not adapter["tokens"] and adapter["gate"] != "categories":
+        raise PSAError("adapter.tokens is 0; give a whole number from 1 up")
     objective = Objective(**config.objective)
     fixed_draws_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
     check_accumulate(objective, config.accumulate)

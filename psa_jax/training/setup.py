@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from psa_jax.diffusion.schedule import NoiseSchedule
 from psa_jax.errors import PSAError
+from psa_jax.interop.adapter_file import GATE_NAMES
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter_config import AdapterConfig
@@ -25,7 +26,7 @@ from psa_jax.preference.draws import FixedDraws, fixed_draws_or_none
 from psa_jax.preference.metrics import TIME_PARTS
 from psa_jax.preference.objective import Objective
 from psa_jax.preference.pair_loss import FrozenModel
-from psa_jax.training.optimizer import make_optimizer
+from psa_jax.training.optimizer import Arrays, make_optimizer
 from psa_jax.training.settings import check_accumulate, validate_devices
 from psa_jax.training.sharding import REPLICATED, by_rows, replicated, shardings, weight_sharding
 from psa_jax.training.state import Frozen, TrainState, init_state
@@ -109,12 +110,14 @@ class Setup:
         model = BaseModel.from_config(config).load(
             dtype=config.dtype, sharding=weight_sharding(mesh, config.mesh.frozen), abstract=abstract
         )
+        adapter = AdapterConfig.for_unet(model.unet.config, user_dim=user_dim, **config.adapter)
+        optimizer = make_optimizer(config.optimizer, config.steps)
         return cls(
             model=model,
             mesh=mesh,
-            adapter=AdapterConfig.for_unet(model.unet.config, user_dim=user_dim, **config.adapter),
+            adapter=adapter,
             objective=objective,
-            optimizer=make_optimizer(config.optimizer, config.steps),
+            optimizer=_around_gate(optimizer) if adapter.by_categories else optimizer,
             fixed_draws=fixed_draws,
             cached_text=cached_text,
             accumulate=config.accumulate,
@@ -239,6 +242,15 @@ class Setup:
 
     def _weights(self) -> nnx.State:
         return nnx.state(self._modules())
+
+
+def _around_gate(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer that leaves the gate by categories as it was fitted: neither a step nor weight decay changes it."""
+
+    def of_gate(arrays: Arrays) -> dict[str, bool]:
+        return {name: name.startswith(GATE_NAMES) for name in arrays}
+
+    return optax.chain(optimizer, optax.masked(optax.set_to_zero(), of_gate))
 
 
 def _place(leaf: Any, where: NamedSharding) -> Any:

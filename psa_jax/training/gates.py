@@ -1,0 +1,182 @@
+"""Fits the gate by categories before the first step, where the answers are known: two small supervised problems.
+
+    user half     embedding of a user → the categories that the user bans       from the users of the split
+    prompt half   text states of a prompt → its category, none for a safe one   from the split's captions
+
+An eighth of the users and of the prompts is left out at first, to say how often the gate is right about new ones; then
+both halves are fitted on everything. The steps do not change the gate.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from psa_jax.data.shards import Shards
+from psa_jax.diffusion.conditioning import encode_text
+from psa_jax.errors import PSAError
+from psa_jax.interop.native import adapter_arrays, with_arrays
+from psa_jax.models.gates import CategoryGate
+from psa_jax.preference.batch import TOKENS
+from psa_jax.profiles.schema import CATEGORIES
+from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.prompt_columns import is_prompt
+from psa_jax.training.optimizer import Arrays
+from psa_jax.training.setup import Setup
+from psa_jax.training.sharding import replicated
+from psa_jax.training.state import Frozen
+
+LEFT_OUT = 8
+"""One in so many users and prompts is left out to measure."""
+STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 600, 128, 3e-3, 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class GateAccuracy:
+    """How often the gate is right about what it was not fitted on, in percent.
+
+    Attributes:
+      users: of the pairs of user and category.
+      prompts: of the prompts: its own category and no other one for an unsafe prompt, none for a safe one.
+    """
+
+    users: float
+    prompts: float
+
+
+def fit_gates(
+    setup: Setup, frozen: Frozen, params: Arrays, shards: Shards, table: EmbeddingTable, seed: int
+) -> tuple[Arrays, GateAccuracy]:
+    """Fits both halves of the gate.
+
+    Every process of a group does the same and finds the same.
+
+    Args:
+      setup: with an adapter whose gate is that by categories.
+      frozen: as `setup.frozen()` gives it.
+      params: the adapter's arrays.
+      shards: the rows to fit on.
+      table: embeddings of their users.
+      seed: of the order of examples.
+
+    Returns:
+      `params` with the fitted gate, and its accuracy on users and prompts that were left out.
+
+    Raises:
+      PSAError: too few users or prompts to leave some out.
+    """
+    prompts, categories = _prompts_of(shards)
+    halves = {
+        "user": (CategoryGate.ban_logits, *_users_of(shards, table)),
+        "prompt": (CategoryGate.category_logits, _text_states(setup, frozen, prompts), categories),
+    }
+    adapter, accuracy = with_arrays(setup.adapter, jax.device_get(params)), {}
+    for half, (logits, inputs, labels) in halves.items():
+        left_out = np.arange(len(labels)) % LEFT_OUT == LEFT_OUT - 1
+        if not left_out.any():
+            raise PSAError(
+                f"{shards.folder}: {len(labels)} {half}s in {shards.split} are too few to fit a gate; use {LEFT_OUT} "
+                "or more"
+            )
+        problem = _Problem(logits, inputs, labels)
+        right = problem.right(problem.fit(adapter.gate, np.flatnonzero(~left_out), seed), np.flatnonzero(left_out))
+        accuracy[f"{half}s"] = 100.0 * float(np.mean(right if half == "user" else right.all(axis=1)))
+        fitted = problem.fit(adapter.gate, np.arange(len(labels)), seed)
+        setattr(adapter.gate, half, getattr(fitted, half))
+    return jax.device_put(adapter_arrays(adapter), setup.state_sharding.params), GateAccuracy(**accuracy)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Problem:
+    """One half of the gate: n inputs and whether each of the categories holds for them.
+
+    Attributes:
+      logits: (gate, inputs) → logits for each category.
+      inputs: [n, …] of a float type.
+      labels: [n, k].
+    """
+
+    logits: Callable[[CategoryGate, Array], Float[Array, "b k"]]
+    inputs: Float[np.ndarray, "..."]
+    labels: Bool[np.ndarray, "n k"]
+
+    def fit(self, gate: CategoryGate, rows: Int[np.ndarray, " n"], seed: int) -> CategoryGate:
+        """The gate after cross-entropy on these rows, in which rare categories count more."""
+        graph, state = nnx.split(gate)
+        optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=WEIGHT_DECAY)
+        shares = self.labels[rows].mean(axis=0).clip(0.02, 0.98)
+        positive = jnp.asarray(np.sqrt((1.0 - shares) / shares), jnp.float32)  # half of the way to equal weights
+
+        def loss(state: nnx.State, inputs: Array, labels: Array) -> Float[Array, ""]:
+            found = self.logits(nnx.merge(graph, state), inputs.astype(jnp.float32))
+            each = optax.sigmoid_binary_cross_entropy(found, labels.astype(jnp.float32))
+            return jnp.mean(jnp.where(labels, positive[None], 1.0) * each)
+
+        @jax.jit
+        def step(state: nnx.State, moments: Any, inputs: Array, labels: Array) -> tuple[nnx.State, Any]:
+            gradient = jax.grad(loss)(state, inputs, labels)
+            with jax.numpy_dtype_promotion("standard"):  # optax multiplies Python floats and int32 counters
+                updates, moments = optimizer.update(gradient, moments, state)
+            return optax.apply_updates(state, updates), moments
+
+        moments, order = optimizer.init(state), np.random.default_rng([seed, len(rows)])
+        for _ in range(STEPS):
+            batch = order.choice(rows, min(BATCH, len(rows)), replace=False)
+            state, moments = step(state, moments, self.inputs[batch], self.labels[batch])
+        return nnx.merge(graph, state)
+
+    def right(self, gate: CategoryGate, rows: Int[np.ndarray, " n"]) -> Bool[np.ndarray, "n k"]:
+        """For each of these rows and each category, whether the gate says what holds."""
+        graph, state = nnx.split(gate)
+        found = jax.jit(lambda state, inputs: self.logits(nnx.merge(graph, state), inputs.astype(jnp.float32)))
+        parts = np.array_split(rows, -(-len(rows) // BATCH))
+        return np.concatenate([(np.asarray(found(state, self.inputs[p])) > 0) == self.labels[p] for p in parts])
+
+
+def _users_of(shards: Shards, table: EmbeddingTable) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, "n k"]]:
+    """Embeddings of the users and what they ban; a category without a row of the user counts as allowed."""
+    columns = shards.columns
+    ids, numbers = np.unique(np.asarray(columns.user_ids), return_inverse=True)
+    bans = np.zeros((len(ids), len(CATEGORIES)), np.bool_)
+    bans[numbers[columns.banned], columns.categories[columns.banned]] = True
+    return table.lookup([str(user) for user in ids]), bans
+
+
+def _prompts_of(shards: Shards) -> tuple[dict[str, np.ndarray], Bool[np.ndarray, "n k"]]:
+    """The distinct prompts of a split, as the columns of a batch, and the categories that each asks for."""
+    first: dict[bytes, int] = {}
+    rows, labels = [], []
+    for number in range(len(shards)):
+        row = shards[number]
+        key = row["input_ids"].tobytes()
+        if key not in first:
+            first[key] = len(rows)
+            rows.append({name: row[name] for name in row if is_prompt(name)})
+            labels.append(np.zeros(len(CATEGORIES), np.bool_))
+        if row["kind"]:
+            labels[first[key]][int(row["category"])] = True
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}, np.stack(labels)
+
+
+def _text_states(setup: Setup, frozen: Frozen, prompts: dict[str, np.ndarray]) -> Float[np.ndarray, "n s c"]:
+    """Text states of prompts on the host, in float16; those of the shards where the set-up uses them."""
+    if setup.cached_text:
+        return prompts["text_states"]
+    names = TOKENS[: len(setup.model.text_encoders)]
+
+    def encode(frozen: Frozen, ids: tuple[Array, ...]) -> Float[Array, "b s c"]:
+        return encode_text(setup.frozen_model(frozen).text_encoders, ids).states.astype(jnp.float16)
+
+    whole = replicated(setup.mesh)
+    encode, count = jax.jit(encode, out_shardings=whole), len(prompts[names[0]])
+    found = []
+    for start in range(0, count, BATCH):
+        rows = np.arange(start, start + BATCH).clip(max=count - 1)
+        found.append(jax.device_get(encode(frozen, jax.device_put(tuple(prompts[n][rows] for n in names), whole))))
+    return np.concatenate(found)[:count]
