@@ -49,6 +49,7 @@ COMMANDS = {
         "compute the memory of a training step, also on TPUs that are not here", arguments.memory, "memory"
     ),
     "generate": Command("generate pictures for a user", arguments.generate, "generate"),
+    "explain": Command("show what an adapter replaces in a prompt, and why", arguments.explain, "explain"),
     "export": Command("write a trained adapter as a file", arguments.export, "export"),
     "import": Command("read an adapter file for a base model", arguments.import_, "import_"),
     "bench": Command("measure speed, also against the torch original's approach", arguments.bench, "bench"),

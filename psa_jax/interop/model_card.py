@@ -72,13 +72,24 @@ One user a call: stock diffusers mixes several in silence (huggingface/diffusers
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER)   # or StableDiffusionXLPipeline; `unet/` alone will do, too
 
 One user is in the weights, at one scale, on both sides of guidance.""",
+    "gates": """\
+    python psa_gates.py '{{"age": 9, "gender": "female"}}' --bits          # on the user's device; Python and numpy
+
+prints what the user bans, for `psa(prompt, gates=...)` of psa_jax.torch on a server that has the adapter itself.""",
     "diffusers": "    pipe = DiffusionPipeline.from_pretrained(FOLDER)\n" + _RUNTIME.replace("{path!r}", "FOLDER"),
 }
 
 UPSTREAM_DIM = 3584
 """Length of a user embedding in the torch original: the width of Qwen2.5-7B's states."""
 
-UNCONDITIONAL_OF = {"native": "off", "diffusers": "off", "upstream": "zeros", "ip-adapter": "zeros", "baked": "same"}
+UNCONDITIONAL_OF = {
+    "native": "off",
+    "diffusers": "off",
+    "gates": "off",
+    "upstream": "zeros",
+    "ip-adapter": "zeros",
+    "baked": "same",
+}
 """Export format -> the adapter on the unconditional side of guidance. Rates measured in another way do not apply to it.
 
 The native format supports all three ways; `off` is the default of `psa-jax generate` and `load_psa`.

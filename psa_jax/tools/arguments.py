@@ -42,6 +42,7 @@ FORMATS = {
     "ip-adapter": "for stock diffusers",
     "baked": "a whole model for one user",
     "diffusers": "the base model with the adapter beside it",
+    "gates": "what a device needs to tell a server what its user bans, and nothing else",
 }
 """Export formats (`tools.export` writes them) and what each is for."""
 
@@ -80,12 +81,13 @@ def base_model_of_config(parser: ArgumentParser) -> None:
     base_model(parser, "override the configuration keys of the same names", required=False)
 
 
-def _user(group) -> None:
-    """Adds the flags that say for which user an adapter works, and how strongly."""
+def _user(group, *, scale: bool = True) -> None:
+    """Adds the flags that say for which user an adapter works and, with `scale`, how strongly."""
     group.add_argument("--profile", metavar="JSON", help=f"profile of a user, such as {_PROFILE}")
     group.add_argument("--user", metavar="ID", help="id of a user in --table")
     group.add_argument("--table", type=path, metavar="FILE", help="embedding table")
-    group.add_argument("--scale", type=finite, default=1.0, help="strength of the adapter (default: 1)")
+    if scale:
+        group.add_argument("--scale", type=finite, default=1.0, help="strength of the adapter (default: 1)")
 
 
 def population(parser: ArgumentParser) -> None:
@@ -323,6 +325,15 @@ def generate(parser: ArgumentParser) -> None:
     how.add_argument("--size", type=size, metavar="HxW", help="size, such as 768 or 512x768 (default: the model's)")
     how.add_argument("--batch-size", type=count, default=8, metavar="N", help="pictures per batch (default: 8)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the PNG files")
+
+
+def explain(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax explain`."""
+    base_model(parser, "base model of the adapter; only its text encoders are read")
+    parser.add_argument("--adapter", type=path, required=True, metavar="FILE", help="adapter with a gate by categories")
+    user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
+    _user(user, scale=False)
+    parser.add_argument("--prompt", action="append", required=True, help="prompt; may be repeated")
 
 
 def export(parser: ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from psa_jax.interop.adapter_file import (
 from psa_jax.interop.baked import bake
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import save_stable_diffusion
+from psa_jax.interop.gate_file import write_gates
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
 from psa_jax.interop.model_card import model_card, upstream_limit
 from psa_jax.interop.native import load_adapter
@@ -185,6 +186,10 @@ def _diffusers(source: Source, folder: Path, args: Namespace) -> None:
     write_native(source.tensors, source.config, folder / ADAPTER_FILE, about)
 
 
+def _gates(source: Source, folder: Path, args: Namespace) -> None:
+    write_gates(source.tensors, source.config, source.about, folder, source.path)
+
+
 def _model(args: Namespace, source: Source):
     """Loads the base model, checks that the adapter was trained for it, and loads the adapter."""
     if args.model is None:
@@ -203,6 +208,7 @@ FORMATS: dict[str, tuple[str | None, Callable[[Source, Path, Namespace], None]]]
     "ip-adapter": (WEIGHT_NAME, _ip_adapter),
     "baked": (None, _baked),
     "diffusers": (None, _diffusers),
+    "gates": (None, _gates),
 }
 """Format -> name of the weight file in a folder (None: the format is a folder), and the function that writes it."""
 PERSONAL = ("baked",)

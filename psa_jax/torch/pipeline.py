@@ -28,6 +28,7 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.models.config import model_family
+from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch.adapter import Context, UserAdapter
 from psa_jax.torch.files import adapter_file, load_adapter
@@ -40,6 +41,8 @@ _ENCODES = {*_EMBEDS, "num_images_per_prompt", "do_classifier_free_guidance"}
 
 Users = str | Sequence[str] | np.ndarray | Tensor
 """Users: an id, several ids, or embeddings [D] or [n, D]."""
+Gates = dict[str, float] | Sequence[float] | np.ndarray | Tensor
+"""What users ban, from 0 to 1 for each category: a dict by category, or [7] or [n, 7]."""
 
 
 @dataclass
@@ -47,13 +50,14 @@ class _Request:
     """State of the current call.
 
     Attributes:
-      users: embeddings [1 or prompts, D]; None for the base model without a user.
+      users: embeddings [1 or prompts, D], or what they ban [1 or prompts, 7]; None for the base model without a user.
       scale: strengths [1 or prompts].
       unconditional: as in `PSA.applied`.
       text: text states that the UNet must receive, of both sides of guidance.
       steps: number of the scheduler's steps so far, each of them checked.
       adapted: outputs of `encode_prompt` that contain the `prompt` kind's adapter, by parameter.
       used: whether the pipeline was called.
+      by_bans: whether `users` holds what they ban.
     """
 
     users: Tensor | None
@@ -63,6 +67,7 @@ class _Request:
     steps: int = 0
     adapted: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _EMBEDS})
     used: bool = False
+    by_bans: bool = False
 
     def has_adapted(self, name: str, given: Tensor | None) -> bool:
         """Whether given text states already contain the adapter: an earlier output of `encode_prompt`.
@@ -232,6 +237,7 @@ class PSA:
         self,
         *args: Any,
         user: Users | None = None,
+        gates: Gates | None = None,
         scale: float | Sequence[float] | Tensor = 1.0,
         unconditional: str = "off",
         allow_unprotected: bool = False,
@@ -241,12 +247,13 @@ class PSA:
 
         Args:
           args, kwargs: of the pipeline.
-          user, scale, unconditional, allow_unprotected: as in `applied`.
+          user, gates, scale, unconditional, allow_unprotected: as in `applied`.
 
         Raises:
           PSAError: as `applied`, or a call that did not use the adapter; its pictures are not returned.
         """
-        with self.applied(user, scale=scale, unconditional=unconditional, allow_unprotected=allow_unprotected):
+        options = {"scale": scale, "unconditional": unconditional, "allow_unprotected": allow_unprotected}
+        with self.applied(user, gates=gates, **options):
             result = self.pipe(*args, **kwargs)
             if self._request.users is not None and not (self._request.steps and self._watches(self.pipe.scheduler)):
                 raise PSAError("the pipeline did not use the steps of its own scheduler, so no step could be checked")
@@ -257,6 +264,7 @@ class PSA:
         self,
         user: Users | None,
         *,
+        gates: Gates | None = None,
         scale: float | Sequence[float] | Tensor = 1.0,
         unconditional: str = "off",
         allow_unprotected: bool = False,
@@ -265,6 +273,9 @@ class PSA:
 
         Args:
           user: an id of the table or an embedding [D] for all prompts, or one for each prompt.
+          gates: in place of `user`, what the user bans, from 0 to 1 for each category (`psa-jax export --format=gates`
+            computes it on a device): a dict by category, or an array [7] or [n, 7]. For adapters with the gate by
+            categories.
           scale: strength s of the adapter, for all prompts or for each; 0 is the base model.
           unconditional: adapter on the unconditional side of guidance: "off", "zeros" (an embedding of zeros) or
             "same" (the user's embedding).
@@ -278,12 +289,15 @@ class PSA:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
         if (outer := self._request) is not None:
             outer.used = True
-        users, scales = self._users(user, allow_unprotected), _scales(scale)
+        if gates is not None and user is not None:
+            raise PSAError("give either user=... or gates=..., not both")
+        users = self._users(user, allow_unprotected) if gates is None else self._bans(gates)
+        scales = _scales(scale)
         self._installed.start()
         try:
             self._unwatch()  # a copy made during a call still has its watch
             self._check()
-            request = self._request = _Request(users, scales, unconditional)
+            request = self._request = _Request(users, scales, unconditional, by_bans=gates is not None)
             if users is None:
                 self._installed.leave_unprotected()
             yield
@@ -346,6 +360,25 @@ class PSA:
         if not torch.isfinite(users).all():
             raise PSAError("a user embedding has NaN or infinity; encode the user again")
         return users
+
+    def _bans(self, gates: Gates) -> Tensor:
+        """What users ban [n, 7], checked."""
+        if not self.adapter.config.by_categories:
+            raise PSAError("gates=... needs an adapter with the gate by categories; this one takes user=...")
+        if isinstance(gates, dict):
+            if gates.keys() != set(CATEGORIES):
+                raise PSAError(f"gates must have a number for each of {', '.join(CATEGORIES)}, and no other key")
+            gates = [gates[name] for name in CATEGORIES]
+        try:
+            bans = torch.as_tensor(gates).detach().to("cpu", torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PSAError(f"gates must be numbers from 0 to 1, {len(CATEGORIES)} for each user") from error
+        bans = bans[None] if bans.ndim == 1 else bans
+        if bans.ndim != 2 or bans.shape[1] != len(CATEGORIES) or not len(bans):
+            raise PSAError(f"gates have shape {tuple(bans.shape)}; give [n, {len(CATEGORIES)}]")
+        if not ((bans >= 0) & (bans <= 1)).all():  # NaN is neither
+            raise PSAError("gates must be numbers from 0 to 1; one is outside or NaN")
+        return bans
 
     def _check(self) -> None:
         """Raises PSAError if the adapter is not in its place in the pipeline."""
@@ -430,7 +463,8 @@ class PSA:
             users = torch.cat([torch.zeros_like(users) if request.unconditional == "zeros" else users, users])
             scale = torch.cat([torch.zeros_like(scale) if request.unconditional == "off" else scale, scale])
         text = torch.cat(list(sides.values()))
-        made = self.adapter(text.to(users), users, scale)
+        adapt = self.adapter.edit if request.by_bans else self.adapter
+        made = adapt(text.to(users), users, scale)
         if isinstance(made, Tensor):
             parts = zip(list(sides), made.to(text).chunk(len(sides)), scale.chunk(len(sides)), strict=True)
             for name, new, strength in parts:

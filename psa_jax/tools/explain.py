@@ -1,0 +1,71 @@
+"""`psa-jax explain`: what an adapter with the gate by categories replaces in a prompt for a user, and why.
+
+What a user bans is personal: it is printed, and written nowhere.
+"""
+
+import json
+from argparse import Namespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psa_jax.diffusion.conditioning import encode_text
+from psa_jax.errors import PSAError
+from psa_jax.interop.adapter_file import find_adapter, read_metadata
+from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.native import load_adapter
+from psa_jax.models.gates import combine
+from psa_jax.profiles.schema import CATEGORIES
+from psa_jax.profiles.user_embedding import user_embedding
+from psa_jax.progress import print_on_main
+
+SHOWN = 0.05
+"""Least gate that the sentence names."""
+
+
+def run(args: Namespace) -> int:
+    """Prints a sentence for each prompt, and as the last line on stdout the gates as JSON.
+
+    Raises:
+      PSAError: a wrong flag, or an adapter without a gate by categories.
+    """
+    path = find_adapter(args.adapter)
+    about = read_metadata(path)
+    user = user_embedding(path, about, profile=args.profile, user=args.user, table=args.table)
+    model = BaseModel.from_config(vars(args)).load(abstract=("vae", "unet"))
+    if not model.is_base_of(about):
+        raise PSAError(f"{path}: the adapter was trained for another base model than {model.folder}")
+    unet = model.unet.config
+    adapter = load_adapter(path, unet.cross_attentions, unet.cross_attention_dim)
+    if not adapter.config.by_categories:
+        raise PSAError(
+            f"{path}: the {adapter.config.kind} adapter has no gate by categories, so it cannot say why; train one with "
+            "adapter.kind=edit, adapter.gate=categories and adapter.tokens=0"
+        )
+    states = encode_text(model.text_encoders, tuple(jnp.asarray(ids) for ids in model.token_ids(args.prompt))).states
+    bans = jax.nn.sigmoid(adapter.gate.ban_logits(jnp.asarray(user)))
+    parts = adapter.gate.parts(states, jnp.tile(jnp.asarray(user), (len(args.prompt), 1)))
+    found = []
+    for prompt, gates, gate in zip(args.prompt, np.asarray(parts), np.asarray(combine(parts)), strict=True):
+        print_on_main(f"{prompt}: {sentence(gates)}")
+        by_category = dict(zip(CATEGORIES, (round(float(value), 4) for value in gates), strict=True))
+        found.append({"prompt": prompt, "gate": round(float(gate), 4), "by_category": by_category})
+    banned = dict(zip(CATEGORIES, (round(float(value), 4) for value in np.asarray(bans)[0]), strict=True))
+    print(json.dumps({"user_bans": banned, "prompts": found}))
+    return 0
+
+
+def sentence(gates: np.ndarray) -> str:
+    """What is replaced, in words.
+
+    Args:
+      gates: p_k·b_k of each category.
+    """
+    order = np.argsort(-gates)
+    named = [f"{CATEGORIES[k]} {gates[k]:.2f}" for k in order if gates[k] >= SHOWN]
+    return (
+        f"replaced: {', '.join(named)}; you ban {'it' if len(named) == 1 else 'them'}"
+        if named
+        else "nothing is replaced"
+    )
