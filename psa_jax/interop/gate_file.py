@@ -26,6 +26,15 @@ GATE_FILE, PROGRAM_FILE = "gates.npz", "psa_gates.py"
 FORMAT = "psa_jax.gates/1"
 
 
+def require_gate(where: Path, config: AdapterConfig) -> None:
+    """Raises PSAError for an adapter without a gate by categories; `where` is its file."""
+    if not config.by_categories:
+        raise PSAError(
+            f"{where}: the {config.kind} adapter has no gate by categories; train one with adapter.kind=edit, "
+            "adapter.gate=categories and adapter.tokens=0"
+        )
+
+
 def write_gates(tensors: Tensors, config: AdapterConfig, about: dict[str, Any], folder: Path, where: Path) -> None:
     """Writes the gate file and its program.
 
@@ -37,11 +46,7 @@ def write_gates(tensors: Tensors, config: AdapterConfig, about: dict[str, Any], 
     Raises:
       PSAError: an adapter without a gate by categories, or whose encoder is not one of features.
     """
-    if not config.by_categories:
-        raise PSAError(
-            f"{where}: the adapter has no gate by categories; train one with adapter.kind=edit, adapter.gate=categories "
-            "and adapter.tokens=0"
-        )
+    require_gate(where, config)
     name = about.get("encoder", "")
     encoder = get_encoder(name) if name.startswith("features") else None
     if not isinstance(encoder, FeatureEncoder) or encoder.fingerprint != about.get("encoder_fingerprint"):
@@ -51,11 +56,10 @@ def write_gates(tensors: Tensors, config: AdapterConfig, about: dict[str, Any], 
         )
     if about.get("standardised"):
         raise PSAError(
-            f"{where}: trained on a standardised table, which the gate file does not do; train on a plain one"
+            f"{where}: trained on a standardised table, whose scale the gate file lacks; train on a plain one"
         )
-    weights = {
-        part.replace("user_gate.", ""): array for part, array in tensors.items() if part.startswith("user_gate.")
-    }
+    start = "user_gate."
+    weights = {name.removeprefix(start): array for name, array in tensors.items() if name.startswith(start)}
     bans = [f"{field}={value}|{'|'.join(banned)}" for field, values in BANS.items() for value, banned in values.items()]
     content = io.BytesIO()
     np.savez(

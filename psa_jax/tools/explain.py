@@ -14,6 +14,7 @@ from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import find_adapter, read_metadata
 from psa_jax.interop.base_model import BaseModel
+from psa_jax.interop.gate_file import require_gate
 from psa_jax.interop.native import load_adapter
 from psa_jax.models.gates import combine
 from psa_jax.profiles.schema import CATEGORIES
@@ -38,11 +39,7 @@ def run(args: Namespace) -> int:
         raise PSAError(f"{path}: the adapter was trained for another base model than {model.folder}")
     unet = model.unet.config
     adapter = load_adapter(path, unet.cross_attentions, unet.cross_attention_dim)
-    if not adapter.config.by_categories:
-        raise PSAError(
-            f"{path}: the {adapter.config.kind} adapter has no gate by categories, so it cannot say why; train one with "
-            "adapter.kind=edit, adapter.gate=categories and adapter.tokens=0"
-        )
+    require_gate(path, adapter.config)
     states = encode_text(model.text_encoders, tuple(jnp.asarray(ids) for ids in model.token_ids(args.prompt))).states
     bans = jax.nn.sigmoid(adapter.gate.ban_logits(jnp.asarray(user)))
     parts = adapter.gate.parts(states, jnp.tile(jnp.asarray(user), (len(args.prompt), 1)))
@@ -64,8 +61,6 @@ def sentence(gates: np.ndarray) -> str:
     """
     order = np.argsort(-gates)
     named = [f"{CATEGORIES[k]} {gates[k]:.2f}" for k in order if gates[k] >= SHOWN]
-    return (
-        f"replaced: {', '.join(named)}; you ban {'it' if len(named) == 1 else 'them'}"
-        if named
-        else "nothing is replaced"
-    )
+    if not named:
+        return "nothing is replaced"
+    return f"replaced: {', '.join(named)}; you ban {'it' if len(named) == 1 else 'them'}"
