@@ -6,7 +6,7 @@ A folder of shards:
     fingerprint.json             what the moments depend on, settings, rows of each split, size and hash of each file
     rows-<split>.json            user, category, prompt kind and ban of every row, for balancing without reading moments
     text-empty.safetensors       with text embeddings: those of the empty prompt
-    sage/<family>_<resolution>/1.0.0/   the TFDS data set, rows in the order of metadata.jsonl
+    sage/<family>_<resolution>/2.0.0/   the TFDS data set, rows in the order of metadata.jsonl
 
 It holds no profile attributes, but what a user bans reveals some of them: the folder is readable for its owner alone
 (mode 0700). While it is being made, `<name>.parts` beside it holds what is encoded already.

@@ -74,5 +74,6 @@ def write_gates(tensors: Tensors, config: AdapterConfig, about: dict[str, Any], 
         bans=np.asarray(bans),
         **weights,
     )
+    folder.mkdir(parents=True, exist_ok=True)
     write(folder / GATE_FILE, content.getvalue())
     write(folder / PROGRAM_FILE, Path(__file__).with_name("gate_program.py").read_text(encoding="utf-8"))

@@ -80,7 +80,7 @@ def test_no_profile_attribute_is_in_the_shards(shard_dir: Path):
     import tensorflow_datasets as tfds
 
     source = open_shards(shard_dir, "train").source
-    raw = tfds.builder_from_directory(shard_dir / "sage" / "tiny_8" / "1.0.0").as_data_source(
+    raw = tfds.builder_from_directory(shard_dir / "sage" / "tiny_8" / "2.0.0").as_data_source(
         "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
     texts = [raw[index] for index in range(len(raw))]

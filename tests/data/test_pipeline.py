@@ -34,6 +34,8 @@ def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
         "banned": ((6,), "bool"),
         "swapped": ((6,), "bool"),
         "unsafe": ((6,), "bool"),
+        "safe_input_ids": ((6, 8), "int32"),
+        "twin": ((6,), "bool"),
         "row": ((6,), "int32"),
     }
     for index, row in enumerate(batch["row"]):
@@ -43,6 +45,8 @@ def test_batches_hold_the_rows(shards: Shards, table: EmbeddingTable, bans):
         np.testing.assert_array_equal(batch["chosen"][index], expected["moments_chosen"])
         np.testing.assert_array_equal(batch["rejected"][index], expected["moments_rejected"])
         np.testing.assert_array_equal(batch["input_ids"][index], expected["input_ids"])
+        np.testing.assert_array_equal(batch["safe_input_ids"][index], expected["safe_input_ids"])
+        assert batch["twin"][index]
         assert (batch["original_size"][index].tolist(), batch["crop"][index].tolist()) == ([8, 12], [0, 2])
         np.testing.assert_array_equal(batch["user"][index], table.embeddings[table.ids.index(user_id)])
         assert batch["banned"][index] == (category in bans[user_id]) and not batch["swapped"][index]
@@ -73,10 +77,19 @@ def test_drawn_users_follow_the_label_rule(shards: Shards, table: EmbeddingTable
             else:
                 own = table.embeddings[table.ids.index(stored["user_id"].decode())]
                 np.testing.assert_array_equal(batch["user"][index], own)
+        assert batch["twin"].all()
     assert abs(np.mean(drawn_unsafe) - 0.75) < 0.02
     for category, drawn in met.items():
         assert abs(np.mean(drawn) - 0.5) < 4 * 0.5 / np.sqrt(len(drawn)), category
     assert np.mean([len(seen) for seen in users.values()]) > 2  # four users in all
+
+
+def test_how_many_users_ban_is_a_setting(shards: Shards, table: EmbeddingTable):
+    options = {"batch_size": 8, "seed": 3, "balance": "users", "safe_share": 0.25, "num_epochs": 12}
+    for share in (0.0, 0.9, 1.0):
+        batches = list(pipeline.make_pipeline(shards, table, banned_share=share, **options))
+        unsafe, banned = (np.concatenate([batch[name] for batch in batches]) for name in ("unsafe", "banned"))
+        assert abs(np.mean(banned[unsafe]) - share) <= 0.04
 
 
 def test_drawn_users_do_not_depend_on_the_number_of_processes(shards: Shards, table: EmbeddingTable):

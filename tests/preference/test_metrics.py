@@ -31,8 +31,12 @@ def test_every_pair_is_in_one_part_of_the_schedule_and_one_of_the_prompts(parts)
         "banned": [1, 0, 0, 0, 1],
         "allowed": [0, 1, 0, 0, 0],
         "safe": [0, 0, 1, 1, 0],
+        "banned0": [1, 0, 0, 0, 0],
+        "banned1": [0, 0, 0, 0, 0],
+        "banned2": [0, 0, 0, 0, 1],
+        "banned3": [0, 0, 0, 0, 0],
     }
-    assert parts.keys() == expected.keys() == set(metrics.PARTS)
+    assert parts.keys() == expected.keys() == {*metrics.PARTS, *metrics.SWAP_PARTS}
     for name, members in expected.items():
         np.testing.assert_array_equal(parts[name], np.array(members, bool), err_msg=name)
 
