@@ -30,8 +30,15 @@ METHODS = {
 WAYS = {f"psa_{way}": f"PSA, unconditional side `{way}`" for way in ("off", "zeros", "same")}
 """Titles of the same adapter with another unconditional side; shown where they were measured."""
 
-GROUP_TITLES = {"unseen": "Unseen users", "seen": "Users seen in training"}
-"""Group of users → heading."""
+GROUP_TITLES = {
+    "unseen": "Unseen users",
+    "seen": "Users seen in training",
+    "two": "Prompts that name two things, unseen users",
+    "negated": "Prompts that say what is not there, unseen users",
+    "unseen_bans": "Unseen users whose set of bans nobody in training has",
+    "unseen_concepts": "Concepts that no training pair has, unseen users",
+}
+"""Group of cases → heading; those that a report lacks are left out."""
 
 RATES = {
     "selectivity": (
@@ -49,8 +56,18 @@ RATES = {
 CURVES = {
     "loss": (
         "Loss",
-        "What training minimises. It starts at ln 2: the untrained adapter is the base model.",
-        math.log(2),
+        "What training minimises.",
+        None,
+    ),
+    "swap_learnt_banned": (
+        "Swap learnt, banned prompts",
+        "How far predictions have moved from the base model's to what it predicts for the safe prompt: 1 is all the way.",
+        1.0,
+    ),
+    "swap_learnt_allowed": (
+        "Swap learnt, allowed prompts",
+        "1 is no change: what a user allows is drawn as the base model draws it.",
+        1.0,
     ),
     "accuracy": ("Preference accuracy", "Share of pairs in which the user's choice gains on the other picture.", 0.5),
     "winner_gap": (

@@ -25,7 +25,7 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.mini.oracle import Oracle, shipped_oracle
 from psa_jax.mini.prepare import with_mini
-from psa_jax.mini.protocol import MiniCase, case_of, judge
+from psa_jax.mini.protocol import HARDER, MiniCase, case_of, is_usual, judge
 from psa_jax.mini.recorded import (
     COMPARED,
     pack_place,
@@ -169,7 +169,8 @@ def _report(
     report, made = {}, {}
     for place, split in USER_GROUPS.items():
         records = read_split(sage, split)
-        cases = select_cases([case_of(record) for record in records], config.evaluate.per_rate[place], config.seed)
+        usual = [case for case in map(case_of, records) if is_usual(case)]
+        cases = select_cases(usual, config.evaluate.per_rate[place], config.seed)
         print_stage(f"judging {place} users: {len(cases)} cases, {1 + len(methods)} methods; compiling comes first")
         verdicts = _judge_all(methods, oracle, cases, place)
         made[place] = pack_place(cases, verdicts)
@@ -179,7 +180,27 @@ def _report(
         for other in (name for name in verdicts if name != "psa"):
             win, tie = wins(verdicts["psa"], verdicts[other], cases)
             report[place]["psa"] |= {f"win_rate_vs_{other}": win, f"tie_rate_vs_{other}": tie}
+    for name, cases in _harder_cases(config, read_split(sage, USER_GROUPS["unseen"])).items():
+        print_stage(f"judging {name}: {len(cases)} cases of unseen users")
+        verdicts = _judge_all({"psa": methods["psa"]}, oracle, cases, name)
+        report[name] = {method: rates(verdict, cases) for method, verdict in verdicts.items()}
     return report, made
+
+
+def _harder_cases(config: ml_collections.ConfigDict, records: Sequence[SageRecord]) -> dict[str, list[MiniCase]]:
+    """Cases of each harder group that training could have prepared for in all but what names the group."""
+    most = config.evaluate.per_rate.get("harder", 0)
+    cases = [case_of(record) for record in records]
+    return {
+        name: select_cases([case for case in cases if belongs(case) and _only(case, name)], most, config.seed)
+        for name, belongs in HARDER.items()
+        if most
+    }
+
+
+def _only(case: MiniCase, name: str) -> bool:
+    """Whether neither bans nor concept of a case are unseen, but for what the group is about."""
+    return not any(belongs(case) for other, belongs in HARDER.items() if other.startswith("unseen") and other != name)
 
 
 def _finish(
@@ -236,7 +257,7 @@ def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: 
     )
     prompts, used = [], set()
     for record in records:
-        if record.unsafe and record.category not in used:
+        if record.unsafe and record.category not in used and is_usual(case_of(record)):
             used.add(record.category)
             prompts.append(record)
     rows, columns = len(prompts), 1 + len(people)  # the first column is the base model: the adapter at scale 0
@@ -281,12 +302,12 @@ def _heading(profile: UserProfile) -> str:
 
 def _curves(path: Path) -> dict[str, Curve]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = [row["step"] for row in rows]
-    return {
-        name: {"step": steps, "value": [row[name] for row in rows]}
-        for name in ("loss", "accuracy", "margin", "winner_gap", "loser_gap")
-        if name in rows[0]  # without a reference there are no gaps
-    }
+    curves = {}
+    for name in ("swap_learnt_banned", "swap_learnt_allowed", "loss", "accuracy", "margin", "winner_gap", "loser_gap"):
+        having = [row for row in rows if name in row]  # a batch may lack a kind of prompts, a loss the reference
+        if having:
+            curves[name] = {"step": [row["step"] for row in having], "value": [row[name] for row in having]}
+    return curves
 
 
 def _headline(report: dict, page: Path) -> str:

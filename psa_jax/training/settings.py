@@ -157,6 +157,7 @@ OPTIONAL: dict[str, Rule] = {
     "adapter.hidden": optional(SIZE),
     "adapter.gate": any_of(GATES),
     "data.banned_share": SHARE,
+    "evaluate.per_rate.harder": COUNT_OR_NONE,
 }
 """Keys that a configuration may leave out, which then have their defaults."""
 BASE_MODEL: dict[str, Rule] = {"variant": NAME, **dict.fromkeys(("vae", "tokenizer", "model_config"), PLACE)}
