@@ -61,7 +61,7 @@ CURVES = {
     ),
     "swap_learnt_banned": (
         "Swap learnt, banned prompts",
-        "How far predictions have moved from the base model's to what it predicts for the safe prompt: 1 is all the way.",
+        "How far predictions have moved from the base model's to its predictions for the safe prompt; 1 is all of it.",
         1.0,
     ),
     "swap_learnt_allowed": (

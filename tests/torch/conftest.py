@@ -25,7 +25,7 @@ def table() -> EmbeddingTable:
 
 @pytest.fixture(scope="session")
 def files(small_pipeline, tmp_path_factory):
-    """Kind -> adapter file of four tokens."""
+    """Kind -> adapter file of four tokens; `gates` is an `edit` with the gate by categories."""
     folder, unet = tmp_path_factory.mktemp("adapters"), small_pipeline[1].unet.config
     about = {
         "family": "sd1",
@@ -33,10 +33,12 @@ def files(small_pipeline, tmp_path_factory):
         "encoder_fingerprint": ENCODER.fingerprint,
         "standardised": False,
     }
-    for kind in ADAPTER_KINDS:
-        config = AdapterConfig.for_unet(unet, user_dim=ENCODER.dim, kind=kind)
-        save_adapter(random_adapter(config), folder / f"{kind}.safetensors", about)
-    return {kind: folder / f"{kind}.safetensors" for kind in ADAPTER_KINDS}
+    sizes = {kind: {"kind": kind} for kind in ADAPTER_KINDS}
+    sizes["gates"] = {"kind": "edit", "gate": "categories", "tokens": 0}
+    for name, size in sizes.items():
+        config = AdapterConfig.for_unet(unet, user_dim=ENCODER.dim, **size)
+        save_adapter(random_adapter(config), folder / f"{name}.safetensors", about)
+    return {name: folder / f"{name}.safetensors" for name in sizes}
 
 
 @pytest.fixture(scope="module")

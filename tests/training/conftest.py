@@ -107,17 +107,20 @@ def make_training(small_pipeline):
         "user": rng.normal(size=(most, user_dim)).astype(np.float32),
         "banned": np.arange(most) % 2 == 0,
         "unsafe": np.arange(most) % 3 > 0,
+        "safe_input_ids": model.tokenize([f"the cat number {i + 1}" for i in range(most)]),
+        "twin": np.ones(most, bool),
     }
 
-    def make(data=1, fsdp=1, *, optimizer=None, trained=False, dtype=jnp.float32, pairs=8, **options):
+    # A random model's errors are near 2, so a large β would magnify the last digit of float32 past any tolerance.
+    mild = Objective(beta=20.0, sft_weight=2.0, text_dropout=0.2)
+
+    def make(data=1, fsdp=1, *, objective=mild, optimizer=None, trained=False, dtype=jnp.float32, pairs=8, **options):
         cast = {n: jax.tree.map(lambda x: x.astype(dtype), getattr(model, n)) for n in ("unet", "text_encoder")}
         setup = Setup(
             model=dataclasses.replace(model, **cast),
             mesh=make_mesh(data, fsdp),
             adapter=AdapterConfig.for_unet(model.unet.config, user_dim=user_dim),
-            # A random model's errors are near 2, so a large β would magnify the last digit of float32 past any
-            # tolerance.
-            objective=Objective(beta=20.0, sft_weight=2.0, text_dropout=0.2),
+            objective=objective,
             optimizer=optax.adamw(3e-3) if optimizer is None else optimizer,
             **options,
         )
@@ -125,7 +128,8 @@ def make_training(small_pipeline):
         if trained:
             params = adapter_arrays(random_adapter(setup.adapter))
             state = state._replace(params=jax.device_put(params, setup.state_sharding.params))
-        rows = jax.device_put({name: array[:pairs] for name, array in batch.items()}, by_rows(setup.mesh))
+        taken = {name: batch[name][:pairs] for name in setup.batch.pair_columns}
+        rows = jax.device_put(taken, by_rows(setup.mesh))
         shared = setup.shared_arrays()
         return Training(setup, make_step(setup), state, setup.frozen(), rows | shared, setup.key(1))
 
