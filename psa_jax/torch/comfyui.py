@@ -21,8 +21,8 @@ from psa_jax.profiles.user_embedding import user_embedding
 from psa_jax.torch.adapter import UserAdapter
 from psa_jax.torch.files import adapter_file, load_adapter
 
-Conditioning = list[tuple[Tensor, dict[str, Any]]]
-"""ComfyUI's: for each prompt, text states [batch, text, C] and a dict with what else there is."""
+Conditioning = list[Any]
+"""ComfyUI's: for each prompt a list of text states [batch, text, C] and a dict with what else there is."""
 
 
 class UserConditioning:
@@ -67,7 +67,7 @@ class UserConditioning:
         loaded, about, path = _opened(adapter)
         known = Path(table) if table else None
         embedding = user_embedding(path, about, profile=profile or None, user=user or None, table=known)
-        return ([(self._states(loaded, text, embedding, scale), dict(more)) for text, more in conditioning],)
+        return ([[self._states(loaded, text, embedding, scale), dict(more)] for text, more in conditioning],)
 
     @staticmethod
     @torch.no_grad()
