@@ -74,19 +74,26 @@ def fit_gates(
     prompts, categories = _prompts_of(shards)
     halves = {
         "user": (CategoryGate.ban_logits, *_users_of(shards, table)),
-        "prompt": (CategoryGate.category_logits, _text_states(setup, frozen, prompts), categories),
+        "prompt": (
+            CategoryGate.category_logits,
+            _text_states(setup, frozen, prompts),
+            categories,
+            np.ones_like(categories),
+        ),
     }
-    adapter, accuracy = with_arrays(setup.adapter, jax.device_get(params)), {}
-    for half, (logits, inputs, labels) in halves.items():
+    local = {name: jnp.asarray(array) for name, array in jax.device_get(params).items()}
+    adapter, accuracy = with_arrays(setup.adapter, local), {}
+    for half, (logits, inputs, labels, known) in halves.items():
         left_out = np.arange(len(labels)) % LEFT_OUT == LEFT_OUT - 1
         if not left_out.any():
             raise PSAError(
                 f"{shards.folder}: {len(labels)} {half}s in {shards.split} are too few to fit a gate; use {LEFT_OUT} "
                 "or more"
             )
-        problem = _Problem(logits, inputs, labels)
+        problem = _Problem(logits, inputs, labels, known)
         right = problem.right(problem.fit(adapter.gate, np.flatnonzero(~left_out), seed), np.flatnonzero(left_out))
-        accuracy[f"{half}s"] = 100.0 * float(np.mean(right if half == "user" else right.all(axis=1)))
+        seen = known[left_out]
+        accuracy[f"{half}s"] = 100.0 * float(np.mean(right[seen] if half == "user" else right.all(axis=1)))
         fitted = problem.fit(adapter.gate, np.arange(len(labels)), seed)
         setattr(adapter.gate, half, getattr(fitted, half))
     return jax.device_put(adapter_arrays(adapter), setup.state_sharding.params), GateAccuracy(**accuracy)
@@ -100,27 +107,30 @@ class _Problem:
       logits: (gate, inputs) → logits for each category.
       inputs: [n, …] of a float type.
       labels: [n, k].
+      known: [n, k]: which labels are known; the others teach nothing.
     """
 
     logits: Callable[[CategoryGate, Array], Float[Array, "b k"]]
     inputs: Float[np.ndarray, "..."]
     labels: Bool[np.ndarray, "n k"]
+    known: Bool[np.ndarray, "n k"]
 
     def fit(self, gate: CategoryGate, rows: Int[np.ndarray, " n"], seed: int) -> CategoryGate:
         """The gate after cross-entropy on these rows, in which rare categories count more."""
         graph, state = nnx.split(gate)
         optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, STEPS), weight_decay=WEIGHT_DECAY)
-        shares = self.labels[rows].mean(axis=0).clip(0.02, 0.98)
+        asked = np.maximum(self.known[rows].sum(axis=0), 1)
+        shares = ((self.labels & self.known)[rows].sum(axis=0) / asked).clip(0.02, 0.98)
         positive = jnp.asarray(np.sqrt((1.0 - shares) / shares), jnp.float32)  # half of the way to equal weights
 
-        def loss(state: nnx.State, inputs: Array, labels: Array) -> Float[Array, ""]:
+        def loss(state: nnx.State, inputs: Array, labels: Array, known: Array) -> Float[Array, ""]:
             found = self.logits(nnx.merge(graph, state), inputs.astype(jnp.float32))
             each = optax.sigmoid_binary_cross_entropy(found, labels.astype(jnp.float32))
-            return jnp.mean(jnp.where(labels, positive[None], 1.0) * each)
+            return jnp.mean(jnp.where(known, jnp.where(labels, positive[None], 1.0) * each, 0.0))
 
         @jax.jit
-        def step(state: nnx.State, moments: Any, inputs: Array, labels: Array) -> tuple[nnx.State, Any]:
-            gradient = jax.grad(loss)(state, inputs, labels)
+        def step(state: nnx.State, moments: Any, *batch: Array) -> tuple[nnx.State, Any]:
+            gradient = jax.grad(loss)(state, *batch)
             with jax.numpy_dtype_promotion("standard"):  # optax multiplies Python floats and int32 counters
                 updates, moments = optimizer.update(gradient, moments, state)
             return optax.apply_updates(state, updates), moments
@@ -128,7 +138,7 @@ class _Problem:
         moments, order = optimizer.init(state), np.random.default_rng([seed, len(rows)])
         for _ in range(STEPS):
             batch = order.choice(rows, min(BATCH, len(rows)), replace=False)
-            state, moments = step(state, moments, self.inputs[batch], self.labels[batch])
+            state, moments = step(state, moments, self.inputs[batch], self.labels[batch], self.known[batch])
         return nnx.merge(graph, state)
 
     def right(self, gate: CategoryGate, rows: Int[np.ndarray, " n"]) -> Bool[np.ndarray, "n k"]:
@@ -139,13 +149,16 @@ class _Problem:
         return np.concatenate([(np.asarray(found(state, self.inputs[p])) > 0) == self.labels[p] for p in parts])
 
 
-def _users_of(shards: Shards, table: EmbeddingTable) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, "n k"]]:
-    """Embeddings of the users and what they ban; a category without a row of the user counts as allowed."""
+def _users_of(
+    shards: Shards, table: EmbeddingTable
+) -> tuple[Float[np.ndarray, "n d"], Bool[np.ndarray, "n k"], Bool[np.ndarray, "n k"]]:
+    """Embeddings of the users, what they ban, and of which categories that is known: those of their rows."""
     columns = shards.columns
     ids, numbers = np.unique(np.asarray(columns.user_ids), return_inverse=True)
-    bans = np.zeros((len(ids), len(CATEGORIES)), np.bool_)
+    bans, known = np.zeros((2, len(ids), len(CATEGORIES)), np.bool_)
     bans[numbers[columns.banned], columns.categories[columns.banned]] = True
-    return table.lookup([str(user) for user in ids]), bans
+    known[numbers, columns.categories] = True
+    return table.lookup([str(user) for user in ids]), bans, known
 
 
 def _prompts_of(shards: Shards) -> tuple[dict[str, np.ndarray], Bool[np.ndarray, "n k"]]:
