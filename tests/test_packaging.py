@@ -35,6 +35,8 @@ EVERYBODYS = [
     "tensor_file",
     "progress",
     "renamed",
+    "categories",
+    "prompt_columns",
     "leaving",
 ]  # imported by every folder
 

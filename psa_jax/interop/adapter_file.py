@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
+from psa_jax.categories import CATEGORIES
 from psa_jax.errors import PSAError
 from psa_jax.files import write
 from psa_jax.json_input import parse_json
 from psa_jax.models.adapter_config import ADDED_SIZES, GATE_HIDDEN, AdapterConfig, Layers
-from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.tensor_file import MAX_HEADER, all_finite, read_float32, read_header, require_finite
 
 FORMAT = "psa_jax.adapter/1"

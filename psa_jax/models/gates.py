@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from psa_jax.categories import CATEGORIES
 from psa_jax.models.adapter_config import GATE_HIDDEN
 from psa_jax.models.attention import gelu
-from psa_jax.profiles.schema import CATEGORIES
 
 
 class HiddenLayer(nnx.Module):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from psa_jax.categories import CATEGORIES as CATEGORIES
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
 
@@ -35,7 +36,6 @@ MENTAL_CONDITIONS = (
     "major accidents",
     "natural disasters",
 )
-CATEGORIES = ("Harassment", "Hate", "Propaganda", "Self-Harm", "Sexuality", "Shocking", "Violence")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import find_adapter, read_metadata
 from psa_jax.interop.base_model import BaseModel
-from psa_jax.interop.gate_file import require_gate
 from psa_jax.interop.native import load_adapter
 from psa_jax.models.gates import combine
+from psa_jax.profiles.gate_file import require_gate
 from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.profiles.user_embedding import user_embedding
 from psa_jax.progress import print_on_main

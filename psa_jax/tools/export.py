@@ -27,13 +27,13 @@ from psa_jax.interop.adapter_file import (
 from psa_jax.interop.baked import bake
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import save_stable_diffusion
-from psa_jax.interop.gate_file import write_gates
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
 from psa_jax.interop.model_card import model_card, upstream_limit
 from psa_jax.interop.native import load_adapter
 from psa_jax.interop.upstream import as_published, write_bin
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import AdapterConfig
+from psa_jax.profiles.gate_file import write_gates
 from psa_jax.profiles.user_embedding import user_embedding
 from psa_jax.progress import print_on_main
 from psa_jax.tensor_file import save_tensors

@@ -12,12 +12,12 @@ from support.torch_adapters import random_adapter
 
 from psa_jax.cli import main
 from psa_jax.errors import PSAError
-from psa_jax.interop import gate_program
 from psa_jax.interop.adapter_file import read_metadata, read_tensors
-from psa_jax.interop.gate_file import write_gates
 from psa_jax.interop.native import save_adapter
 from psa_jax.models.adapter_config import AdapterConfig
+from psa_jax.profiles import gate_program
 from psa_jax.profiles.encoders import FeatureEncoder
+from psa_jax.profiles.gate_file import write_gates
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, COLUMNS
 

@@ -9,7 +9,7 @@ from support.torch_runtime import CALL, IDS, PROMPTS, difference, draw, latents
 
 from psa_jax.cli import main
 from psa_jax.errors import PSAError
-from psa_jax.interop import gate_program
+from psa_jax.profiles import gate_program
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import CATEGORIES, COLUMNS
 from psa_jax.torch import load_adapter, load_psa
