@@ -41,6 +41,7 @@ from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import print_on_main, print_stage
+from psa_jax.tools.configs import read_config
 from psa_jax.training.loop import train
 from psa_jax.training.settings import validate, validate_devices
 
@@ -52,7 +53,10 @@ _ADULT = UserProfile.from_mapping({"age": 44, "gender": "female"})
 
 
 def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_collections.ConfigDict:
-    """Makes the configuration of a comparison adapter, which differs in one thing.
+    """Makes the configuration of a comparison adapter.
+
+    `user_blind` differs in one thing, the embedding, which is the same for all users. `published_t1` is the paper's
+    adapter, trained by Diffusion-DPO as `tiny:dpo` says.
 
     Args:
       config: of the personal adapter.
@@ -67,7 +71,11 @@ def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_coll
         if name == "user_blind":
             changed.data.table = str(constant_table(Path(config.data.table), data / "constant.safetensors"))
         elif name == "published_t1":
-            changed.adapter.kind, changed.adapter.tokens = "published", 1
+            dpo = read_config("tiny:dpo")
+            changed.adapter.update(kind="published", tokens=1, qk_dim=None, hidden=None, gate="attention")
+            changed.objective.update(dpo.objective)
+            changed.data.update(safe_share=dpo.data.safe_share, banned_share=dpo.data.banned_share)
+            changed.steps, changed.checkpoint_every = min(config.steps, dpo.steps), dpo.checkpoint_every
         else:
             raise PSAError(f"comparison {name!r} is unknown; use one of {', '.join(COMPARED)}")
     return changed

@@ -47,7 +47,7 @@ def trained(request, data, tmp_path_factory):
         "adapter.kind": request.param,
         "adapter.tokens": TRAINED[request.param],
     }
-    config = read_config(f"{CONFIG}:smoke", [(key, str(value)) for key, value in values.items()])
+    config = read_config(f"{CONFIG}:dpo-smoke", [(key, str(value)) for key, value in values.items()])
     folder = tmp_path_factory.mktemp(request.param)
     train(config, folder)
     return request.param, folder, data / "table.safetensors"

@@ -48,7 +48,7 @@ def test_two_steps(sd15, tmp_path, pytestconfig):
     prepare(tmp_path / "data", model, users=1, seed=0, resolution=256, family="sd1", splits=("train",), batch_size=2)
     del model
     config = read_config(
-        f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke",
+        f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:dpo-smoke",
         [
             ("model", str(sd15 / "model")),
             ("data.shards", str(tmp_path / "data" / "shards")),

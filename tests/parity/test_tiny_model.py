@@ -16,7 +16,7 @@ from psa_jax.mini.pretrain import MiniSet
 
 @pytest.fixture(scope="module")
 def generator():
-    return Generator(load_stable_diffusion("tiny"), steps=20, guidance=4.0, batch_size=16)
+    return Generator(load_stable_diffusion("tiny"), steps=12, guidance=4.0, batch_size=16)
 
 
 def test_diffusers_draws_the_same(generator):
@@ -28,7 +28,7 @@ def test_diffusers_draws_the_same(generator):
     theirs = pipeline(
         prompts,
         latents=torch.tensor(latents).permute(0, 3, 1, 2),
-        num_inference_steps=20,
+        num_inference_steps=12,
         guidance_scale=4.0,
         output_type="np",
     ).images
@@ -37,11 +37,12 @@ def test_diffusers_draws_the_same(generator):
 
 
 def test_it_obeys_prompts(generator):
-    scenes = MiniSet(64, 31, "test_unseen")
-    drawn = shipped_oracle()(generator(scenes.captions, list(range(64))))
-    # The record has the rates over 400 pictures; 64 pictures are 3 standard deviations looser.
-    assert np.mean(drawn.pictogram == scenes.labels[:, 0]) >= 0.92
-    assert np.mean(drawn.subject == scenes.labels[:, 1]) >= 0.95
+    scenes = MiniSet(48, 31, "test_unseen")
+    drawn = shipped_oracle()(generator(scenes.captions, list(range(48))))
+    # The record has the rates over 400 pictures; 48 pictures are 3 standard deviations looser.
+    shown = np.all(np.sort(drawn.pictograms) == np.sort(scenes.labels[:, :2]), axis=1)
+    assert np.mean(shown) >= 0.88
+    assert np.mean(drawn.subject == scenes.labels[:, 2]) >= 0.95
 
 
 def test_the_record_belongs_to_the_files():

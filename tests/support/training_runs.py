@@ -59,7 +59,7 @@ class Runs:
           file_size: what no file may pass, in bytes.
         """
         settings = self.settings | {key.replace("__", "."): value for key, value in changed.items()}
-        words = ["train", f"--config={CONFIG}:smoke", f"--workdir={workdir}", *flags]
+        words = ["train", f"--config={CONFIG}:dpo-smoke", f"--workdir={workdir}", *flags]
         words += [f"--config.{key}={value}" for key, value in settings.items()]
         self._started.append(
             Run(workdir, words, {"jax_num_cpu_devices": devices, **self._cache()}, file_size, self._how)

@@ -57,7 +57,7 @@ def training_config(small_pipeline, training_data):
             "data.mini.users": "0",
             **{key: str(value) for key, value in overrides.items()},
         }
-        return read_config(f"{CONFIG}:smoke", list(values.items()))
+        return read_config(f"{CONFIG}:dpo-smoke", list(values.items()))
 
     return make
 
