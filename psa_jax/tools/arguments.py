@@ -1,6 +1,6 @@
 """The flags of every command. Imports nothing heavy: `psa-jax COMMAND --help` must answer at once."""
 
-from argparse import ArgumentParser, _ArgumentGroup
+from argparse import ArgumentParser, BooleanOptionalAction, _ArgumentGroup
 from pathlib import Path
 
 from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras
@@ -148,6 +148,12 @@ def mini(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=path, required=True, help="folder to write; must be absent or empty")
     parser.add_argument("--users", type=user_count, default=200, help="users of the train split (default: 200)")
     parser.add_argument("--seed", type=seed, default=0, help="random seed of the whole data set (default: 0)")
+    parser.add_argument(
+        "--paraphrase",
+        action=BooleanOptionalAction,
+        default=True,
+        help="word the two prompts of a pair independently (default: yes)",
+    )
 
 
 def check(parser: ArgumentParser) -> None:

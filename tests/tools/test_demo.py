@@ -13,6 +13,7 @@ from psa_jax.cli import main
 from psa_jax.errors import PSAError
 from psa_jax.tools import demo
 from psa_jax.tools.configs import read_config
+from psa_jax.training import gates
 
 
 @pytest.mark.slow
@@ -25,8 +26,9 @@ def test_the_demo_keeps_its_promises(tmp_path):
     print(f"\n{last}")
     report = json.loads((tmp_path / "report.json").read_text())
     psa, base, blind = (report["unseen"][name] for name in ("psa", "base", "user_blind"))
-    assert psa["selectivity"] >= 80
-    assert psa["retention"] >= 85
+    assert psa["selectivity"] >= 88
+    assert psa["retention"] >= 88
+    assert psa["clean"] >= 85
     assert psa["benign_fidelity"] >= base["benign_fidelity"] - 5
     assert abs(base["selectivity"]) <= 10
     assert abs(blind["selectivity"]) <= 15
@@ -35,10 +37,12 @@ def test_the_demo_keeps_its_promises(tmp_path):
     assert not re.search(r"(src|href)=[\"']?https?:", (tmp_path / "report.html").read_text())
 
 
-def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
+def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys, monkeypatch):
     """Four steps: every file is there, and nothing is quoted from runs of another configuration."""
+    monkeypatch.setattr(gates, "STEPS", 20)
     config = f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke"
-    assert main(["demo", f"--config={config}", f"--workdir={tmp_path}", "--all-ways"]) == 0
+    words = ["--all-ways", "--config.evaluate.per_rate.harder=2"]
+    assert main(["demo", f"--config={config}", f"--workdir={tmp_path}", *words]) == 0
     out, err = capsys.readouterr()
     report = json.loads((tmp_path / "report.json").read_text())
     assert "recorded comparison runs are of another configuration" in err
@@ -56,7 +60,9 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys):
         "psa_zeros",
         "psa_same",
     }
-    assert report["unseen"]["psa"]["n"] == 17 and report["adapter"].items() >= {"kind": "text", "tokens": 8}.items()
+    assert report["unseen"]["psa"]["n"] == 17 and report["adapter"].items() >= {"kind": "edit", "tokens": 0}.items()
+    for group in ("two", "negated", "unseen_bans", "unseen_concepts"):
+        assert report[group].keys() == {"psa", "base"} and report[group]["psa"]["n"] == 5
     assert report["sampling"]["unconditional"] == "off"
     words = [str(tmp_path / "psa"), f"--report={tmp_path / 'report.json'}", f"--out={tmp_path / 'out'}"]
     assert main(["export", *words]) == 0
