@@ -13,7 +13,7 @@ from psa_jax.tools.bench_generate import ratios
 
 def test_every_way_is_measured():
     result = ratios(UNetConfig.from_json(UNETS["mid_only"]), 4, 2)
-    kinds = {"base_seconds", "published", "text", "concept", "prompt"}
+    kinds = {"base_seconds", "published", "text", "concept", "prompt", "rewrite", "edit"}
     assert result["jax"].keys() == kinds
     assert result["torch"].keys() == kinds | {"original"}
     assert (result["jax_ratio"], result["torch_ratio"]) == (result["jax"]["text"], result["torch"]["text"])
