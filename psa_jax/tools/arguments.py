@@ -229,6 +229,9 @@ def bench(parser: ArgumentParser) -> None:
     cached_text(training)
     base_model(parser, "step: override the configuration keys of the same names", required=False)
     sampling = parser.add_argument_group("generate")
+    sampling.add_argument(
+        "--users", type=count, metavar="N", help="instead: N different users in one batch, against the base model alone"
+    )
     sampling.add_argument("--size", type=side_64, default=128, metavar="PX", help="side of the picture (default: 128)")
     parser = parser.add_argument_group("input")
     parser.add_argument(

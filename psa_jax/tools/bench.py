@@ -22,7 +22,7 @@ from psa_jax.mini.dataset import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import print_stage
-from psa_jax.tools import bench_generate, bench_step
+from psa_jax.tools import bench_generate, bench_step, bench_users
 from psa_jax.tools.turns import Load, spread, take_turns
 
 _TURNS = 8
@@ -33,7 +33,8 @@ def run(args: Namespace) -> int:
     """Runs the benchmark `args.what`."""
     if args.json is not None:
         check_new(args.json)  # before minutes of measuring
-    return {"input": input_, "step": bench_step.run, "generate": bench_generate.run}[args.what](args)
+    generate = bench_generate.run if args.users is None else bench_users.run
+    return {"input": input_, "step": bench_step.run, "generate": generate}[args.what](args)
 
 
 def input_(args: Namespace) -> int:

@@ -93,8 +93,9 @@ def restore(run: Run, checkpoints: Checkpoints) -> TrainState:
     state = checkpoints.restore(initial, run.iterator)
     if state is None:
         state = with_fitted_gate(run, initial) if run.setup.adapter.by_categories else initial
-    height, width, moments = run.info["latent_shape"]
-    print_on_main(describe_beta(run.setup.objective.beta, (height, width, moments // 2)))
+    if run.setup.objective.compares_pairs:
+        height, width, moments = run.info["latent_shape"]
+        print_on_main(describe_beta(run.setup.objective.beta, (height, width, moments // 2)))
     if int(state.step):
         print_on_main(f"resumed at step {int(state.step)}")
     return state
