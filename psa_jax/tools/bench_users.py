@@ -1,7 +1,7 @@
 """`psa-jax bench generate --users=N`: pictures of N different users in one batch, against the base model alone.
 
 The kind `edit` acts on the text states, so that any pipeline that takes `prompt_embeds` serves a batch of different
-users as it is. Measured whole, in JAX and in a stock pipeline of diffusers: tokens, text encoder, adapter, sampler, VAE.
+users as it is. Measured whole, in JAX and in a stock pipeline of diffusers: tokens, text, adapter, sampler, VAE.
 """
 
 import functools

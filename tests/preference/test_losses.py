@@ -139,7 +139,7 @@ def test_slopes(name, parameters, slope):
     np.testing.assert_allclose(slope_at_margin(name, MARGINS, **parameters), slope(MARGINS), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.function is not None])
 def test_slopes_in_the_errors(name):
     """A margin rises by β/2 as pw falls or pl rises, so a better winner and a worse loser never cost more."""
     entry, objective = LOSSES[name], Objective(beta=BETA)

@@ -225,7 +225,7 @@ def test_objectives_and_their_gradients_as_in_torch(world):
             np.testing.assert_allclose(gradient, slope, atol=1e-3 * float(slope.abs().max()), err_msg=name)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.function is not None])
 def test_every_loss_has_a_finite_value_and_gradient(name):
     """From predictions on; one pair is a tie, and the mean of errors without noise is far from any that occur."""
     policy = as_jax(tensor(2 * PAIRS, 4, 4, 4, seed=2)).at[0].set(0.0).at[PAIRS].set(0.0)

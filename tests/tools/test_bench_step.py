@@ -15,13 +15,13 @@ from psa_jax.tools import bench_step
 from psa_jax.tools.configs import read_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-TINY = f"--config={CONFIGS}/tiny.py"
+TINY = f"--config={CONFIGS}/tiny.py:dpo"
 
 
 @pytest.mark.parametrize(("way", "dtype"), [("ours", "float32"), ("torch", "float32"), ("torch", "bfloat16")])
 def test_the_step_is_one_of_dpo(sd1, way, dtype):
     changes = {"optimizer.warmup_steps": 0, "adapter.tokens": 2, "dtype": dtype, "model": sd1[0], "mesh.data": 1}
-    config = read_config(f"{CONFIGS}/tiny.py", [(key, str(value)) for key, value in changes.items()])
+    config = read_config(f"{CONFIGS}/tiny.py:dpo", [(key, str(value)) for key, value in changes.items()])
     spec = {"config": json.loads(config.to_json()), "model": str(sd1[0]), "user_dim": 5, "cached_text": False}
     spec |= {"pairs": 2, "resolution": None}
     step = {"ours": bench_step._our_step, "torch": bench_step._torch_step}[way](spec)

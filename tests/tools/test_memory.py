@@ -16,7 +16,7 @@ from psa_jax.models.adapter import Adapter
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.training import lowered
 
-CONFIG = f"--config={Path(__file__).resolve().parents[2] / 'configs' / 'tiny.py'}"
+CONFIG = f"--config={Path(__file__).resolve().parents[2] / 'configs' / 'tiny.py'}:dpo"
 
 
 def test_the_arguments_of_a_step(sd1, capsys):
