@@ -15,6 +15,12 @@ from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
 
 
+@pytest.fixture(scope="session")
+def small_pipeline(smallest_pipeline):
+    """In the tests of commands, which compile a sampler for most of them."""
+    return smallest_pipeline
+
+
 @pytest.fixture(scope="module")
 def run_folder(small_pipeline, tmp_path_factory):
     """A run's folder with an adapter of one token and a report, and a table."""

@@ -10,6 +10,7 @@ import pytest
 import test_all_pipelines
 import test_switches
 import torch
+from diffusers import DDIMScheduler
 from support.torch_adapters import random_adapter
 from support.torch_runtime import IDS, STEPS, difference, draw
 
@@ -36,6 +37,14 @@ def snippets(text: str) -> list[str]:
     return [re.sub(r"^    ", "", block, flags=re.M).strip("\n") + "\n" for block in blocks if block.strip()]
 
 
+def few_steps(monkeypatch) -> None:
+    """The snippets take the pipelines' default of 50 steps; that they run shows in 4."""
+    set_timesteps = DDIMScheduler.set_timesteps
+    monkeypatch.setattr(
+        DDIMScheduler, "set_timesteps", lambda self, steps, *args, **kwargs: set_timesteps(self, 4, *args, **kwargs)
+    )
+
+
 def in_code(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
@@ -49,6 +58,7 @@ def test_its_snippets_run(tmp_path, monkeypatch):
     config = AdapterConfig.for_unet(load_unet(TINY).config, user_dim=encoder.dim, kind="text")
     save_adapter(random_adapter(config), tmp_path / "adapter" / "psa_adapter.safetensors", {"encoder": encoder.name})
     monkeypatch.chdir(tmp_path)
+    few_steps(monkeypatch)
     # No compiler is needed here; that the UNet is one graph is tested elsewhere.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     install, *blocks = snippets(PAGE)
