@@ -40,6 +40,9 @@ GROUP_TITLES = {
 }
 """Group of cases → heading; those that a report lacks are left out."""
 
+FULL_GROUPS = ("unseen", "seen")
+"""Groups in which every method has a row, if only of dashes."""
+
 RATES = {
     "selectivity": (
         "Selectivity",
@@ -143,7 +146,12 @@ def write_report(path: Path, report: dict[str, Any], grid: Grid, curves: dict[st
     notes = {command: _footnote(i) for i, command in enumerate(dict.fromkeys(recorded.values()))}
     markers = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(names)}
     splits = [
-        {"title": title, **_counts(report[key]), "rows": [_row(key, m, report[key].get(m)) for m in names]}
+        {
+            "title": title,
+            **_counts(report[key]),
+            # Harder groups are judged for fewer methods; dashes for the others would say nothing.
+            "rows": [_row(key, m, report[key].get(m)) for m in names if m in report[key] or key in FULL_GROUPS],
+        }
         for key, title in GROUP_TITLES.items()
         if key in report
     ]
