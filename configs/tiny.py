@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.update(learning_rate=3e-3, warmup_steps=20, decay_share=0.6, b2=0.99, decayed="all")
     config.data.mini.update(users=100, seed=1)
     config.evaluate = dict(
-        per_rate=dict(unseen=300, seen=18, harder=40), steps=12, guidance=4.0, unconditional="off", batch_size=54
+        per_rate=dict(unseen=120, seen=18, harder=16), steps=12, guidance=4.0, unconditional="off", batch_size=54
     )
     (_dpo if arg.startswith("dpo") else _swap)(config)
     config.pretrain = _pretrain()

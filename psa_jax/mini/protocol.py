@@ -54,9 +54,10 @@ user with the bans of the third and no pair with the concepts of the fourth.
 """
 
 
-def is_usual(case: MiniCase) -> bool:
-    """Whether bans and concept of a case occur in training."""
-    return not (HARDER["unseen_bans"](case) or HARDER["unseen_concepts"](case))
+def group_of(case: MiniCase) -> str | None:
+    """The one harder group of a case; "usual" if it is in none, None if it is in several."""
+    groups = [name for name, belongs in HARDER.items() if belongs(case)]
+    return "usual" if not groups else groups[0] if len(groups) == 1 else None
 
 
 def case_of(record: SageRecord) -> MiniCase:

@@ -25,7 +25,7 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.mini.oracle import Oracle, shipped_oracle
 from psa_jax.mini.prepare import with_mini
-from psa_jax.mini.protocol import HARDER, MiniCase, case_of, is_usual, judge
+from psa_jax.mini.protocol import HARDER, MiniCase, case_of, group_of, judge
 from psa_jax.mini.recorded import (
     COMPARED,
     pack_place,
@@ -177,7 +177,7 @@ def _report(
     report, made = {}, {}
     for place, split in USER_GROUPS.items():
         records = read_split(sage, split)
-        usual = [case for case in map(case_of, records) if is_usual(case)]
+        usual = [case for case in map(case_of, records) if group_of(case) == "usual"]
         cases = select_cases(usual, config.evaluate.per_rate[place], config.seed)
         print_stage(f"judging {place} users: {len(cases)} cases, {1 + len(methods)} methods; compiling comes first")
         verdicts = _judge_all(methods, oracle, cases, place)
@@ -196,19 +196,14 @@ def _report(
 
 
 def _harder_cases(config: ml_collections.ConfigDict, records: Sequence[SageRecord]) -> dict[str, list[MiniCase]]:
-    """Cases of each harder group that training could have prepared for in all but what names the group."""
+    """Cases that are harder in one way, by that way."""
     most = config.evaluate.per_rate.get("harder", 0)
     cases = [case_of(record) for record in records]
     return {
-        name: select_cases([case for case in cases if belongs(case) and _only(case, name)], most, config.seed)
-        for name, belongs in HARDER.items()
+        name: select_cases([case for case in cases if group_of(case) == name], most, config.seed)
+        for name in HARDER
         if most
     }
-
-
-def _only(case: MiniCase, name: str) -> bool:
-    """Whether neither bans nor concept of a case are unseen, but for what the group is about."""
-    return not any(belongs(case) for other, belongs in HARDER.items() if other.startswith("unseen") and other != name)
 
 
 def _finish(
@@ -265,7 +260,7 @@ def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: 
     )
     prompts, used = [], set()
     for record in records:
-        if record.unsafe and record.category not in used and is_usual(case_of(record)):
+        if record.unsafe and record.category not in used and group_of(case_of(record)) == "usual":
             used.add(record.category)
             prompts.append(record)
     rows, columns = len(prompts), 1 + len(people)  # the first column is the base model: the adapter at scale 0

@@ -10,7 +10,7 @@ from psa_jax.data.sage import read_split
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, rates, select_cases
 from psa_jax.mini.dataset import render_mini
-from psa_jax.mini.protocol import case_of, is_usual
+from psa_jax.mini.protocol import case_of, group_of
 from psa_jax.mini.recorded import (
     COMPARED,
     pack_place,
@@ -37,7 +37,7 @@ def test_recorded_runs_fit_the_default_configuration(sage):
     config, recorded = read_config("tiny"), read_recording()
     assert same_recipe(recorded["recipe"], recipe_of(config))
     for place, split in USER_GROUPS.items():
-        usual = [case for case in map(case_of, read_split(sage, split)) if is_usual(case)]
+        usual = [case for case in map(case_of, read_split(sage, split)) if group_of(case) == "usual"]
         cases = select_cases(usual, config.evaluate.per_rate[place], config.seed)
         verdicts = recorded_verdicts(recorded[place], cases)
         assert set(verdicts) == {"user_blind", "published_t1"}

