@@ -25,7 +25,7 @@ SAID_BY = {
     "import_": ["import"],
 }
 """File in tools/ -> the commands that it is of, where it is not named as its command."""
-NO_ADVICE = {"--version", "--no-deps"}  # of psa-jax itself, and of pip
+NO_ADVICE = {"--bits", "--version", "--no-deps"}  # of psa-jax itself, and of pip
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*(?:\.[\w.{}]+)?")
 COMMAND = re.compile(r"psa-jax ([a-z]+)([^;()]*)")

@@ -74,7 +74,8 @@ def test_released_models(name, mode):
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_published_recipe(name):
     config = read(name, "paper")
-    assert config.adapter.to_dict() == {"kind": "published", "tokens": 1, "qk_dim": None}
+    sizes = {"kind": "published", "tokens": 1, "qk_dim": None, "hidden": None, "gate": "attention"}
+    assert config.adapter.to_dict() == sizes
     assert (config.objective.beta, config.objective.sft_weight, config.objective.text_dropout) == (5000.0, 0.0, 0.2)
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.schedule) == (5e-6, 500, "constant")
