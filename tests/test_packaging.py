@@ -96,7 +96,8 @@ def test_imports_go_one_way(path: Path) -> None:
     allowed = ORDER if len(parts) == 1 else SIDES.get(parts[0]) or ORDER[: ORDER.index(parts[0]) + 1]
     allowed = [name for name in allowed if name not in APART.get(parts[0], ())]
     ours = {name for name in imported(ast.parse(path.read_text())) if name.startswith("psa_jax.")}
-    above = {("__main__.py",): ["cli"], ("tools", "bench_generate.py"): ["torch"]}.get(parts, [])
+    with_torch = {("tools", name): ["torch"] for name in ("bench_generate.py", "bench_users.py")}
+    above = ({("__main__.py",): ["cli"]} | with_torch).get(parts, [])
     prefixes = tuple(f"psa_jax.{name}." for name in [*allowed, *above, *EVERYBODYS, "__version__"])
     assert [name for name in ours if not f"{name}.".startswith(prefixes)] == []
 

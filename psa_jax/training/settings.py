@@ -97,7 +97,7 @@ TRAINING: dict[str, Rule] = {
     "remat": any_of(REMAT),
     "dtype": any_of(DTYPES),
     "adapter.kind": any_of(ADAPTER_KINDS),
-    "adapter.tokens": COUNT_OR_NONE,
+    "adapter.tokens": whole(0, MOST_SIZE),  # 0 with the gate by categories
     "adapter.qk_dim": optional(SIZE),
     "reference.draws": COUNT_OR_NONE,
     "reference.seed": SEED,
@@ -205,7 +205,7 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     check_kind(adapter["kind"], adapter["qk_dim"], adapter["hidden"])
     check_gate(adapter["kind"], adapter["gate"], adapter["tokens"], adapter["qk_dim"])
     if not adapter["tokens"] and adapter["gate"] != "categories":
-        raise PSAError("adapter.tokens is 0; give a whole number from 1 up")
+        raise PSAError(f"adapter.tokens is 0; give {SIZE.wanted}")
     objective = Objective(**config.objective)
     fixed_draws_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
     check_accumulate(objective, config.accumulate)

@@ -153,7 +153,7 @@ def test_paths_are_of_this_machine(complete, key: str, value: str):
         (f"steps={10**30}", f"steps is {10**30}; give a whole number from 1 to 2147483647"),
         (f"batch_size={2**31}", "batch_size is 2147483648; give a whole number from 1 to 2147483647"),
         (f"steps={'9' * 5000}", f"--config.steps: '{'9' * 79}… does not fit; give a value of type int, such as "),
-        ("adapter.tokens=65537", "adapter.tokens is 65537; give a whole number from 1 to 65536"),
+        ("adapter.tokens=65537", "adapter.tokens is 65537; give a whole number from 0 to 65536"),
         (f"adapter.qk_dim={10**12}", f"adapter.qk_dim is {10**12}; give a whole number from 1 to 65536, or none"),
         ("adapter.qk_dim=nan", "--config.adapter.qk_dim: 'nan' does not fit; give a value of type int, or none"),
         (
@@ -174,7 +174,7 @@ def test_paths_are_of_this_machine(complete, key: str, value: str):
 def test_a_command_says_it_first(no_work, capsys, tmp_path, command: str, setting: str, said: str):
     workdir = [] if command in ("memory", "bench") else [f"--workdir={tmp_path / 'run'}"]
     what = ["step"] if command == "bench" else []
-    assert main([command, *what, f"--config={TINY}:smoke", *workdir, f"--config.{setting}"]) == 1
+    assert main([command, *what, f"--config={TINY}:dpo-smoke", *workdir, f"--config.{setting}"]) == 1
     written, error = capsys.readouterr()
     assert error.startswith(f"psa-jax: error: {said}") and error.count("\n") == 1
     assert written == "" and list(tmp_path.iterdir()) == []
@@ -196,7 +196,7 @@ def test_a_command_says_it_first(no_work, capsys, tmp_path, command: str, settin
 )
 def test_what_does_not_fit_together(no_work, capsys, tmp_path, settings: list[str], said: str):
     words = [f"--config.{setting}" for setting in settings]
-    assert main(["train", f"--config={TINY}:smoke", f"--workdir={tmp_path / 'run'}", *words]) == 1
+    assert main(["train", f"--config={TINY}:dpo-smoke", f"--workdir={tmp_path / 'run'}", *words]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"psa-jax: error: {said}") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -207,7 +207,7 @@ def test_what_does_not_fit_together(no_work, capsys, tmp_path, settings: list[st
 def test_a_workdir_that_cannot_be_a_folder(no_work, capsys, tmp_path, command: str, place: str):
     (tmp_path / "users.csv").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    assert main([command, f"--config={TINY}:smoke", f"--workdir={tmp_path / place}"]) == 1
+    assert main([command, f"--config={TINY}:dpo-smoke", f"--workdir={tmp_path / place}"]) == 1
     said = tmp_path / place.partition("/")[0]
     assert capsys.readouterr().err == (
         f"psa-jax: error: {said}: not a folder; give a --workdir that is one, or is not there yet\n"
@@ -232,7 +232,7 @@ def test_a_workdir_that_cannot_be_a_folder(no_work, capsys, tmp_path, command: s
 def test_data_that_is_named_is_used_or_refused(complete, no_work, capsys, tmp_path, settings: list[str], said: str):
     """configs/tiny.py draws its own where none is named."""
     words = [f"--config.data.{setting}".replace("DATA", str(tmp_path)) for setting in settings]
-    assert main(["train", f"--config={TINY}:smoke", f"--workdir={tmp_path / 'run'}", *words]) == 1
+    assert main(["train", f"--config={TINY}:dpo-smoke", f"--workdir={tmp_path / 'run'}", *words]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"psa-jax: error: {said}") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -248,6 +248,6 @@ def test_data_that_is_named_is_what_is_trained_on(complete, no_work, tmp_path):
 @pytest.mark.parametrize("key", ["shards", "table"])
 def test_the_demo_judges_by_data_of_its_own(no_work, capsys, tmp_path, key: str):
     words = [f"--workdir={tmp_path / 'run'}", f"--config.data.{key}={tmp_path}"]
-    assert main(["demo", f"--config={TINY}:smoke", *words]) == 1
+    assert main(["demo", f"--config={TINY}:dpo-smoke", *words]) == 1
     assert f"error: data.{key} is {tmp_path}, but the demo draws its own data, " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
