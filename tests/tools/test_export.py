@@ -13,6 +13,7 @@ from support.torch_ldm import checkpoint
 
 from psa_jax.cli import main
 from psa_jax.interop.adapter_file import read_metadata
+from psa_jax.interop.diffusers import load_stable_diffusion
 from psa_jax.interop.native import save_adapter
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.profiles.encoders import get_encoder
@@ -67,7 +68,7 @@ def test_no_card_is_replaced_and_a_refusal_leaves_nothing(run_folder, tmp_path, 
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002], ids=oct)
-@pytest.mark.parametrize("format_", list(export.FORMATS))
+@pytest.mark.parametrize("format_", sorted(export.FORMATS.keys() - {"gates"}))  # for adapters of another kind
 def test_who_may_read_an_export(run_folder, tmp_path, format_, umask):
     """A model with one user in it is its owner's, all of it; what tells about nobody is whosever the umask lets."""
     model, folder = run_folder
@@ -158,9 +159,11 @@ def test_a_report_is_of_the_adapter_that_is_exported(run_folder, tmp_path, refus
     assert "| 12.3 |" in (tmp_path / "card" / "README.md").read_text()
 
 
-def test_a_base_model_in_a_single_file(run_folder, sd1, tmp_path):
+def test_a_base_model_in_a_single_file(sd1, tmp_path):
     """The same weights as the folder's, so the same base model: exported whole, and imported for."""
-    folder, single = run_folder[1], tmp_path / "model.safetensors"
+    folder, single, model = tmp_path / "run", tmp_path / "model.safetensors", load_stable_diffusion(sd1[0])
+    config = AdapterConfig.for_unet(model.unet.config, user_dim=33, kind="published", tokens=1)
+    save_adapter(random_adapter(config), folder / "psa_adapter.safetensors", {"base_model": model.base_hash})
     tensors = {name: tensor.clone() for name, tensor in checkpoint(sd1[1]).items()}
     safetensors.torch.save_file(tensors, single)
     base = [f"--model={single}", f"--model-config={sd1[0]}", f"--tokenizer={sd1[0] / 'tokenizer'}"]
