@@ -51,8 +51,8 @@ def base_config(objective: Objective) -> ml_collections.ConfigDict:
     config.dtype = "bfloat16"
 
     # --- what is learned, and from what
-    unset = ml_collections.config_dict.placeholder(int)
-    config.adapter = dict(kind="text", tokens=4, qk_dim=unset, hidden=unset, gate="attention")
+    widths = {name: ml_collections.config_dict.placeholder(int) for name in ("qk_dim", "hidden")}
+    config.adapter = dict(kind="text", tokens=4, **widths, gate="attention")
     config.objective = dataclasses.asdict(objective)
     # draws > 0: each pair has this many fixed draws of noise and timestep. Their reference errors are computed once and
     # stored in folder (default: in the workdir), which runs may share; a training step then runs no reference model.

@@ -95,8 +95,11 @@ def test_an_untrained_adapter_has_learnt_nothing_and_broken_nothing(world, kind)
     assert metrics["swap_learnt_allowed"] == metrics["swap_learnt_safe"] == 1.0
     draws = draw(ALONE, schedule, batch, KEY)
     distance = swap_distances(FrozenModel(unet, (text_encoder,), schedule, VAE), batch, draws)
+    policy = untrained_adapter(
+        config(world)
+    )  # of a kind that torch has inside the UNet; only the base model is looked at
     two = [
-        torch_pairs(theirs, schedule, batch, adapter, FACTOR, encoder_hidden_states=text_states(theirs, batch, name))
+        torch_pairs(theirs, schedule, batch, policy, FACTOR, encoder_hidden_states=text_states(theirs, batch, name))
         for name in ("input_ids", "safe_input_ids")
     ]
     wanted = ((two[0].reference[0] - two[1].reference[0]) ** 2).mean(dim=(1, 2, 3)).numpy()

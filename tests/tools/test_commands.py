@@ -171,7 +171,7 @@ def test_a_run_goes_on_with_the_same_contents_only(small_pipeline, files, tmp_pa
     shutil.copytree(files[0], tmp_path / "model")
     shutil.copytree(files[0] / "vae", tmp_path / "vae")
     shutil.copy(files[1] / "adapter.safetensors", tmp_path / "adapter.safetensors")
-    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     width = small_pipeline[1].unet.config.block_out_channels[0]
     lora = {f"{layer}.lora_A.weight": np.ones((1, width)), f"{layer}.lora_B.weight": np.ones((width, 1))}
     save_file({name: array.astype(np.float32) for name, array in lora.items()}, tmp_path / "lora.safetensors")

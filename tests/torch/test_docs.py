@@ -38,10 +38,10 @@ def snippets(text: str) -> list[str]:
 
 
 def few_steps(monkeypatch) -> None:
-    """The snippets take the pipelines' default of 50 steps; that they run shows in 4."""
+    """The snippets take the pipelines' default of 50 steps; that they run shows in 12."""
     set_timesteps = DDIMScheduler.set_timesteps
     monkeypatch.setattr(
-        DDIMScheduler, "set_timesteps", lambda self, steps, *args, **kwargs: set_timesteps(self, 4, *args, **kwargs)
+        DDIMScheduler, "set_timesteps", lambda self, steps, *args, **kwargs: set_timesteps(self, 12, *args, **kwargs)
     )
 
 

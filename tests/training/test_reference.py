@@ -163,7 +163,7 @@ def table_of(small_pipeline, training_data):
     whole = open_shards(training_data / "shards", "train")
     columns = dataclasses.replace(
         whole.columns,
-        **{n: getattr(whole.columns, n)[:11] for n in ("user_ids", "categories", "unsafe", "banned")},
+        **{n: getattr(whole.columns, n)[:11] for n in ("user_ids", "categories", "unsafe", "banned", "twins")},
     )
 
     class First(type(whole)):
