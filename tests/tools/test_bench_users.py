@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from psa_jax.cli import main
 
 
+@pytest.mark.slow
 def test_four_users(tmp_path, capsys):
     words = ["--users=4", "--steps=1", f"--json={tmp_path / 'users.json'}"]
     assert main(["bench", "generate", *words]) == 0

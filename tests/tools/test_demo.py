@@ -37,6 +37,7 @@ def test_the_demo_keeps_its_promises(tmp_path):
     assert not re.search(r"(src|href)=[\"']?https?:", (tmp_path / "report.html").read_text())
 
 
+@pytest.mark.timeout(900)
 def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys, monkeypatch):
     """Four steps: every file is there, and nothing is quoted from runs of another configuration."""
     monkeypatch.setattr(gates, "STEPS", 20)

@@ -71,6 +71,7 @@ def rows_of(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("gate", ["attention", "categories"])
 def test_a_run_of_it_alone(training_config, tmp_path, capsys, monkeypatch, gate):
     """From shards to the file: what it learns is logged, held out as well, and a stopped run goes on with the same."""
@@ -88,6 +89,7 @@ def test_a_run_of_it_alone(training_config, tmp_path, capsys, monkeypatch, gate)
     assert again.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.timeout(900)
 def test_the_gate_is_fitted_before_and_left_alone_by_the_steps(training_config, tmp_path, capsys, monkeypatch):
     from safetensors.numpy import load_file
 
