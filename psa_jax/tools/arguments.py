@@ -222,7 +222,7 @@ def bench(parser: ArgumentParser) -> None:
     parser.set_defaults(takes_config=True)
     training = parser.add_argument_group("step")
     training.add_argument(
-        "--config", type=place, default=str(TINY), metavar=_CONFIG, help="default: tiny, of the embedded model"
+        "--config", type=place, default=f"{TINY}:dpo", metavar=_CONFIG, help="default: tiny:dpo, of the embedded model"
     )
     training.add_argument("--against", choices=["torch"], help="also measure this implementation and print the ratios")
     training.add_argument("--pairs", type=count, metavar="N", help="pairs per step (default: as configured)")

@@ -45,6 +45,11 @@ def run(args: Namespace) -> int:
     }
     if args.against == "torch" and (spec["vae"] or (spec["model"] != EMBEDDED and not Path(spec["model"]).is_dir())):
         raise PSAError("bench step --against=torch takes a model's folder, with its own VAE; leave --against out")
+    if args.against == "torch" and config.objective.get("loss") == "none":
+        raise PSAError(
+            "bench step: the torch way is Diffusion-DPO, and objective.loss is none; give --config=tiny:dpo or "
+            "another loss, or leave --against out"
+        )
     ways, load = ["ours", *filter(None, [args.against])], Load()
     with contextlib.ExitStack() as stack:
         workers = {}

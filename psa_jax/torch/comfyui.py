@@ -64,7 +64,9 @@ class UserConditioning:
         Raises:
           PSAError: an adapter of another kind, no user, or a base model of another width.
         """
-        loaded, about, path = _opened(adapter)
+        path = adapter_file(adapter)
+        found = path.stat()
+        loaded, about = _opened(path, found.st_mtime_ns, found.st_size)
         known = Path(table) if table else None
         embedding = user_embedding(path, about, profile=profile or None, user=user or None, table=known)
         return ([[self._states(loaded, text, embedding, scale), dict(more)] for text, more in conditioning],)
@@ -83,14 +85,15 @@ class UserConditioning:
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(adapter: str) -> tuple[UserAdapter, dict[str, Any], Path]:
-    path = adapter_file(adapter)
+def _opened(path: Path, changed: int, size: int) -> tuple[UserAdapter, dict[str, Any]]:
+    """The adapter and its metadata; a file that was written again since is read again."""
+    del changed, size  # of the file, for the cache
     loaded, about = load_adapter(path)
     if not loaded.is_prompt:
         raise PSAError(
             f"{path}: the {loaded.config.kind} kind acts inside the UNet; ComfyUI's conditioning takes prompt and edit"
         )
-    return loaded, about, path
+    return loaded, about
 
 
 NODE_CLASS_MAPPINGS = {"PSAUserConditioning": UserConditioning}

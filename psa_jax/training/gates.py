@@ -81,7 +81,9 @@ def fit_gates(
             np.ones_like(categories),
         ),
     }
-    local = {name: jnp.asarray(array) for name, array in jax.device_get(params).items()}
+    # Replicated first: matrices may be divided over the devices of other processes, too.
+    whole = jax.device_get(jax.device_put(params, replicated(setup.mesh)))
+    local = {name: jnp.asarray(array) for name, array in whole.items()}
     adapter, accuracy = with_arrays(setup.adapter, local), {}
     for half, (logits, inputs, labels, known) in halves.items():
         left_out = np.arange(len(labels)) % LEFT_OUT == LEFT_OUT - 1

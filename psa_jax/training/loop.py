@@ -67,7 +67,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         stop = stack.enter_context(StopSignal())
         stack.enter_context(lost_peers_named())
         services = Services(watchdog, checkpoints, writer, samples, stop)
-        frozen = with_swap_distance(run, with_reference_errors(run, services))
+        frozen = with_reference_errors(run, services)
+        if int(state.step) < cadence.end:  # compiling for a run that has ended would be for nothing
+            frozen = with_swap_distance(run, frozen)
         state = run_steps(run, services, cadence, state, frozen)
     return export(run, state)
 

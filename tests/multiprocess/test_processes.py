@@ -107,10 +107,24 @@ def test_four_processes(runs, alone, tmp_path):
     assert len(rows(tmp_path)) == STEPS and checkpoint_steps(tmp_path) == [35, STEPS]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_real_loss(real_runs, tmp_path, processes: int):
+SWAP = {
+    "objective__loss": "none",
+    "objective__sft_weight": 0.0,
+    "objective__swap_weight": 2.0,
+    "adapter__kind": "edit",
+    "adapter__gate": "categories",
+    "adapter__tokens": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("processes", "changed"),
+    [(2, {}), (2, SWAP), pytest.param(4, {}, marks=pytest.mark.slow)],
+    ids=["2", "2-swap", "4"],
+)
+def test_the_real_loss(real_runs, tmp_path, processes: int, changed: dict):
     """Two pairs to a process: XLA convolves a single one otherwise, and AdamW makes ever more of the rounding."""
-    pairs = {"batch_size": 2 * processes}
+    pairs = {"batch_size": 2 * processes} | changed
     alone = real_runs.start(tmp_path / "alone", **pairs)
     assert alone.code() == 0, alone.output
     found = group(real_runs, tmp_path / "group", processes, **pairs)

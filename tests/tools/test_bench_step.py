@@ -30,6 +30,11 @@ def test_the_step_is_one_of_dpo(sd1, way, dtype):
         assert abs(step() - math.log(2)) > 1e-4
 
 
+def test_the_torch_way_is_compared_with_preference_learning_only(capsys):
+    assert main(["bench", "step", f"--config={CONFIGS}/tiny.py", "--against=torch"]) == 1
+    assert "objective.loss is none; give --config=tiny:dpo" in capsys.readouterr().err
+
+
 def test_a_configuration_that_leaves_the_model_open(capsys):
     assert main(["bench", "step", f"--config={CONFIGS}/sd15.py"]) == 1
     assert "--model=PATH" in capsys.readouterr().err

@@ -50,6 +50,18 @@ def test_it_is_the_adapter_of_the_runtime(node, files, table, tmp_path, kind):
     assert torch.equal(unchanged, TEXT)
 
 
+def test_a_file_that_was_written_again_is_read_again(node, files, tmp_path):
+    path, profile = tmp_path / "a.safetensors", json.dumps(PROFILE)
+    drawn = []
+    for kind in ("edit", "prompt"):
+        path.write_bytes(files[kind].read_bytes())
+        (((states, _),),) = node.apply(CONDITIONING, str(path), 1.0, profile=profile)
+        (((wanted, _),),) = node.apply(CONDITIONING, str(files[kind]), 1.0, profile=profile)
+        assert torch.equal(states, wanted)
+        drawn.append(states)
+    assert not torch.equal(*drawn)
+
+
 def test_what_it_refuses(node, files):
     with pytest.raises(PSAError, match="the text kind acts inside the UNet"):
         node.apply(CONDITIONING, str(files["text"]), 1.0, profile=json.dumps(PROFILE))
