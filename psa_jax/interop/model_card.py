@@ -154,7 +154,8 @@ def _facts(config: AdapterConfig, about: Mapping[str, Any]) -> list[tuple[str, A
     loss = objective.get("loss") or ("DPO" if objective else None)
     facts = [
         ("kind", f"`{config.kind}`"),
-        ("user tokens T", config.tokens),
+        ("gate", f"`{config.gate}`" if config.rewrites else None),
+        ("user tokens T", config.tokens or None),
         ("length D of a user embedding", config.user_dim),
         ("base model", about.get("family")),
         ("its cross-attentions", f"{len(config.layers)}, of width {config.cross_dim}"),
