@@ -166,7 +166,7 @@ def _main(
     sys.exit(code)
 
 
-def _cheap_losses(objective, adapter, model, batch, draws, reference_errors=None):
+def _cheap_losses(objective, adapter, model, batch, draws, reference_errors=None, swap_distance=None):
     """Stands in for `pair_losses`, which takes seconds to trace: depends on batch, noise and adapter alone."""
     import jax.numpy as jnp
 
