@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = "tiny"
     config.batch_size = 16
     config.keep_checkpoints = 2
-    config.validate = dict(every=0, rows=64, batch_size=16)
+    config.validate = dict(every=0, rows=256, batch_size=16)
     config.hang_timeout = 600.0
     config.mesh.data = 1
     config.remat, config.dtype = "none", "float32"

@@ -45,6 +45,7 @@ COMMANDS = {
     "build": Command("encode a SAGE folder as shards for a base model", arguments.build, "build"),
     "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, "pretrain"),
     "train": Command("train an adapter on preference pairs", arguments.train, "train"),
+    "compare": Command("train several kinds of adapter and objectives, and compare them", arguments.compare, "compare"),
     "memory": Command(
         "compute the memory of a training step, also on TPUs that are not here", arguments.memory, "memory"
     ),

@@ -31,6 +31,15 @@ hook = install_import_hook("psa_jax", f"{annotations.__name__}.{annotations.chec
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+LONGEST = ("multiprocess/test_processes.py", "tools/test_demo.py", "training/test_swap.py", "faults/test_kills.py")
+"""Files that take longest: begun last, they would keep one process busy while the others have ended."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order of all others stays."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
     """Compiles what takes long once in a process: many tests build the same step or sampler again."""

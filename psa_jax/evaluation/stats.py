@@ -8,14 +8,14 @@ from psa_jax.errors import PSAError
 CONFIDENCE = 0.95
 
 
-def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson(successes: int | float, n: int | float, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Wilson score interval of a share: (p̂ + z²/2n ± z √(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n).
 
     Unlike p̂ ± z·se it stays inside [0, 1], and it has a width above 0 at 0 of n and n of n.
 
     Args:
-      successes: number of successes.
-      n: number of cases, at least 1.
+      successes: number of successes; a fraction where cases count for less than one each.
+      n: number of cases, more than 0.
       confidence: coverage, between 0 and 1.
 
     Returns:
@@ -26,8 +26,8 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[floa
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
     """
-    if n < 1 or not 0 <= successes <= n:
-        raise PSAError(f"interval of {successes} successes in {n} cases: give n >= 1 and 0 <= successes <= n")
+    if not 0 <= successes <= n or n <= 0:
+        raise PSAError(f"interval of {successes} successes in {n} cases: give n > 0 and 0 <= successes <= n")
     z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
     share = successes / n
     centre = share + z * z / (2 * n)
@@ -57,8 +57,21 @@ def selectivity_interval(
     Source: R. G. Newcombe, Interval estimation for the difference between independent proportions, method 10,
     Statistics in Medicine 17 (1998); a sum is the difference from the complement.
     """
-    lows, highs = zip(wilson(suppressed, banned, confidence), wilson(retained, allowed, confidence), strict=True)
     shares = suppressed / banned, retained / allowed
-    below = math.hypot(*(share - low for share, low in zip(shares, lows, strict=True)))
-    above = math.hypot(*(high - share for share, high in zip(shares, highs, strict=True)))
-    return sum(shares) - 1 - below, sum(shares) - 1 + above
+    limits = wilson(suppressed, banned, confidence), wilson(retained, allowed, confidence)
+    return sum_of_shares(*((share, *pair) for share, pair in zip(shares, limits, strict=True)))
+
+
+def sum_of_shares(*shares: tuple[float, float, float]) -> tuple[float, float]:
+    """Interval of s + r − 1: the squared distances from the shares to their own limits add up.
+
+    Args:
+      shares: s and r, each with its lower and upper limit.
+
+    Returns:
+      Lower and upper limit.
+    """
+    value = sum(share for share, _, _ in shares) - 1
+    below = math.hypot(*(share - low for share, low, _ in shares))
+    above = math.hypot(*(high - share for share, _, high in shares))
+    return value - below, value + above

@@ -3,16 +3,20 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import ml_collections
 import numpy as np
 from jaxtyping import UInt8
 
 from psa_jax.data.sage import SageRecord
-from psa_jax.evaluation.protocol import Case, Verdicts
+from psa_jax.diffusion.generate import Generator
+from psa_jax.evaluation.protocol import Case, Verdicts, select_cases
+from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.mini.dataset import HELD_OUT_BANS
 from psa_jax.mini.oracle import Oracle
 from psa_jax.mini.world import COUNTERPARTS, HELD_OUT_CONCEPTS
+from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.bans import banned_categories
 
 _NEGATION = re.compile(r"\b(no|without)\b")
@@ -60,6 +64,22 @@ def group_of(case: MiniCase) -> str | None:
     return "usual" if not groups else groups[0] if len(groups) == 1 else None
 
 
+def grouped_cases(records: Sequence[SageRecord], most: Mapping[str, int], seed: int) -> dict[str, list[MiniCase]]:
+    """Cases of a split by group: `usual`, and the harder groups.
+
+    Args:
+      records: of the split.
+      most: for each group, the most banned and the most allowed prompts (see `select_cases`); 0 leaves it out.
+      seed: of the selection.
+    """
+    cases = [case_of(record) for record in records]
+    return {
+        name: select_cases([case for case in cases if group_of(case) == name], count, seed)
+        for name, count in most.items()
+        if count
+    }
+
+
 def case_of(record: SageRecord) -> MiniCase:
     """The case of one row of a split of SAGE-mini."""
     concept = record.concept.replace("_", " ")
@@ -75,6 +95,27 @@ def case_of(record: SageRecord) -> MiniCase:
         companion=next((name for name in named if name not in pair), None),
         negated=_NEGATION.search(record.caption) is not None,
         unseen_bans=banned_categories(record.profile) in HELD_OUT_BANS,
+    )
+
+
+def make_generator(
+    settings: ml_collections.ConfigDict, model: StableDiffusion, adapter: Adapter, unconditional: str | None = None
+) -> Generator:
+    """Makes a generator with the settings of an evaluation.
+
+    Args:
+      settings: the configuration's `evaluate` group.
+      model: the base model.
+      adapter: of one method.
+      unconditional: another unconditional side than that of the settings.
+    """
+    return Generator(
+        model,
+        adapter,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        unconditional=unconditional or settings.unconditional,
+        batch_size=settings.batch_size,
     )
 
 

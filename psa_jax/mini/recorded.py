@@ -89,7 +89,7 @@ def write_recording(path: Path, recipe: Mapping[str, Any], places: Mapping[str, 
 
 def pack_place(cases: Sequence[MiniCase], verdicts: Mapping[str, Verdicts]) -> dict[str, Any]:
     """Packs the verdicts of all methods on the cases of one group of users as JSON values."""
-    return {"cases": cases_hash(cases), **{name: _pack(verdict) for name, verdict in verdicts.items()}}
+    return {"cases": cases_hash(cases), **{name: pack_verdicts(verdict) for name, verdict in verdicts.items()}}
 
 
 def recorded_verdicts(place: Mapping[str, Any], cases: Sequence[MiniCase]) -> dict[str, Verdicts]:
@@ -100,12 +100,12 @@ def recorded_verdicts(place: Mapping[str, Any], cases: Sequence[MiniCase]) -> di
     """
     if place["cases"] != cases_hash(cases):
         raise PSAError(f"the recorded runs judged other cases than this configuration; run {COMMAND}")
-    return {name: _unpack(place[name]) for name in COMPARED}
+    return {name: unpack_verdicts(place[name]) for name in COMPARED}
 
 
-def _pack(verdicts: Verdicts) -> dict[str, str]:
+def pack_verdicts(verdicts: Verdicts) -> dict[str, str]:
     return {f.name: "".join("01"[int(v)] for v in getattr(verdicts, f.name)) for f in dataclasses.fields(verdicts)}
 
 
-def _unpack(bits: Mapping[str, str]) -> Verdicts:
+def unpack_verdicts(bits: Mapping[str, str]) -> Verdicts:
     return Verdicts(**{name: np.array([bit == "1" for bit in text]) for name, text in bits.items()})

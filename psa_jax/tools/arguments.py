@@ -287,6 +287,29 @@ def demo(parser: ArgumentParser) -> None:
     )
 
 
+def compare(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax compare`."""
+    parser.set_defaults(takes_config=True)
+    parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help="folder for all output")
+    parser.add_argument(
+        "--config", type=place, default=str(TINY), metavar=_CONFIG, help="default: tiny, of the embedded model"
+    )
+    parser.add_argument(
+        "--methods",
+        type=lambda text: text.split(","),
+        required=True,
+        metavar="A-O,…",
+        help="what is compared, each an adapter and an objective, such as text-dpo,edit-swap,edit-dpo_swap",
+    )
+    parser.add_argument(
+        "--seeds", type=count, default=1, metavar="N", help="trainings of each, seeds 0 to N-1 (default: 1)"
+    )
+    parser.epilog = (
+        "Runs that have ended are not run again, so that methods and seeds can be added. "
+        "--config.KEY=VALUE sets any value of the configuration, such as --config.steps=1400."
+    )
+
+
 def generate(parser: ArgumentParser) -> None:
     """Flags of `psa-jax generate`."""
     model = base_model(parser)

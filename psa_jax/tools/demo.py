@@ -15,7 +15,7 @@ import psa_jax
 from psa_jax.data.sage import SageRecord, read_split
 from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, generate_base, generate_cases, rates, select_cases, wins
+from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, generate_base, generate_cases, rates, wins
 from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
 from psa_jax.files import check_new
@@ -25,7 +25,7 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.mini.oracle import Oracle, shipped_oracle
 from psa_jax.mini.prepare import with_mini
-from psa_jax.mini.protocol import HARDER, MiniCase, case_of, group_of, judge
+from psa_jax.mini.protocol import HARDER, MiniCase, case_of, group_of, grouped_cases, judge, make_generator
 from psa_jax.mini.recorded import (
     COMPARED,
     pack_place,
@@ -159,10 +159,10 @@ def _train_all(
         path = train(run_config, workdir / name)
         adapters[name] = load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
         table = EmbeddingTable.load(Path(run_config.data.table))
-        methods[name] = (_generator(config, model, adapters[name]), table)
+        methods[name] = (make_generator(config.evaluate, model, adapters[name]), table)
     for way in UNCONDITIONAL if all_ways else ():
         if way != config.evaluate.unconditional:
-            methods[f"psa_{way}"] = (_generator(config, model, adapters["psa"], way), methods["psa"][1])
+            methods[f"psa_{way}"] = (make_generator(config.evaluate, model, adapters["psa"], way), methods["psa"][1])
     return methods, adapters["psa"]
 
 
@@ -177,8 +177,7 @@ def _report(
     report, made = {}, {}
     for place, split in USER_GROUPS.items():
         records = read_split(sage, split)
-        usual = [case for case in map(case_of, records) if group_of(case) == "usual"]
-        cases = select_cases(usual, config.evaluate.per_rate[place], config.seed)
+        cases = grouped_cases(records, {"usual": config.evaluate.per_rate[place]}, config.seed)["usual"]
         print_stage(f"judging {place} users: {len(cases)} cases, {1 + len(methods)} methods; compiling comes first")
         verdicts = _judge_all(methods, oracle, cases, place)
         made[place] = pack_place(cases, verdicts)
@@ -188,22 +187,12 @@ def _report(
         for other in (name for name in verdicts if name != "psa"):
             win, tie = wins(verdicts["psa"], verdicts[other], cases)
             report[place]["psa"] |= {f"win_rate_vs_{other}": win, f"tie_rate_vs_{other}": tie}
-    for name, cases in _harder_cases(config, read_split(sage, USER_GROUPS["unseen"])).items():
+    most = dict.fromkeys(HARDER, config.evaluate.per_rate.get("harder", 0))
+    for name, cases in grouped_cases(read_split(sage, USER_GROUPS["unseen"]), most, config.seed).items():
         print_stage(f"judging {name}: {len(cases)} cases of unseen users")
         verdicts = _judge_all({"psa": methods["psa"]}, oracle, cases, name)
         report[name] = {method: rates(verdict, cases) for method, verdict in verdicts.items()}
     return report, made
-
-
-def _harder_cases(config: ml_collections.ConfigDict, records: Sequence[SageRecord]) -> dict[str, list[MiniCase]]:
-    """Cases that are harder in one way, by that way."""
-    most = config.evaluate.per_rate.get("harder", 0)
-    cases = [case_of(record) for record in records]
-    return {
-        name: select_cases([case for case in cases if group_of(case) == name], most, config.seed)
-        for name in HARDER
-        if most
-    }
 
 
 def _finish(
@@ -231,21 +220,6 @@ def _judge_all(methods: Methods, oracle: Oracle, cases: Sequence[MiniCase], plac
 
 
 # --- the grid of pictures, curves and texts of the report
-
-
-def _generator(
-    config: ml_collections.ConfigDict, model: StableDiffusion, adapter: Adapter, unconditional: str | None = None
-) -> Generator:
-    """Generator with the settings of `config.evaluate`, or with another unconditional side."""
-    part = config.evaluate
-    return Generator(
-        model,
-        adapter,
-        steps=part.steps,
-        guidance=part.guidance,
-        unconditional=unconditional or part.unconditional,
-        batch_size=part.batch_size,
-    )
 
 
 def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: Sequence[SageRecord]) -> Grid:

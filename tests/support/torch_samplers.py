@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from diffusers import UniPCMultistepScheduler
 from diffusers.schedulers import scheduling_euler_ancestral_discrete
 
 from psa_jax.diffusion.samplers import Sampler, model_input, start, step
@@ -23,8 +24,10 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 def run_theirs(monkeypatch, scheduler, steps: int, noise, outputs, fresh, eta: float = 0.0):
     """(timesteps, first standard deviation, model inputs, latents after every call), driven as a pipeline does."""
     scheduler.set_timesteps(steps)
-    if scheduler.config.get("solver_order") == 3 and hasattr(scheduler, "sigmas"):
-        # It divides by distances of λ twice: in float32 their rounding, 1e-7 of λ, is 1e-3 of the result at 50 steps.
+    high_order = scheduler.config.get("solver_order") == 3 or isinstance(scheduler, UniPCMultistepScheduler)
+    if high_order and hasattr(scheduler, "sigmas"):
+        # They divide by distances of λ: in float32 their rounding, 1e-7 of λ, is 1e-3 of the result at order 3 and 50
+        # steps, and 2e-6 with UniPC.
         scheduler.sigmas = scheduler.sigmas.double()
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it starts at the second of two equal timesteps

@@ -144,8 +144,9 @@ def _main(
 
     from psa_jax import cli
     from psa_jax.mini import prepare
-    from psa_jax.training import step, step_timer
+    from psa_jax.training import gates, step, step_timer
 
+    gates.STEPS = 20  # unoptimised, as programs are in tests, 600 take half a minute
     for name, value in flags.items():
         jax.config.update(name, value)
     if cheap:

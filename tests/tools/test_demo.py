@@ -13,7 +13,7 @@ from psa_jax.cli import main
 from psa_jax.errors import PSAError
 from psa_jax.tools import demo
 from psa_jax.tools.configs import read_config
-from psa_jax.training import gates
+from psa_jax.training import gates, swap
 
 
 @pytest.mark.slow
@@ -41,8 +41,9 @@ def test_the_demo_keeps_its_promises(tmp_path):
 def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys, monkeypatch):
     """Four steps: every file is there, and nothing is quoted from runs of another configuration."""
     monkeypatch.setattr(gates, "STEPS", 20)
+    monkeypatch.setattr(swap, "MOST_ROWS", 16)
     config = f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke"
-    words = ["--all-ways", "--config.evaluate.per_rate.harder=2"]
+    words = ["--all-ways", "--config.evaluate.per_rate.harder=1"]
     assert main(["demo", f"--config={config}", f"--workdir={tmp_path}", *words]) == 0
     out, err = capsys.readouterr()
     report = json.loads((tmp_path / "report.json").read_text())
