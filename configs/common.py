@@ -1,8 +1,10 @@
 """What all shipped configurations share, and the configuration of the released Stable Diffusion models.
 
-`experiment_config` has three modes:
+`experiment_config` has four modes:
 
-(none)    the adapter and the loss that proved personal: kind `text`, 4 user tokens, DPO with an SFT term on the winner
+(none)    the adapter and the loss that drew the cleanest pictures in the small world: kind `edit` with the gate by
+          categories and a self-attention over the prompt, by swap distillation
+:dpo      kind `text`, 4 user tokens, DPO with an SFT term on the winner
 :paper    the published adapter and recipe (PSA, arXiv 2508.01151): one token, β 5000, no SFT term, 5,000 steps
 :smoke    three steps of one pair, to test an installation
 
@@ -17,7 +19,7 @@ import ml_collections
 
 from psa_jax.preference.objective import Objective
 
-MODES = ("", "paper", "smoke")
+MODES = ("", "dpo", "paper", "smoke")
 
 
 def base_config(objective: Objective) -> ml_collections.ConfigDict:
@@ -52,7 +54,7 @@ def base_config(objective: Objective) -> ml_collections.ConfigDict:
 
     # --- what is learned, and from what
     widths = {name: ml_collections.config_dict.placeholder(int) for name in ("qk_dim", "hidden")}
-    config.adapter = dict(kind="text", tokens=4, **widths, gate="attention")
+    config.adapter = dict(kind="text", tokens=4, **widths, gate="attention", mixing=False)
     config.objective = dataclasses.asdict(objective)
     # draws > 0: each pair has this many fixed draws of noise and timestep. Their reference errors are computed once and
     # stored in folder (default: in the workdir), which runs may share; a training step then runs no reference model.
@@ -75,6 +77,14 @@ def base_config(objective: Objective) -> ml_collections.ConfigDict:
     return config
 
 
+def edit_by_swap(config: ml_collections.ConfigDict) -> None:
+    """Sets an edit of the text states behind the gate by categories, and swap distillation alone."""
+    config.adapter.update(kind="edit", tokens=0, gate="categories")
+    config.objective.update(loss="none", sft_weight=0.0, swap_weight=2.0)
+    # The gate is fitted before: only what a user bans teaches the edit anything.
+    config.data.update(safe_share=0.05, banned_share=0.9)
+
+
 def experiment_config(arg: str, *, batch_size: int, optimizer: str, accumulate: int) -> ml_collections.ConfigDict:
     """The configuration of a released model in one mode, locked.
 
@@ -91,6 +101,10 @@ def experiment_config(arg: str, *, batch_size: int, optimizer: str, accumulate: 
         raise ValueError(f"there is no mode {arg!r} (only {', '.join(mode for mode in MODES if mode)})")
     config = base_config(Objective(beta=5000.0, sft_weight=500.0))
     config.batch_size, config.accumulate = batch_size, accumulate
+    if arg in ("", "smoke"):
+        edit_by_swap(config)
+        # Captions of SAGE's pairs are free paraphrases: a word's edit depends on the others.
+        config.adapter.mixing = True
     if arg == "paper":
         config.adapter.kind, config.adapter.tokens = "published", 1
         config.objective.sft_weight, config.objective.text_dropout = 0.0, 0.2

@@ -52,10 +52,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def _swap(config: ml_collections.ConfigDict) -> None:
     """Swap distillation of an edit of the text states."""
     config.steps, config.checkpoint_every = 540, 180
-    config.adapter.update(kind="edit", tokens=0, gate="categories")
-    config.objective.update(loss="none", sft_weight=0.0, swap_weight=2.0)
-    # The gate is fitted before: only what a user bans teaches the edit anything.
-    config.data.update(safe_share=0.05, banned_share=0.9)
+    common.edit_by_swap(config)
 
 
 def _dpo(config: ml_collections.ConfigDict) -> None:

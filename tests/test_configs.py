@@ -53,7 +53,7 @@ def read(name: str, mode: str):
     return read_config(f"{CONFIGS / name}.py" + (f":{mode}" if mode else ""))
 
 
-@pytest.mark.parametrize("mode", ["", "paper", "smoke"])
+@pytest.mark.parametrize("mode", ["", "dpo", "paper", "smoke"])
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models(name, mode):
     config, tiny = read(name, mode), read("tiny", "")
@@ -65,7 +65,11 @@ def test_released_models(name, mode):
     objective = Objective(**config.objective)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config.batch_size, mesh, config.accumulate)
-    if mode != "paper":
+    if mode in ("", "smoke"):
+        adapter = config.adapter
+        assert (adapter.kind, adapter.gate, adapter.tokens, adapter.mixing) == ("edit", "categories", 0, True)
+        assert (objective.loss, objective.swap_weight) == ("none", tiny.objective.swap_weight)
+    elif mode == "dpo":
         assert (config.adapter.kind, config.adapter.tokens) == ("text", 4)
         assert objective.sft_weight == pytest.approx(0.1 * objective.beta)
     assert (config.steps < 10) == (mode == "smoke")
@@ -74,7 +78,7 @@ def test_released_models(name, mode):
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_published_recipe(name):
     config = read(name, "paper")
-    sizes = {"kind": "published", "tokens": 1, "qk_dim": None, "hidden": None, "gate": "attention"}
+    sizes = {"kind": "published", "tokens": 1, "qk_dim": None, "hidden": None, "gate": "attention", "mixing": False}
     assert config.adapter.to_dict() == sizes
     assert (config.objective.beta, config.objective.sft_weight, config.objective.text_dropout) == (5000.0, 0.0, 0.2)
     optimizer = config.optimizer
@@ -145,7 +149,7 @@ def test_the_full_step_can_be_traced(name, mode):
 
     after, metrics = lowered.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert {"loss", "accuracy", "gradient_norm"} <= metrics.keys()
+    assert {"loss", "gradient_norm", "accuracy" if mode else "sum_swap_learnt_banned"} <= metrics.keys()
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(frozen.weights))
     total = 2 * MODELS[name][3]
     print(f"\n{name}{':' * bool(mode)}{mode}: of {total / 1e9:.2f} GB frozen weights a device holds {held / 1e9:.2f}")

@@ -17,7 +17,7 @@ from psa_jax.categories import CATEGORIES
 from psa_jax.errors import PSAError
 from psa_jax.files import write
 from psa_jax.json_input import parse_json
-from psa_jax.models.adapter_config import ADDED_SIZES, GATE_HIDDEN, AdapterConfig, Layers
+from psa_jax.models.adapter_config import ADDED_SIZES, GATE_HIDDEN, MIXING, AdapterConfig, Layers
 from psa_jax.tensor_file import MAX_HEADER, all_finite, read_float32, read_header, require_finite
 
 FORMAT = "psa_jax.adapter/1"
@@ -62,6 +62,7 @@ _METADATA = {
     "qk_dim": _Rule(lambda value: value is None or _is_size(value), "null or a whole number above zero"),
     "hidden": _SIZE,
     "gate": _TEXT,
+    "mixing": _Rule(lambda value: isinstance(value, bool), "true or false"),
     "base_model": _TEXT,
     "family": _TEXT,
     "encoder": _TEXT,
@@ -85,7 +86,7 @@ def tensor_name(parameter: str, index: int, *, before_unet: bool) -> str:
     projection = parameter.removesuffix("_bias")
     what = "weight" if projection == parameter else "bias"
     if before_unet:
-        plain = projection in ("to_out", "hidden")
+        plain = projection in ("to_out", "hidden", *MIXING)
         return f"prompt_adapter.{projection if plain else projection + '_user'}.{what}"
     return f"psa_adapter.{index}.{projection}_user.0.{what}"
 
@@ -311,7 +312,10 @@ def fitting_config(
         raise PSAError(f"{where}: {reading} does not fit a cross-attention width of {own_dim}")
     tokens, user_dim = 0 if gate == "categories" else projection.shape[0] // own_dim, projection.shape[1]
     try:
-        kind, sizes = about.get("kind", "published"), (about.get("qk_dim"), about.get("hidden"), gate)
+        kind, sizes = (
+            about.get("kind", "published"),
+            (about.get("qk_dim"), about.get("hidden"), gate, about.get("mixing", False)),
+        )
         config = AdapterConfig(kind, tokens, user_dim, own_dim, own, *sizes)
     except ValueError as error:
         raise PSAError(f"{where}: {error}") from error

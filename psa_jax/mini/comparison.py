@@ -21,7 +21,7 @@ from psa_jax.json_input import read_json
 from psa_jax.mini.protocol import MiniCase, cases_hash
 from psa_jax.mini.recorded import pack_verdicts, recipe_of, unpack_verdicts
 
-_NO_GATE = {"qk_dim": None, "hidden": None, "gate": "attention"}
+_NO_GATE = {"qk_dim": None, "hidden": None, "gate": "attention", "mixing": False}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "published_t1": _NO_GATE | {"kind": "published", "tokens": 1},
     "published_t4": _NO_GATE | {"kind": "published", "tokens": 4},
@@ -30,6 +30,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "prompt": _NO_GATE | {"kind": "prompt", "tokens": 8},
     "rewrite": _NO_GATE | {"kind": "rewrite", "tokens": 8},
     "edit": _NO_GATE | {"kind": "edit", "tokens": 8},
+    "edit_mixing": _NO_GATE | {"kind": "edit", "tokens": 8, "mixing": True},
     "edit_categories": _NO_GATE | {"kind": "edit", "tokens": 0, "gate": "categories"},
 }
 """Name → what `config.adapter` is set to."""

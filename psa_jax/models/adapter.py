@@ -9,8 +9,9 @@ The adapter's kind says how. With o the text attention's output, e the text stat
     concept     o + s·attn(W_q o, W_k z, W_v z)
     prompt      e + s·W_o attn(W_q e, W_k z, W_v z), before the UNet
     rewrite     attn(Q, K, V + s·g·W_o gelu(W_1 e))         g = attn(W_q e, W_k z, W_v z), one number a head
-    edit        e + s·g·(W_o gelu(W_1 e + b_1) + b_o), before the UNet, with the same g, or that of
-                `psa_jax.models.gates`
+    edit        e + s·g·(W_o gelu(W_1 m + b_1) + b_o), before the UNet, with the same g, or that of
+                `psa_jax.models.gates`; m is e, or with `mixing` e + W_mo attn(W_mq n, W_mk [n, z], W_mv [n, z]) with
+                n = e of mean 0 and variance 1, so that a token knows the whole prompt
 
 The first four write what the user tokens hold; the last two say what stands in the place of a concept, and the user
 decides whether. W_v (W_o, where there is one) starts at zero, so an untrained adapter leaves the base model exactly as
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from psa_jax.models.adapter_config import AdapterConfig, Projection
+from psa_jax.models.adapter_config import MIXING, AdapterConfig, Projection
 from psa_jax.models.attention import CrossContext, UserTokens, attend, gelu
 from psa_jax.models.gates import CategoryGate, combine
 from psa_jax.models.unet import UNet
@@ -79,6 +80,7 @@ class UserAttention(nnx.Module):
 
         self.to_q, self.to_k, self.to_v, self.to_out = map(kernel, ("to_q", "to_k", "to_v", "to_out"))
         self.hidden = kernel("hidden")
+        self.mix_q, self.mix_k, self.mix_v, self.mix_out = map(kernel, MIXING)
         self.hidden_bias, self.to_out_bias = bias("hidden"), bias("to_out")
 
 
@@ -104,19 +106,34 @@ def _user_attention(
 def _rewrite(
     layer: UserAttention, text: Float[Array, "b s c"], z: Float[Array, "b t c"], heads: int
 ) -> Float[Array, "b s d"]:
-    """g·(W_o gelu(W_1 e + b_1) + b_o): each head's part of the new states times its gate."""
-    gates, states = _user_attention(layer, text, z, heads), _states(layer, text)  # gates: [b, s or 1, heads]
+    """g·(W_o gelu(W_1 m + b_1) + b_o): each head's part of the new states times its gate."""
+    gates = _user_attention(layer, text, z, heads)  # [b, s or 1, heads]
+    states = _states(layer, _mixed(layer, text, z, heads))
     by_head = states.reshape(*states.shape[:2], heads, -1)
     return (gates[..., None] * by_head).reshape(states.shape)
 
 
 def _states(layer: UserAttention, text: Float[Array, "b s c"]) -> Float[Array, "b s d"]:
-    """W_o gelu(W_1 e + b_1) + b_o."""
+    """W_o gelu(W_1 m + b_1) + b_o."""
 
     def linear(x, kernel, bias):
         return x @ kernel[...] if bias is None else x @ kernel[...] + bias[...][None, None, :]
 
     return linear(gelu(linear(text, layer.hidden, layer.hidden_bias)), layer.to_out, layer.to_out_bias)
+
+
+def _mixed(
+    layer: UserAttention, text: Float[Array, "b s c"], z: Float[Array, "b t c"] | None, heads: int
+) -> Float[Array, "b s c"]:
+    """The states m that the hidden layer sees: e, or e and what a self-attention over e and user tokens adds to it."""
+    if layer.mix_q is None:
+        return text
+    # The last but one states, which SDXL takes, have a token that is hundreds of times as long as the others.
+    normal = jax.nn.standardize(text.astype(jnp.float32), axis=-1, epsilon=LAYER_NORM_EPS, algorithm="stable")
+    normal = normal.astype(text.dtype)
+    seen = normal if z is None else jnp.concatenate([normal, z], axis=1)
+    found = attend(normal @ layer.mix_q[...], seen @ layer.mix_k[...], seen @ layer.mix_v[...], heads)
+    return text + found @ layer.mix_out[...]
 
 
 def _apply_published(layer, context, text, z, heads, scale):
@@ -212,7 +229,7 @@ class Adapter(nnx.Module):
             with jax.named_scope("gate"):
                 # Fitted before the steps, which leave it alone.
                 gates = jax.lax.stop_gradient(combine(self.gate.parts(text, user))).astype(text.dtype)[:, None, None]
-            added = gates * _states(layer, text)
+            added = gates * _states(layer, _mixed(layer, text, None, heads))
         elif self.config.rewrites:
             added = _rewrite(layer, text, self._tokens(user, text), heads)
         else:

@@ -83,6 +83,16 @@ def check_kind(kind: str, qk_dim: int | None, hidden: int | None = None) -> None
         )
 
 
+def check_mixing(kind: str, mixing: bool) -> None:
+    """Checks that a kind has the self-attention that it is asked for.
+
+    Raises:
+      PSAError: another kind than `edit`.
+    """
+    if mixing and kind != "edit":
+        raise PSAError(f"adapter.mixing is true, which the {kind} kind lacks; use it with adapter.kind=edit")
+
+
 def check_gate(kind: str, gate: str, tokens: int, qk_dim: int | None) -> None:
     """Checks a gate, and that the kind has it.
 
@@ -115,6 +125,7 @@ class AdapterConfig:
       qk_dim: width of W_q and W_k; None for full width.
       hidden: width of the hidden layer of the kinds that rewrite; None for C in a cross-attention, 4·C before the UNet.
       gate: one of GATES, for the kinds that rewrite; `categories` for `edit` alone, which then has no user tokens.
+      mixing: a self-attention over text states and user tokens before the hidden layer, for `edit` alone.
 
     Raises:
       PSAError: an unknown kind or gate, no token, or a width that does not fit.
@@ -128,9 +139,11 @@ class AdapterConfig:
     qk_dim: int | None = None
     hidden: int | None = None
     gate: str = "attention"
+    mixing: bool = False
 
     def __post_init__(self):
         check_kind(self.kind, self.qk_dim, self.hidden)
+        check_mixing(self.kind, self.mixing)
         check_gate(self.kind, self.gate, self.tokens, self.qk_dim)
         if self.tokens < 1 and self.gate != "categories":
             raise PSAError(f"adapter tokens must be at least 1, got {self.tokens}")
@@ -155,18 +168,20 @@ class AdapterConfig:
         qk_dim: int | None = None,
         hidden: int | None = None,
         gate: str = "attention",
+        mixing: bool = False,
     ) -> "AdapterConfig":
         """Sizes of an adapter for a UNet.
 
         Args:
           unet: the base model's configuration.
           user_dim: length D of a user embedding.
-          kind, tokens, qk_dim, hidden, gate: as the attributes.
+          kind, tokens, qk_dim, hidden, gate, mixing: as the attributes.
 
         Raises:
           PSAError: as the constructor.
         """
-        return cls(kind, tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim, hidden, gate)
+        sizes = (tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim, hidden, gate, mixing)
+        return cls(kind, *sizes)
 
     @property
     def before_unet(self) -> bool:
@@ -192,7 +207,7 @@ class AdapterConfig:
         """The linear layers at a site of this width and number of heads, by name.
 
         `to_q` and `to_k` are those of the attention to the user tokens, `to_v` its values; for kinds that rewrite, the
-        values are one gate a head, and `hidden` and `to_out` are W₁ and W₂.
+        values are one gate a head, and `hidden` and `to_out` are W₁ and W₂. MIXING are those of the self-attention.
         """
         qk = width if self.qk_dim is None else self.qk_dim
         found = {"to_v": Projection(self.cross_dim, heads if self.rewrites else width)} if self.tokens else {}
@@ -205,6 +220,7 @@ class AdapterConfig:
             hidden = self.hidden or (4 * self.cross_dim if self.before_unet else self.cross_dim)
             found["hidden"] = Projection(self.cross_dim, hidden, bias=self.before_unet)
             found["to_out"] = Projection(hidden, width, bias=self.before_unet)
+            found |= dict.fromkeys(MIXING if self.mixing else (), Projection(self.cross_dim, self.cross_dim))
         elif self.before_unet:
             found["to_out"] = Projection(width, self.cross_dim)
         return found
@@ -220,7 +236,9 @@ class AdapterConfig:
         return self.gate == "categories"
 
 
-ADDED_SIZES = {"hidden": None, "gate": "attention"}
+MIXING = ("mix_q", "mix_k", "mix_v", "mix_out")
+"""Names of the projections of the self-attention of `AdapterConfig.mixing`."""
+ADDED_SIZES = {"hidden": None, "gate": "attention", "mixing": False}
 """What a configuration or a file of an earlier version, which lacks these keys, means by that."""
 
 

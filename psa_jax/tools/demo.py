@@ -72,7 +72,7 @@ def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_coll
             changed.data.table = str(constant_table(Path(config.data.table), data / "constant.safetensors"))
         elif name == "published_t1":
             dpo = read_config("tiny:dpo")
-            changed.adapter.update(kind="published", tokens=1, qk_dim=None, hidden=None, gate="attention")
+            changed.adapter.update(kind="published", tokens=1, qk_dim=None, hidden=None, gate="attention", mixing=False)
             changed.objective.update(dpo.objective)
             changed.data.update(safe_share=dpo.data.safe_share, banned_share=dpo.data.banned_share)
             changed.steps, changed.checkpoint_every = min(config.steps, dpo.steps), dpo.checkpoint_every

@@ -7,8 +7,9 @@
     concept     o + s·attn(W_q o, W_k z, W_v z)
     prompt      e + s·W_o attn(W_q e, W_k z, W_v z), before the UNet
     rewrite     attn(Q, K, V + s·g·W_o gelu(W_1 e))         g = attn(W_q e, W_k z, W_v z), one number a head
-    edit        e + s·g·(W_o gelu(W_1 e + b_1) + b_o), before the UNet, with the same g, or that by categories
-                (`psa_jax.models.gates`)
+    edit        e + s·g·(W_o gelu(W_1 m + b_1) + b_o), before the UNet, with the same g, or that by categories
+                (`psa_jax.models.gates`); m is e, or with `mixing` e + W_mo attn(W_mq n, W_mk [n, z], W_mv [n, z]) with
+                n = e of mean 0 and variance 1
 
 o is the text attention's output, e the text states, s the scale. Parameters have the names of the native file.
 """
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psa_jax.models.adapter_config import GATE_HIDDEN, AdapterConfig
+from psa_jax.models.adapter_config import GATE_HIDDEN, MIXING, AdapterConfig
 from psa_jax.profiles.schema import CATEGORIES
 
 
@@ -148,8 +149,10 @@ class UserAdapter(nn.Module):
           bans: b_k of each user [batch, 7].
           scale: strengths s [batch].
         """
+        ((_, heads),) = self.config.adapter_sites
         gate = 1 - torch.prod(1 - self.gates(text, bans), dim=-1)
-        return text + (scale * gate)[:, None, None] * _states(self.prompt_adapter, text)
+        mixed = _mixed(self.prompt_adapter, text, None, heads)
+        return text + (scale * gate)[:, None, None] * _states(self.prompt_adapter, mixed)
 
     def _context(self, layer: nn.ModuleDict, text: Tensor, z: Tensor, s: Tensor, heads: int) -> Context:
         if self.config.kind == "text":
@@ -161,7 +164,7 @@ class UserAdapter(nn.Module):
         return Context(value=s * layer["to_v_user"](z), key=key, query=query)
 
 
-_PLAIN = ("to_out", "hidden")
+_PLAIN = ("to_out", "hidden", *MIXING)
 """Names without the suffix `_user` in files of the kinds before the UNet."""
 
 
@@ -174,15 +177,25 @@ def _projections(config: AdapterConfig, width: int, heads: int) -> nn.ModuleDict
 
 
 def _rewrite(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:
-    """g·(W_o gelu(W_1 e + b_1) + b_o): each head's part of the new states times its gate."""
+    """g·(W_o gelu(W_1 m + b_1) + b_o): each head's part of the new states times its gate."""
     gates = _user_attention(layer, text, z, heads)  # [batch, text or 1, heads]
-    return (gates[..., None] * _states(layer, text).unflatten(-1, (heads, -1))).flatten(2)
+    states = _states(layer, _mixed(layer, text, z, heads))
+    return (gates[..., None] * states.unflatten(-1, (heads, -1))).flatten(2)
 
 
 def _states(layer: nn.ModuleDict, text: Tensor) -> Tensor:
-    """W_o gelu(W_1 e + b_1) + b_o."""
+    """W_o gelu(W_1 m + b_1) + b_o."""
     hidden, out = ((layer[n] if n in layer else layer[f"{n}_user"]) for n in ("hidden", "to_out"))
     return out(F.gelu(hidden(text)))
+
+
+def _mixed(layer: nn.ModuleDict, text: Tensor, z: Tensor | None, heads: int) -> Tensor:
+    """The states m that the hidden layer sees: e, or e and what a self-attention over e and user tokens adds to it."""
+    if "mix_q" not in layer:
+        return text
+    normal = F.layer_norm(text.float(), text.shape[-1:], eps=1e-5).to(text.dtype)
+    seen = normal if z is None else torch.cat([normal, z.to(text.dtype)], dim=1)
+    return text + layer["mix_out"](attend(layer["mix_q"](normal), layer["mix_k"](seen), layer["mix_v"](seen), heads))
 
 
 def _hidden_layer(width: int) -> nn.Sequential:

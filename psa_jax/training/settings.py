@@ -15,7 +15,15 @@ from psa_jax.data.shards import INFO_FILE
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.errors import PSAError
 from psa_jax.interop.base_model import BaseModel
-from psa_jax.models.adapter_config import ADAPTER_KINDS, ADDED_SIZES, GATES, AdapterConfig, check_gate, check_kind
+from psa_jax.models.adapter_config import (
+    ADAPTER_KINDS,
+    ADDED_SIZES,
+    GATES,
+    AdapterConfig,
+    check_gate,
+    check_kind,
+    check_mixing,
+)
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
 from psa_jax.preference.draws import fixed_draws_or_none
@@ -155,6 +163,7 @@ PRETRAINING: dict[str, Rule] = _under(
 )
 OPTIONAL: dict[str, Rule] = {
     "adapter.hidden": optional(SIZE),
+    "adapter.mixing": FLAG,
     "adapter.gate": any_of(GATES),
     "data.banned_share": SHARE,
     "evaluate.per_rate.harder": COUNT_OR_NONE,
@@ -203,6 +212,7 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     _require_known(config.adapter, "adapter", ["kind", "tokens", "qk_dim", *ADDED_SIZES])
     adapter = ADDED_SIZES | config.adapter.to_dict()
     check_kind(adapter["kind"], adapter["qk_dim"], adapter["hidden"])
+    check_mixing(adapter["kind"], adapter["mixing"])
     check_gate(adapter["kind"], adapter["gate"], adapter["tokens"], adapter["qk_dim"])
     if not adapter["tokens"] and adapter["gate"] != "categories":
         raise PSAError(f"adapter.tokens is 0; give {SIZE.wanted}")

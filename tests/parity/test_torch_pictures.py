@@ -96,6 +96,7 @@ def jax_pixels(model, adapter, users, latents, prompts=PROMPTS, *, steps, guidan
         ("sd1", "prompt", 4, "zeros"),
         ("sd1", "rewrite", 4, "off"),
         ("sd2", "edit", 4, "off"),
+        ("sd1", "edit-mixing", 4, "zeros"),
         ("sd2", "text", 8, "same"),
         pytest.param("sdxl", "concept", 2, "off", marks=pytest.mark.slow),
     ],
@@ -103,7 +104,9 @@ def jax_pixels(model, adapter, users, latents, prompts=PROMPTS, *, steps, guidan
 def test_pipelines(request, tmp_path, family, kind, tokens, unconditional):
     folder, _ = request.getfixturevalue(family)
     model, pipe = load_stable_diffusion(folder), open_pipeline(PIPELINES[family], folder)
-    adapter = random_adapter(AdapterConfig.for_unet(model.unet.config, user_dim=USER_DIM, kind=kind, tokens=tokens))
+    kind, mixing = kind.removesuffix("-mixing"), kind.endswith("-mixing")
+    sizes = {"user_dim": USER_DIM, "kind": kind, "tokens": tokens, "mixing": mixing}
+    adapter = random_adapter(AdapterConfig.for_unet(model.unet.config, **sizes))
     save_adapter(adapter, tmp_path / "a.safetensors", {"family": family})
     latents, scale = tensor(2, 4, 8, 8, seed=4), np.float32([0.37, 1.0])
     ours = jax_pixels(model, adapter, USERS, latents, steps=4, guidance=5.0, scale=scale, unconditional=unconditional)

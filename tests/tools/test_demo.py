@@ -64,7 +64,7 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys, monkeypatch):
     }
     assert report["unseen"]["psa"]["n"] == 17 and report["adapter"].items() >= {"kind": "edit", "tokens": 0}.items()
     for group in ("two", "negated", "unseen_bans", "unseen_concepts"):
-        assert report[group].keys() == {"psa", "base"} and report[group]["psa"]["n"] == 5
+        assert report[group].keys() == {"psa", "base"} and report[group]["psa"]["n"] == 3
     assert report["sampling"]["unconditional"] == "off"
     words = [str(tmp_path / "psa"), f"--report={tmp_path / 'report.json'}", f"--out={tmp_path / 'out'}"]
     assert main(["export", *words]) == 0

@@ -27,7 +27,7 @@ CASES = [
     ("tiny", "", "demo"),
     ("tiny", "smoke", "train"),
     ("tiny", "", "pretrain"),
-    *((name, mode, "train") for name in ("sd15", "sd21", "sdxl") for mode in ("", "paper", "smoke")),
+    *((name, mode, "train") for name in ("sd15", "sd21", "sdxl") for mode in ("", "dpo", "paper", "smoke")),
 ]
 VALUES = (0, -1, "x", math.nan, math.inf, None, True, "")
 # One value where two belong together, or none where one of two would do: the other one is named.

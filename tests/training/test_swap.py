@@ -84,7 +84,7 @@ def rows_of(workdir) -> list[dict]:
 def test_a_run_of_it_alone(training_config, tmp_path, capsys, monkeypatch, gate):
     """From shards to the file: what it learns is logged, held out as well, and a stopped run goes on with the same."""
     monkeypatch.setattr(gates, "STEPS", 5)
-    values = RUN | {"adapter.gate": gate, "adapter.tokens": 0 if gate == "categories" else 2}
+    values = RUN | {"adapter.gate": gate, "adapter.tokens": 0 if gate == "categories" else 2, "adapter.mixing": True}
     config = training_config(**values)
     path = train(config, tmp_path / "whole")
     err = capsys.readouterr().err
