@@ -184,6 +184,13 @@ class Adapter(nnx.Module):
             [UserAttention(config.projections(*site), config.zero_kernel, rngs=rngs) for site in config.adapter_sites]
         )
 
+    def __repr__(self) -> str:
+        config = self.config
+        what = "gate by categories" if config.by_categories else f"{config.tokens} user tokens"
+        return (
+            f"Adapter({config.kind}, {what}, users of {config.user_dim} numbers, {len(config.layers)} cross-attentions)"
+        )
+
     @jax.named_scope("adapter")
     def __call__(
         self,

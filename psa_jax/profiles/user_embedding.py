@@ -15,14 +15,14 @@ from psa_jax.profiles.table import EmbeddingTable
 
 
 def user_embedding(
-    adapter: Path, about: Mapping[str, Any], *, profile: str | None, user: str | None, table: Path | None
+    adapter: Path, about: Mapping[str, Any], *, profile: str | UserProfile | None, user: str | None, table: Path | None
 ) -> Float[np.ndarray, "1 d"]:
     """Looks a user up in a table, or encodes a profile with the encoder of the adapter's training.
 
     Args:
       adapter: the adapter's file, for messages.
       about: its metadata (`interop.adapter_file.read_metadata`).
-      profile: JSON of a profile (`--profile`). Give this or `user`.
+      profile: a profile, or its JSON (`--profile`). Give this or `user`.
       user: id of a user in the table (`--user`).
       table: embedding table (`--table`). A profile needs it only for the scale of a standardised table.
 
@@ -33,7 +33,7 @@ def user_embedding(
       PSAError: neither or both of profile and user, or a table, encoder or scale other than the adapter was trained
         with.
     """
-    if bool(profile) == bool(user):
+    if (not profile) == (not user):
         raise PSAError("an adapter needs a user: give either --profile JSON or --user ID with --table FILE")
     known = None if table is None else EmbeddingTable.load(table)
     trained = about.get("encoder_fingerprint")
@@ -64,5 +64,5 @@ def user_embedding(
         )
     if about.get("standardised") and known is None:
         raise PSAError(f"{adapter}: trained on a standardised table; give it with --table to scale --profile alike")
-    raw = encoder.encode([UserProfile.from_json(profile)])
+    raw = encoder.encode([UserProfile.from_json(profile) if isinstance(profile, str) else profile])
     return raw if known is None else known.apply(raw)

@@ -1,0 +1,132 @@
+"""The package's Python face: the same pictures as the command, in one line, and refusals in one line."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.torch_adapters import random_adapter
+
+import psa_jax
+from psa_jax.cli import main
+from psa_jax.errors import PSAError
+from psa_jax.interop.native import adapter_arrays, save_adapter
+from psa_jax.models.adapter_config import AdapterConfig
+from psa_jax.profiles.encoders import get_encoder
+
+CHILD, ADULT = {"age": 9, "gender": "female"}, {"age": 44, "gender": "male"}
+FEW = {"steps": 2, "guidance": 3.0}
+
+
+@pytest.fixture(scope="module")
+def sources(smallest_pipeline, tmp_path_factory):
+    """Folder of a base model, an adapter for it, and a table of two users."""
+    folder, model, encoder = tmp_path_factory.mktemp("face"), smallest_pipeline[1], get_encoder("features")
+    config = AdapterConfig.for_unet(model.unet.config, user_dim=encoder.dim, kind="text", tokens=2)
+    about = {"base_model": model.base_hash, "encoder": encoder.name, "encoder_fingerprint": encoder.fingerprint}
+    save_adapter(random_adapter(config), folder / "a.safetensors", about)
+    psa_jax.table_of([CHILD | {"user_id": "0000001"}, ADULT | {"user_id": "0000002"}]).save(
+        folder / "table.safetensors"
+    )
+    return str(model.folder), str(folder / "a.safetensors"), str(folder / "table.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pipe(sources):
+    return psa_jax.load(sources[0], sources[1], table=sources[2])
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture).astype(int)
+
+
+def test_one_picture_is_that_of_the_command(pipe, sources, tmp_path):
+    words = [f"--model={sources[0]}", f"--adapter={sources[1]}", "--prompt=a cat", "--seed=3", "--steps=2"]
+    words += ["--guidance=3", '--profile={"age": 9, "gender": "female"}', f"--out={tmp_path / 'out'}"]
+    assert main(["generate", *words]) == 0
+    ours = pipe.generate("a cat", profile=CHILD, seed=3, **FEW)
+    with Image.open(tmp_path / "out" / "00000_3.png") as theirs:
+        np.testing.assert_array_equal(pixels(ours), pixels(theirs))
+
+
+def test_users_by_id_and_a_picture_for_each_prompt(pipe):
+    both = pipe.generate(["a cat", "a cat"], user=["0000001", "0000002"], seed=3, **FEW)
+    assert [type(picture) for picture in both] == [Image.Image] * 2
+    np.testing.assert_array_equal(
+        pixels(both[0]), pixels(pipe.generate(["a cat"] * 2, profile=CHILD, seed=3, **FEW)[0])
+    )
+    np.testing.assert_array_equal(
+        pixels(both[1]), pixels(pipe.generate(["a cat"] * 2, profile=ADULT, seed=3, **FEW)[1])
+    )
+    assert np.abs(pixels(both[0]) - pixels(both[1])).max() > 3
+
+
+def test_without_a_user_the_base_model_has_to_be_asked_for(pipe, sources):
+    with pytest.raises(PSAError, match="no user is given; give profile= or user=, or allow_unprotected=True"):
+        pipe.generate("a cat")
+    base = psa_jax.load(sources[0])
+    expected = base.generate("a cat", seed=3, **FEW)
+    for picture in (
+        pipe.generate("a cat", seed=3, allow_unprotected=True, **FEW),
+        pipe.generate("a cat", seed=3, profile=CHILD, scale=0.0, **FEW),
+    ):
+        np.testing.assert_array_equal(pixels(picture), pixels(expected))
+
+
+def test_an_adapter_reads_its_sizes_from_the_file(sources, pipe):
+    adapter = psa_jax.load_adapter(sources[1])
+    assert repr(adapter) == "Adapter(text, 2 user tokens, users of 33 numbers, 1 cross-attentions)"
+    assert repr(pipe).startswith("Pipeline(sd1, 16x16 px, Adapter(text, 2 user tokens")
+    for name, array in adapter_arrays(pipe.adapter).items():
+        np.testing.assert_array_equal(adapter_arrays(adapter)[name], array)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"profile": CHILD, "user": "0000001"}, "both profile and user are given"),
+        ({"profile": [CHILD, CHILD]}, "2 users for 1 prompts; give one, or one for each"),
+        ({"profile": {"age": 9}}, "gender"),
+        ({"profile": {"age": 98765, "gender": "female"}}, "age"),
+        ({"user": "0000009"}, "0000009"),
+        ({"user": 1}, "a user is int; give an id as text, such as '0000001', or a profile"),
+        ({"profile": 1}, "profile: expected key-value pairs, got int"),
+        ({"profile": CHILD, "steps": 0}, "steps"),
+        ({"profile": CHILD, "stepz": 3}, "setting 'stepz' is unknown; use steps, guidance"),
+        ({"profile": CHILD, "seed": -1}, "seed"),
+        ({"profile": CHILD, "seed": [1, 2]}, "2 seeds"),
+        ({"profile": CHILD, "scale": float("nan")}, "scale"),
+    ],
+)
+def test_bad_calls_are_one_line(pipe, call, says):
+    with pytest.raises(PSAError) as caught:
+        pipe.generate("a cat", **call)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert "98765" not in str(caught.value)  # an attribute's value
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "says"),
+    [
+        (lambda s: "/nowhere/model", {}, "/nowhere/model"),
+        (lambda s: s[0], {"adapter": "/nowhere/a.safetensors"}, "no such adapter file"),
+        (lambda s: "tiny", {"adapter": 1}, "trained for another base model"),
+        (lambda s: s[0], {"table": 2}, "a table is for users of an adapter"),
+        (lambda s: s[0], {"dtype": "float64"}, "dtype 'float64': choose float32"),
+    ],
+)
+def test_bad_sources_are_one_line(sources, place, options, says):
+    options = {name: sources[value] if isinstance(value, int) else value for name, value in options.items()}
+    with pytest.raises(PSAError) as caught:
+        psa_jax.load(place(sources), **options)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_importing_it_imports_nothing_else():
+    code = "import sys, psa_jax; assert not {'jax', 'numpy', 'torch'} & set(sys.modules); print(psa_jax.__all__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'load'" in done.stdout
+    assert set(psa_jax.__all__) <= set(dir(psa_jax))
+    with pytest.raises(AttributeError, match="no attribute 'laod'; it offers EmbeddingTable"):
+        psa_jax.laod  # noqa: B018
