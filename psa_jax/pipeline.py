@@ -160,15 +160,15 @@ class Pipeline:
         return images[0] if isinstance(prompt, str) else images
 
     def _generator(self, settings: dict[str, Any]) -> Generator:
-        known = [
-            name for name, each in inspect.signature(Generator).parameters.items() if each.kind == each.KEYWORD_ONLY
-        ]
+        parameters = inspect.signature(Generator).parameters.values()
+        known = {each.name: each.annotation for each in parameters if each.kind == each.KEYWORD_ONLY}
         unknown = [name for name in settings if name not in known]
         if unknown:
             raise PSAError(f"setting {unknown[0]!r} is unknown; use {', '.join(known)}")
-        key = tuple(sorted(settings.items()))
+        whole = {name: float(value) for name, value in settings.items() if type(value) is int and known[name] is float}
+        key = tuple(sorted((settings | whole).items()))
         if key not in self._generators:
-            self._generators[key] = Generator(self.model, self.adapter, **settings)
+            self._generators[key] = Generator(self.model, self.adapter, **settings | whole)
         return self._generators[key]
 
     def _users(self, count: int, profile: Any, user: Any, allow_unprotected: bool) -> Float[np.ndarray, "n d"] | None:

@@ -159,10 +159,11 @@ def test_sage_mini_is_its_owners(tmp_path):
     assert len(found) == 4 and {stat.S_IMODE(path.stat().st_mode) for path in found} == {0o600}
 
 
-def test_git_takes_nothing_that_the_readme_writes(tmp_path):
-    """A copy of .gitignore in a new repository: `git add -A` after every command of the README."""
+def test_git_takes_nothing_that_the_documents_write(tmp_path):
+    """A copy of .gitignore in a new repository: `git add -A` after every command of the documents."""
     root = Path(__file__).resolve().parents[2]
-    text = (root / "README.md").read_text(encoding="utf-8")
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     written = set(re.findall(r"--(?:out|workdir|json)=([^\s`]+)", text)) - {"PATH"}
     written = {name for name in written if not name.startswith("/")}
     assert {"users.csv", "sage-mini", "table.safetensors", "levels", "shards", "pictures"} <= written

@@ -1,4 +1,4 @@
-"""The README's snippets for diffusers run as they stand."""
+"""The snippets for diffusers of README and docs/export.md run as they stand."""
 
 from pathlib import Path
 
@@ -16,13 +16,12 @@ from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.table import EmbeddingTable
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def snippets() -> list[str]:
-    """Indented blocks of the section that import something."""
-    _, _, section = README.read_text(encoding="utf-8").partition("\n## In diffusers, on a GPU\n")
-    lines = section.partition("\n## ")[0].splitlines()
+    """Indented blocks that import something."""
+    lines = (ROOT / "docs" / "export.md").read_text(encoding="utf-8").splitlines()
     blocks, block = [], []
     for line in [*lines, "end"]:
         if line.startswith("    ") or (not line and block):
@@ -39,6 +38,7 @@ def test_there_are_three():
         (False, True, False),
         (False, False, True),
     ]
+    assert snippets()[0].strip("\n") in (ROOT / "README.md").read_text(encoding="utf-8").replace("\n    ", "\n")
     assert "psa_jax" not in snippets()[1]
     assert len(snippets()[1].splitlines()) <= 11  # ten lines that run, and an empty one
 
@@ -63,7 +63,7 @@ def test_it_runs(folder, monkeypatch, index):
     monkeypatch.chdir(folder)
     torch.manual_seed(0)
     names: dict = {}
-    exec(compile(snippets()[index], f"README snippet {index}", "exec"), names)
+    exec(compile(snippets()[index], f"snippet {index}", "exec"), names)
     drawn = names.get("images") or [names["image"]]
     assert len(drawn) == (2 if index == 0 else 1)
     assert all(np.asarray(picture).std() > 1 for picture in drawn)
