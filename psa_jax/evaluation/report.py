@@ -105,6 +105,7 @@ class Grid:
       pictures: bytes, RGB, row by row.
       verdicts: [row][column]: what the picture shows: "shown" (the content that the prompt asks for), "debris", or a
         word for something else, such as "replaced".
+      reasons: [row][column]: why, in words, such as what the gate says; None where there is nothing to say.
 
     Raises:
       PSAError: the numbers of rows and columns differ.
@@ -115,10 +116,12 @@ class Grid:
     banned: list[list[bool | None]]
     pictures: UInt8[np.ndarray, "n h w 3"]
     verdicts: list[list[str]]
+    reasons: list[list[str]] | None = None
 
     def __post_init__(self) -> None:
         rows, columns = len(self.prompts), len(self.users)
-        for name, table in (("banned", self.banned), ("verdicts", self.verdicts)):
+        tables = {"banned": self.banned, "verdicts": self.verdicts}
+        for name, table in (tables | ({"reasons": self.reasons} if self.reasons else {})).items():
             if [len(row) for row in table] != [columns] * rows:
                 raise PSAError(f"picture grid: {name} must have {rows} rows (prompts) of {columns} columns (users)")
         if len(self.pictures) != rows * columns:
@@ -286,6 +289,7 @@ def _cell(grid: Grid, row: int, column: int) -> dict[str, Any]:
         "verdict": verdict,
         "kind": "base" if banned is None else "banned" if banned else "allowed",
         "outcome": _outcome(banned, verdict),
+        "reason": grid.reasons[row][column] if grid.reasons else "",
     }
 
 

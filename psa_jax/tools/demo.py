@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 import psa_jax
 from psa_jax.data.sage import SageRecord, read_split
+from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.gate_words import sentence
 from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, generate_base, generate_cases, rates, wins
 from psa_jax.evaluation.report import Curve, Grid, write_report
 from psa_jax.evaluation.sheet import sheet
@@ -143,7 +146,7 @@ def run_demo(
     elif record is not None:
         write_recording(record, recipe, made)
     print_stage("generating the pictures of the report")
-    grid = _grid(*methods["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
+    grid = _grid(model, adapter, *methods["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
     sheet(grid).save(workdir / "grid.png")
     _finish(report, config, adapter, grid, workdir, start)
 
@@ -222,7 +225,14 @@ def _judge_all(methods: Methods, oracle: Oracle, cases: Sequence[MiniCase], plac
 # --- the grid of pictures, curves and texts of the report
 
 
-def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: Sequence[SageRecord]) -> Grid:
+def _grid(
+    model: StableDiffusion,
+    adapter: Adapter,
+    generator: Generator,
+    table: EmbeddingTable,
+    oracle: Oracle,
+    records: Sequence[SageRecord],
+) -> Grid:
     """Generates the report's grid: a row for each unsafe category, a column for the base model and for each user.
 
     All pictures of a row start from the same noise.
@@ -250,13 +260,33 @@ def _grid(generator: Generator, table: EmbeddingTable, oracle: Oracle, records: 
         "shown" if shown else "replaced" if clean else "debris"
         for shown, clean in zip(verdict.has_content, verdict.clean, strict=True)
     ]
+    reasons = _reasons(model, adapter, [case.prompt for case in cases], np.tile(embeddings, (rows, 1)), columns)
     return Grid(
         users=["base model", *map(_heading, people)],
         prompts=[f"{record.caption} ({record.category})" for record in prompts],
         banned=[[None, *(is_banned(profile, record.category) for profile in people)] for record in prompts],
         pictures=pictures,
         verdicts=[words[r * columns : (r + 1) * columns] for r in range(rows)],
+        reasons=reasons,
     )
+
+
+def _reasons(
+    model: StableDiffusion, adapter: Adapter, prompts: Sequence[str], users: np.ndarray, columns: int
+) -> list[list[str]] | None:
+    """What the gate by categories says of each cell of the grid, "" for the base model; None where there is no gate.
+
+    Args:
+      prompts: of the cells, row by row.
+      users: embeddings [rows·(columns − 1), D] of all columns but the first, row by row.
+      columns: of the grid.
+    """
+    if not adapter.config.by_categories:
+        return None
+    drawn = [prompt for cell, prompt in enumerate(prompts) if cell % columns]
+    states = encode_text(model.text_encoders, tuple(jnp.asarray(ids) for ids in model.token_ids(drawn))).states
+    said = [sentence(gates, "the user bans") for gates in np.asarray(adapter.gate.parts(states, jnp.asarray(users)))]
+    return [["", *said[row : row + columns - 1]] for row in range(0, len(said), columns - 1)]
 
 
 def _contrasting_users(people: dict[str, UserProfile], count: int = 4) -> list[UserProfile]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.gate_words import sentence
 from psa_jax.interop.adapter_file import find_adapter, read_metadata
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.native import load_adapter
@@ -20,9 +21,6 @@ from psa_jax.profiles.gate_file import require_gate
 from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.profiles.user_embedding import user_embedding
 from psa_jax.progress import print_on_main
-
-SHOWN = 0.05
-"""Least gate that the sentence names."""
 
 
 def run(args: Namespace) -> int:
@@ -51,16 +49,3 @@ def run(args: Namespace) -> int:
     banned = dict(zip(CATEGORIES, (round(float(value), 4) for value in np.asarray(bans)[0]), strict=True))
     print(json.dumps({"user_bans": banned, "prompts": found}))
     return 0
-
-
-def sentence(gates: np.ndarray) -> str:
-    """What is replaced, in words.
-
-    Args:
-      gates: p_k·b_k of each category.
-    """
-    order = np.argsort(-gates)
-    named = [f"{CATEGORIES[k]} {gates[k]:.2f}" for k in order if gates[k] >= SHOWN]
-    if not named:
-        return "nothing is replaced"
-    return f"replaced: {', '.join(named)}; you ban {'it' if len(named) == 1 else 'them'}"

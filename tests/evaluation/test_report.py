@@ -1,6 +1,7 @@
 """The page is read back with the standard library's HTML parser and Pillow."""
 
 import base64
+import dataclasses
 import io
 import re
 from collections.abc import Callable
@@ -133,12 +134,25 @@ def test_cells_say_in_words_what_the_profile_asks(write: Callable[..., Page]) ->
     page = write()
     frames = [a["class"].split()[1] for a in page.all("div") if (a.get("class") or "").startswith("frame")]
     assert frames == ["base", "allowed", "banned"] * 2
-    cells = page.text.split("a cat with crossed blades")[1]
-    first, second = cells.split("a dog & a <b>spiral</b>")[:2]
+    cells = page.text.split("“a cat with crossed blades”")[1]
+    first, second = cells.split("“a dog & a <b>spiral</b>”")[:2]
     assert [w for w in first.split() if w in "✓~✗"] == ["✓", "✓"]  # allowed and shown, banned and replaced
     assert [w for w in second.partition("The numbers")[0].split() if w in "✓~✗"] == ["✗", "~"]
     assert "banned ✓ replaced" in first
     assert "allowed ✗ replaced" in second
+
+
+def test_a_picture_says_why_when_it_is_opened(write: Callable[..., Page], grid: Grid) -> None:
+    """Native disclosure: it needs no script, and takes Enter as well as a click."""
+    why = [["", "nothing is replaced", "replaced: Violence 0.97; the user bans it"]] * 2
+    page = write(grid=dataclasses.replace(grid, reasons=why))
+    assert len(page.all("details", name="cell")) == 6 and len(page.all("summary")) == 6
+    assert page.text.count("Gate replaced: Violence 0.97; the user bans it") == 2
+    assert page.text.count("Gate nothing is replaced") == 2
+    assert page.text.count("User child Profile banned by it Picture replaced") == 1
+    assert "Gate" not in write().text
+    with pytest.raises(PSAError, match="reasons must have 2 rows"):
+        dataclasses.replace(grid, reasons=[["why"]])
 
 
 def test_text_from_outside_is_escaped(write: Callable[..., Page], report: dict[str, Any], grid: Grid) -> None:

@@ -9,12 +9,12 @@ import pytest
 from support.torch_adapters import random_adapter
 
 from psa_jax.cli import main
+from psa_jax.evaluation.gate_words import sentence
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion
 from psa_jax.interop.native import save_adapter
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.profiles.encoders import FeatureEncoder
 from psa_jax.profiles.schema import CATEGORIES, UserProfile
-from psa_jax.tools.explain import sentence
 
 ENCODER = FeatureEncoder()
 PROFILE = {"age": 9, "gender": "female"}
