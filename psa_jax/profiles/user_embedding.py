@@ -15,7 +15,12 @@ from psa_jax.profiles.table import EmbeddingTable
 
 
 def user_embedding(
-    adapter: Path, about: Mapping[str, Any], *, profile: str | UserProfile | None, user: str | None, table: Path | None
+    adapter: Path,
+    about: Mapping[str, Any],
+    *,
+    profile: str | UserProfile | None,
+    user: str | None,
+    table: Path | EmbeddingTable | None,
 ) -> Float[np.ndarray, "1 d"]:
     """Looks a user up in a table, or encodes a profile with the encoder of the adapter's training.
 
@@ -24,7 +29,7 @@ def user_embedding(
       about: its metadata (`interop.adapter_file.read_metadata`).
       profile: a profile, or its JSON (`--profile`). Give this or `user`.
       user: id of a user in the table (`--user`).
-      table: embedding table (`--table`). A profile needs it only for the scale of a standardised table.
+      table: embedding table, or its file (`--table`). A profile needs it only for the scale of a standardised table.
 
     Returns:
       One row in float32, of the adapter's user_dim.
@@ -35,11 +40,12 @@ def user_embedding(
     """
     if (not profile) == (not user):
         raise PSAError("an adapter needs a user: give either --profile JSON or --user ID with --table FILE")
-    known = None if table is None else EmbeddingTable.load(table)
+    known = EmbeddingTable.load(table) if isinstance(table, Path) else table
     trained = about.get("encoder_fingerprint")
     if known is not None and trained not in (None, *known.fingerprints):
+        where = table if isinstance(table, Path) else "the table"
         raise PSAError(
-            f"{table}: encoded by {known.encoder} ({known.fingerprint}), the adapter was trained with "
+            f"{where}: encoded by {known.encoder} ({known.fingerprint}), the adapter was trained with "
             f"{about['encoder']} ({trained}); give the table of its training, or encode the users with that encoder"
         )
     if known is not None and about.get("standardised", known.mean is not None) != (known.mean is not None):

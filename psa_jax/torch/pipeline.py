@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
@@ -28,21 +27,16 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.models.config import model_family
-from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch.adapter import Context, UserAdapter
 from psa_jax.torch.files import adapter_file, load_adapter
 from psa_jax.torch.processors import AGAIN, NOBODY, cross_attentions, installed
+from psa_jax.torch.users import Gates, Profiles, Users, bans_of, embeddings_of, profiles_encoded, scales_of
 
 OLDEST_DIFFUSERS = (0, 35)
 _EMBEDS = "prompt_embeds", "negative_prompt_embeds"
 _ENCODES = {*_EMBEDS, "num_images_per_prompt", "do_classifier_free_guidance"}
 """Parameters that `encode_prompt` of Stable Diffusion's pipelines has."""
-
-Users = str | Sequence[str] | np.ndarray | Tensor
-"""Users: an id, several ids, or embeddings [D] or [n, D]."""
-Gates = dict[str, float] | Sequence[float] | np.ndarray | Tensor
-"""What users ban, from 0 to 1 for each category: a dict by category, or [7] or [n, 7]."""
 
 
 @dataclass
@@ -139,7 +133,7 @@ def load_psa(
     table = EmbeddingTable.load(table) if isinstance(table, (str, Path)) else table
     if table is not None:
         _check_table(path, about, loaded.config.user_dim, table)
-    return PSA(pipe, unet, loaded, path, table, device)
+    return PSA(pipe, unet, loaded, path, about, table, device)
 
 
 def _unet(pipe: DiffusionPipeline) -> torch.nn.Module | None:
@@ -162,17 +156,6 @@ def _check_table(path: Path, about: dict[str, Any], user_dim: int, table: Embedd
         raise PSAError(f"{path}: only one of adapter and table is standardised; give the table of its training")
     if table.dim != user_dim:
         raise PSAError(f"{path}: the adapter needs embeddings of {user_dim} numbers, the table has {table.dim}")
-
-
-def _scales(scale: float | Sequence[float] | Tensor) -> Tensor:
-    """Strengths [1 or prompts] in float32; PSAError for other values than finite numbers."""
-    try:
-        scales = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PSAError("scale must be a number, or one for each prompt") from error
-    if not torch.isfinite(scales).all():
-        raise PSAError("scale must be finite numbers")
-    return scales
 
 
 class _Hidden:
@@ -214,11 +197,12 @@ class PSA:
         unet: torch.nn.Module,
         adapter: UserAdapter,
         path: Path,
+        about: dict[str, Any],
         table: EmbeddingTable | None,
         device: str | torch.device | None,
     ):
         self.pipe, self.adapter, self.table = pipe, adapter, table
-        self._path, self._device = path, device
+        self._path, self._about, self._device = path, about, device
         self._request: _Request | None = None
         self._encode_prompt = pipe.encode_prompt
         self._signature = inspect.signature(pipe.encode_prompt)
@@ -237,6 +221,7 @@ class PSA:
         self,
         *args: Any,
         user: Users | None = None,
+        profile: Profiles | None = None,
         gates: Gates | None = None,
         scale: float | Sequence[float] | Tensor = 1.0,
         unconditional: str = "off",
@@ -247,13 +232,13 @@ class PSA:
 
         Args:
           args, kwargs: of the pipeline.
-          user, gates, scale, unconditional, allow_unprotected: as in `applied`.
+          user, profile, gates, scale, unconditional, allow_unprotected: as in `applied`.
 
         Raises:
           PSAError: as `applied`, or a call that did not use the adapter; its pictures are not returned.
         """
         options = {"scale": scale, "unconditional": unconditional, "allow_unprotected": allow_unprotected}
-        with self.applied(user, gates=gates, **options):
+        with self.applied(user, profile=profile, gates=gates, **options):
             result = self.pipe(*args, **kwargs)
             if self._request.users is not None and not (self._request.steps and self._watches(self.pipe.scheduler)):
                 raise PSAError("the pipeline did not use the steps of its own scheduler, so no step could be checked")
@@ -262,8 +247,9 @@ class PSA:
     @contextlib.contextmanager
     def applied(
         self,
-        user: Users | None,
+        user: Users | None = None,
         *,
+        profile: Profiles | None = None,
         gates: Gates | None = None,
         scale: float | Sequence[float] | Tensor = 1.0,
         unconditional: str = "off",
@@ -273,13 +259,15 @@ class PSA:
 
         Args:
           user: an id of the table or an embedding [D] for all prompts, or one for each prompt.
+          profile: in place of `user`, a profile such as `{"age": 9, "gender": "female"}` for all prompts, or one for
+            each. For encoders that need no model of their own.
           gates: in place of `user`, what the user bans, from 0 to 1 for each category (`psa-jax export --format=gates`
             computes it on a device): a dict by category, or an array [7] or [n, 7]. For adapters with the gate by
             categories.
           scale: strength s of the adapter, for all prompts or for each; 0 is the base model.
           unconditional: adapter on the unconditional side of guidance: "off", "zeros" (an embedding of zeros) or
             "same" (the user's embedding).
-          allow_unprotected: allows `user=None`, for the base model.
+          allow_unprotected: allows no user, for the base model.
 
         Raises:
           PSAError: no user, an unknown one, a wrong number of users, or an invalid embedding; an adapter that is no
@@ -289,10 +277,8 @@ class PSA:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
         if (outer := self._request) is not None:
             outer.used = True
-        if gates is not None and user is not None:
-            raise PSAError("give either user=... or gates=..., not both")
-        users = self._users(user, allow_unprotected) if gates is None else self._bans(gates)
-        scales = _scales(scale)
+        users = self._users(user, profile, gates, allow_unprotected)
+        scales = scales_of(scale)
         self._installed.start()
         try:
             self._unwatch()  # a copy made during a call still has its watch
@@ -331,54 +317,22 @@ class PSA:
         if not (target.exists() and target.samefile(self._path)):
             shutil.copyfile(self._path, target)
 
-    def _users(self, user: Users | None, allow_unprotected: bool) -> Tensor | None:
-        """User embeddings [n, D] in float32 on the CPU; None without a user."""
-        if user is None:
+    def _users(
+        self, user: Users | None, profile: Profiles | None, gates: Gates | None, allow_unprotected: bool
+    ) -> Tensor | None:
+        """Embeddings [n, D], or what users ban [n, 7], in float32 on the CPU; None without a user."""
+        given = [name for name, value in (("user", user), ("profile", profile), ("gates", gates)) if value is not None]
+        if len(given) > 1:
+            raise PSAError(f"give either {'=... or '.join(given)}=..., not both")
+        if not given:
             if not allow_unprotected:
                 raise PSAError("no user was given; give user=..., or allow_unprotected=True for the base model")
             return None
-        if isinstance(user, str):
-            user = [user]
-        if isinstance(user, np.ndarray) and user.dtype.kind in "UO":
-            user = user.ravel().tolist()
-        if isinstance(user, np.ndarray):
-            numbers = user.dtype.kind == "f"
-        else:
-            numbers = isinstance(user, Tensor) and user.is_floating_point() and user.layout is torch.strided
-        if not numbers:
-            # A list or tuple: a set or a dict has no order that matches the prompts.
-            if not isinstance(user, (list, tuple)) or not user or not all(isinstance(one, str) for one in user):
-                raise PSAError("user must be a list of ids, or embeddings as one array or tensor [n, D] of floats")
-            if self.table is None:
-                raise PSAError("users by id need load_psa(..., table=FILE)")
-            user = self.table.lookup(user)
-        users = torch.as_tensor(user).detach().to("cpu", torch.float32)
-        users = users[None] if users.ndim == 1 else users
-        wanted = self.adapter.config.user_dim
-        if users.ndim != 2 or users.shape[1] != wanted or not len(users):
-            raise PSAError(f"user embeddings have shape {tuple(users.shape)}, the adapter needs [n, {wanted}]")
-        if not torch.isfinite(users).all():
-            raise PSAError("a user embedding has NaN or infinity; encode the user again")
-        return users
-
-    def _bans(self, gates: Gates) -> Tensor:
-        """What users ban [n, 7], checked."""
-        if not self.adapter.config.by_categories:
-            raise PSAError("gates=... needs an adapter with the gate by categories; this one takes user=...")
-        if isinstance(gates, dict):
-            if gates.keys() != set(CATEGORIES):
-                raise PSAError(f"gates must have a number for each of {', '.join(CATEGORIES)}, and no other key")
-            gates = [gates[name] for name in CATEGORIES]
-        try:
-            bans = torch.as_tensor(gates).detach().to("cpu", torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise PSAError(f"gates must be numbers from 0 to 1, {len(CATEGORIES)} for each user") from error
-        bans = bans[None] if bans.ndim == 1 else bans
-        if bans.ndim != 2 or bans.shape[1] != len(CATEGORIES) or not len(bans):
-            raise PSAError(f"gates have shape {tuple(bans.shape)}; give [n, {len(CATEGORIES)}]")
-        if not ((bans >= 0) & (bans <= 1)).all():  # NaN is neither
-            raise PSAError("gates must be numbers from 0 to 1; one is outside or NaN")
-        return bans
+        if gates is not None:
+            return bans_of(gates, self.adapter.config)
+        if profile is not None:
+            user = profiles_encoded(profile, self._path, self._about, self.table)
+        return embeddings_of(user, self.adapter.config, self.table)
 
     def _check(self) -> None:
         """Raises PSAError if the adapter is not in its place in the pipeline."""
