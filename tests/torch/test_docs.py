@@ -56,14 +56,15 @@ def test_its_snippets_run(tmp_path, monkeypatch):
     EmbeddingTable.from_profiles(sample_population(3), encoder).save(tmp_path / "table.safetensors")
     (tmp_path / "adapter").mkdir()
     config = AdapterConfig.for_unet(load_unet(TINY).config, user_dim=encoder.dim, kind="text")
-    save_adapter(random_adapter(config), tmp_path / "adapter" / "psa_adapter.safetensors", {"encoder": encoder.name})
+    about = {"encoder": encoder.name, "encoder_fingerprint": encoder.fingerprint}
+    save_adapter(random_adapter(config), tmp_path / "adapter" / "psa_adapter.safetensors", about)
     monkeypatch.chdir(tmp_path)
     few_steps(monkeypatch)
     # No compiler is needed here; that the UNet is one graph is tested elsewhere.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     install, *blocks = snippets(PAGE)
     assert "pip install" in install
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {}
     for index, block in enumerate(blocks):
         torch.manual_seed(0)
