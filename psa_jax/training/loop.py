@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from psa_jax.training.distributed import is_main_process, lost_peers_named
 from psa_jax.training.gates import fit_gates
 from psa_jax.training.lowered import compile_step
 from psa_jax.training.metric_writer import MetricsWriter, Row, require_finite
+from psa_jax.training.optimizer import learning_rate_at
 from psa_jax.training.preemption import StopSignal, Watchdog
 from psa_jax.training.reference import reference_table
 from psa_jax.training.run import Run, prepare_run
@@ -62,6 +64,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         watchdog = stack.enter_context(Watchdog(config.hang_timeout))
         checkpoints = stack.enter_context(_open_checkpoints(run))
         state = restore(run, checkpoints)
+        if is_main_process():
+            write(workdir / "config.json", run.config.to_json_best_effort(indent=1) + "\n")
         writer = stack.enter_context(_open_writer(run, int(state.step)))
         samples = Samples(run) if cadence.sample_every and is_main_process() else None
         stop = stack.enter_context(StopSignal())
@@ -193,7 +197,7 @@ def run_steps(run: Run, services: Services, cadence: Cadence, state: TrainState,
                     measured = run.held_out(state.exported, frozen)
                     accuracy = measured["held_out_accuracy"] if saving else None
             if cadence.logs(done):
-                written = services.writer.log(done, metrics | measured, **clock.read())
+                written = services.writer.log(done, metrics | measured, **_position(run, number), **clock.read())
                 said = said if written is None else _summary(written)
             if saving:
                 with clock.excluded():
@@ -205,6 +209,16 @@ def run_steps(run: Run, services: Services, cadence: Cadence, state: TrainState,
             if stopping and done < cadence.steps:
                 raise Stopped(f"stopped by a signal after step {done}, with a checkpoint; run again to go on")
     return state
+
+
+def _position(run: Run, number: int) -> dict[str, float]:
+    """Where a run is at its step of this number, from 0: learning rate, examples so far, and the time of day."""
+    config = run.config
+    return {
+        "learning_rate": learning_rate_at(config.optimizer, config.steps, number),
+        "examples": float((number + 1) * config.batch_size),
+        "time": round(time.time(), 1),
+    }
 
 
 def export(run: Run, state: TrainState) -> Path:

@@ -75,7 +75,7 @@ class MetricsWriter:
         self._file.flush()
         del row["step"]
         for name, value in row.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(grouped(name), value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
         return row
@@ -110,6 +110,27 @@ class MetricsWriter:
                 self._board.close()
             if self._wandb is not None:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+GROUPS = {
+    "held_out_": "held_out",
+    "swap_learnt": "swap",
+    "pairs_per_second": "speed",
+    "pairs_": "pairs",
+    "alarm_": "alarms",
+    **dict.fromkeys(("step_seconds", "data_wait_seconds", "mfu"), "speed"),
+    **dict.fromkeys(("learning_rate", "gradient_norm", "update_norm"), "optimizer"),
+    **dict.fromkeys(("examples", "time"), "progress"),
+}
+"""Beginning of a metric's name → its group in TensorBoard; the first that fits. All others are in `preference`."""
+
+
+def grouped(name: str) -> str:
+    """A metric's name in TensorBoard: its group, and what is left of the name, such as held_out/accuracy."""
+    prefix = next((prefix for prefix in GROUPS if name.startswith(prefix)), None)
+    if prefix is None:
+        return f"loss/{name}" if name == "loss" else f"preference/{name}"
+    return f"{GROUPS[prefix]}/{name.removeprefix(prefix) if prefix == 'held_out_' else name}"
 
 
 def require_finite(step: int, metrics: Metrics, rows: np.ndarray, folder: Path) -> None:

@@ -51,6 +51,17 @@ def learning_rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedu
     return optax.join_schedules(parts, ends)
 
 
+def learning_rate_at(config: ml_collections.ConfigDict, steps: int, step: int) -> float:
+    """The learning rate of one step, to log it.
+
+    Args:
+      config, steps: as for `learning_rate`.
+      step: number of steps before it.
+    """
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats and int32 counters
+        return float(learning_rate(config, steps)(step))
+
+
 def matrices(arrays: PyTree) -> PyTree[bool]:
     """Mask of weight decay: projections, not biases and not the scales of norms."""
     return jax.tree.map(lambda array: array.ndim >= 2, arrays)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
-TIMES = {"step_seconds", "data_wait_seconds", "pairs_per_second"}  # of the machine, not of the run
+TIMES = {"step_seconds", "data_wait_seconds", "pairs_per_second", "time"}  # of the machine, not of the run
 
 # Importing takes as long as such a run: one server imports, every run is a fork of it.
 _FORKS = multiprocessing.get_context("forkserver")

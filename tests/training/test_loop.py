@@ -63,7 +63,15 @@ def test_stopping_halfway_and_resuming_gives_the_same_bits(training_config, sett
     assert [row["loss"] for row in rows] == [row["loss"] for row in resumed]
     assert abs(rows[0]["loss"] - math.log(2)) <= 1e-5
     assert {"step", "loss", "accuracy", "margin"} <= rows[0].keys()
-    assert {"step_seconds", "data_wait_seconds", "pairs_per_second"} <= rows[-1].keys()
+    assert {"step_seconds", "data_wait_seconds", "pairs_per_second", "time"} <= rows[-1].keys()
+    config = training_config(**settings)
+    # 2 warm-up steps from 0; then constant, as `decay_share` says.
+    assert [row["learning_rate"] for row in rows[:3]] == pytest.approx(
+        [0.0, config.optimizer.learning_rate / 2, config.optimizer.learning_rate]
+    )
+    assert [row["examples"] for row in rows] == [config.batch_size * (step + 1) for step in range(STEPS)]
+    written = json.loads((straight / "config.json").read_text())
+    assert (written["seed"], written["adapter"]["kind"]) == (config.seed, config.adapter.kind)
 
     # A checkpoint holds no frozen weights: it is adapter + two moments + little else.
     adapter = sum(value.nbytes for value in theirs.values())

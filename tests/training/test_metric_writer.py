@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from psa_jax.errors import PSAError
-from psa_jax.training.metric_writer import MetricsWriter, require_finite
+from psa_jax.training.metric_writer import MetricsWriter, grouped, require_finite
 
 
 def metrics(gap: float = -1.0, **more: float):
@@ -39,6 +39,25 @@ def test_a_step_late_and_none_lost(tmp_path: Path):
         writer.sync()
         assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert "accuracy_banned" not in rows(tmp_path)[1]  # a bucket without pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("loss", "loss/loss"),
+        ("winner_gap", "preference/winner_gap"),
+        ("accuracy_banned", "preference/accuracy_banned"),
+        ("held_out_accuracy", "held_out/accuracy"),
+        ("swap_learnt_banned0", "swap/swap_learnt_banned0"),
+        ("pairs_per_second", "speed/pairs_per_second"),
+        ("pairs_banned", "pairs/pairs_banned"),
+        ("learning_rate", "optimizer/learning_rate"),
+        ("examples", "progress/examples"),
+        ("alarm_winner_worse", "alarms/alarm_winner_worse"),
+    ],
+)
+def test_tensorboard_has_them_in_groups(name: str, group: str):
+    assert grouped(name) == group
 
 
 def test_a_resumed_run_writes_its_rows_again(tmp_path: Path):
