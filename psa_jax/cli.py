@@ -46,6 +46,7 @@ COMMANDS = {
     "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, "pretrain"),
     "train": Command("train an adapter on preference pairs", arguments.train, "train"),
     "compare": Command("train several kinds of adapter and objectives, and compare them", arguments.compare, "compare"),
+    "curves": Command("draw the learning curves of a run as a page", arguments.curves, "curves"),
     "memory": Command(
         "compute the memory of a training step, also on TPUs that are not here", arguments.memory, "memory"
     ),

@@ -2,22 +2,19 @@
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.curves import Curve, number_text, panels_of, render
 from psa_jax.evaluation.stats import selectivity_interval, wilson
 from psa_jax.files import write
-
-TEMPLATES = Path(__file__).parents[1] / "assets"
 
 METHODS = {
     "psa": "PSA (this adapter)",
@@ -56,38 +53,6 @@ RATES = {
 }
 """Rate → (heading, meaning)."""
 
-CURVES = {
-    "loss": (
-        "Loss",
-        "What training minimises.",
-        None,
-    ),
-    "swap_learnt_banned": (
-        "Swap learnt, banned prompts",
-        "How far predictions have moved from the base model's to its predictions for the safe prompt; 1 is all of it.",
-        1.0,
-    ),
-    "swap_learnt_allowed": (
-        "Swap learnt, allowed prompts",
-        "1 is no change: what a user allows is drawn as the base model draws it.",
-        1.0,
-    ),
-    "accuracy": ("Preference accuracy", "Share of pairs in which the user's choice gains on the other picture.", 0.5),
-    "winner_gap": (
-        "Winner's error − base model's",
-        "Below 0, the adapter draws the chosen pictures better than the base model does.",
-        0.0,
-    ),
-    "loser_gap": (
-        "Loser's error − base model's",
-        "Above 0, the adapter draws the rejected pictures worse than the base model does.",
-        0.0,
-    ),
-    "margin": ("Margin", "By how much the user's choice is preferred, in units of the loss's logit.", 0.0),
-}
-"""Curve → (heading, meaning, level to compare it with)."""
-
-Curve = dict[str, list[int | float]]
 Rates = dict[str, int | float]
 
 MARKERS = ("disc", "ring", "square", "triangle", "diamond")
@@ -158,14 +123,8 @@ def write_report(path: Path, report: dict[str, Any], grid: Grid, curves: dict[st
         for key, title in GROUP_TITLES.items()
         if key in report
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         splits=splits,
         headline=splits[0]["rows"][0]["rates"],
         rates=RATES,
@@ -181,7 +140,7 @@ def write_report(path: Path, report: dict[str, Any], grid: Grid, curves: dict[st
             {"prompt": prompt, "cells": [_cell(grid, row, column) for column in range(len(grid.users))]}
             for row, prompt in enumerate(grid.prompts)
         ],
-        curves=[_curve(name, curve) for name, curve in curves.items()],
+        panels=panels_of(curves),
         commands=commands,
         versions=report.get("versions", {}),
         duration=_duration(report["seconds"]) if "seconds" in report else None,
@@ -221,14 +180,8 @@ def _rate(name: str, rates: Rates) -> dict[str, str | None]:
         limits = wilson(round(rates[name] * n / 100), n) if n else None
     if limits is None:
         return dict(text=None, low=None, high=None)
-    low, high = (_number(100 * limit, 0) for limit in limits)
-    return dict(text=_number(rates[name], 1), low=low, high=high)
-
-
-def _number(value: int | float, digits: int) -> str:
-    """With a real minus sign, and no minus before zero."""
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else text.lstrip("-")
+    low, high = (number_text(100 * limit, 0) for limit in limits)
+    return dict(text=number_text(rates[name], 1), low=low, high=high)
 
 
 def _counts(methods: dict[str, Rates]) -> dict[str, Any]:
@@ -250,10 +203,10 @@ def _duels(psa: Rates, names: Sequence[str]) -> list[dict[str, Any]]:
         duels.append(
             {
                 "method": name,
-                "win": _number(win, 1) if decided else None,
-                "low": _number(100 * low, 0) if decided else None,
-                "high": _number(100 * high, 0) if decided else None,
-                "tie": _number(tie, 1),
+                "win": number_text(win, 1) if decided else None,
+                "low": number_text(100 * low, 0) if decided else None,
+                "high": number_text(100 * high, 0) if decided else None,
+                "tie": number_text(tie, 1),
                 "decided": decided,
                 "shares": [(100 - tie) * win / 100, tie, (100 - tie) * (100 - win) / 100],
             }
@@ -306,77 +259,3 @@ def _png(picture: UInt8[np.ndarray, "h w 3"]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-# --- curves
-
-WIDTH, HEIGHT = 420, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
-"""Size of a curve's plot and its margins, in SVG units; the labels of the axes are in the margins."""
-
-
-def _curve(name: str, curve: Curve) -> dict[str, Any]:
-    """One curve for the template: points of the raw and the smoothed line, ticks and texts."""
-    step, value = (np.asarray(curve[key], np.float64) for key in ("step", "value"))
-    if not len(step) or len(step) != len(value) or not np.isfinite([step, value]).all():
-        raise PSAError(f"curve {name!r}: give as many steps as values, at least one, all finite")
-    title, meaning, level = CURVES.get(name, (name.replace("_", " "), "", None))
-    window = max(1, len(value) // 20)
-    smooth = _moving_mean(value, window)
-    reach = value if level is None else np.append(value, level)
-    y_ticks, x_ticks = _ticks(reach.min(), reach.max()), _ticks(min(0.0, step.min()), step.max())
-    # The line ends at the right edge, wherever the next round step would be.
-    span = step.max() - x_ticks[0] or 1.0
-
-    def to_x(steps: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (steps - x_ticks[0]) / span
-
-    def to_y(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (y_ticks[-1] - values) / (y_ticks[-1] - y_ticks[0])
-
-    x, shown_steps = to_x(step), [tick for tick in x_ticks if tick <= step.max()]
-    return {
-        "title": title,
-        "meaning": meaning,
-        "window": window,
-        "points": _points(x, to_y(value)),
-        "smooth": _points(x, to_y(smooth)),
-        "level": None if level is None else float(to_y(np.array([level]))[0]),
-        "y_ticks": [(float(to_y(np.array([tick]))[0]), _tick_text(tick, y_ticks)) for tick in y_ticks],
-        "x_ticks": [(float(to_x(np.array([tick]))[0]), _tick_text(tick, x_ticks)) for tick in shown_steps],
-        "last": f"{smooth[-1]:.3g}".replace("-", "−"),
-        "last_at": (float(x[-1]), float(to_y(smooth[-1:])[0])),
-        "steps": f"{step[-1]:.0f}",
-        "box": dict(width=WIDTH, height=HEIGHT, left=LEFT, right=WIDTH - RIGHT, top=TOP, bottom=HEIGHT - BOTTOM),
-    }
-
-
-def _moving_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
-    """Mean over the last `window` values; at the start, over all values so far."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - window, 0)
-    return (total[end] - total[start]) / (end - start)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers that enclose [low, high]."""
-    if high == low:
-        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
-    rough = (high - low) / 4
-    unit = 10.0 ** math.floor(math.log10(rough))
-    stride = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
-    first, last = math.floor(low / stride + 1e-9), math.ceil(high / stride - 1e-9)
-    return [i * stride for i in range(first, last + 1)]
-
-
-def _tick_text(tick: float, ticks: list[float]) -> str:
-    stride = ticks[1] - ticks[0]
-    digits = max(0, -math.floor(math.log10(stride) + 1e-9))
-    # A stride of 0.25 or 2.5 has one digit more than its size says.
-    exact = math.isclose(stride * 10**digits, round(stride * 10**digits), rel_tol=1e-6)
-    return _number(tick, digits if exact else digits + 1)
-
-
-def _points(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> str:
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))

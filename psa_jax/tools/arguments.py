@@ -287,6 +287,11 @@ def demo(parser: ArgumentParser) -> None:
     )
 
 
+def curves(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax curves`."""
+    parser.add_argument("workdir", type=path, metavar="WORKDIR", help="folder of a run of psa-jax train")
+
+
 def compare(parser: ArgumentParser) -> None:
     """Flags of `psa-jax compare`."""
     parser.set_defaults(takes_config=True)

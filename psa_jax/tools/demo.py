@@ -17,9 +17,10 @@ from psa_jax.data.sage import SageRecord, read_split
 from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.curves import curves_of, read_rows
 from psa_jax.evaluation.gate_words import sentence
 from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, generate_base, generate_cases, rates, wins
-from psa_jax.evaluation.report import Curve, Grid, write_report
+from psa_jax.evaluation.report import Grid, write_report
 from psa_jax.evaluation.sheet import sheet
 from psa_jax.files import check_new
 from psa_jax.interop.adapter_file import adapter_hash
@@ -208,7 +209,9 @@ def _finish(
     report["versions"] = {"psa_jax": psa_jax.__version__, "jax": jax.__version__}
     report["seconds"] = round(time.perf_counter() - start, 1)
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_report(workdir / "report.html", report, grid, _curves(workdir / "psa" / "metrics.jsonl"), [COMMAND])
+    write_report(
+        workdir / "report.html", report, grid, curves_of(read_rows(workdir / "psa" / "metrics.jsonl")), [COMMAND]
+    )
     print(_headline(report, workdir / "report.html"))
     print(json.dumps({"report": str(workdir / "report.html"), **report["unseen"]["psa"], "seconds": report["seconds"]}))
 
@@ -305,16 +308,6 @@ def _heading(profile: UserProfile) -> str:
     """Describes the user of a column. SAGE-mini's users are synthetic, so their attributes may be shown."""
     banned = banned_categories(profile)
     return f"{profile.age_group}, {profile.age}: " + (f"bans {', '.join(banned)}" if banned else "bans nothing (L0)")
-
-
-def _curves(path: Path) -> dict[str, Curve]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    curves = {}
-    for name in ("swap_learnt_banned", "swap_learnt_allowed", "loss", "accuracy", "margin", "winner_gap", "loser_gap"):
-        having = [row for row in rows if name in row]  # a batch may lack a kind of prompts, a loss the reference
-        if having:
-            curves[name] = {"step": [row["step"] for row in having], "value": [row[name] for row in having]}
-    return curves
 
 
 def _headline(report: dict, page: Path) -> str:

@@ -243,7 +243,7 @@ def test_long_curves_are_smoothed_as_well(write: Callable[..., Page]) -> None:
     steps = list(range(100))
     page = write(curves={"loss": {"step": steps, "value": [float(i % 2) for i in steps]}})
     raw, smooth = (
-        np.array([p.split(",")[1] for p in page.all("polyline", **{"class": name})[0]["points"].split()], float)
+        np.array([p.split(",")[1] for p in page.all("polyline", **{"class": f"{name} s0"})[0]["points"].split()], float)
         for name in ("raw", "smooth")
     )
     # Means over the latest 5 of 0, 1, 0, 1 … are 0.4 or 0.6 once there are 5.
