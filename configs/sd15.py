@@ -11,12 +11,13 @@ MODEL_DIR is a folder of SD1.x in diffusers' layout, USERS.csv lists the users o
 learning rate 5e-6 constant after 500 warm-up steps, 5,000 steps, β 5000, no SFT term, text dropout 0.2, clipping at 1.
 Only timesteps are drawn otherwise: spread evenly over each batch. Users were embedded by Qwen2.5-7B there:
 psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=qwen.safetensors
---config=configs/sd15.py:smoke is three steps of one pair.
+--config=configs/sd15.py:dpo is preference learning of the kind text; :smoke is three steps of one pair.
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
-its learning rate and β are untried on real weights. A step of 8 pairs on one H100, random weights: 0.14 s and 10.1 GB
-(psa-jax bench step --pairs=8). psa-jax memory tells the memory on other devices. The frozen UNet and text encoder have
-982.6 million parameters, 1.97 GB in bfloat16.
+its learning rate is untried on real weights. A step of :dpo with 8 pairs on one H100, random weights: 0.14 s and 10.1
+GB (psa-jax bench step --pairs=8); the default looks at one picture of a pair and was not measured.
+psa-jax memory tells the memory on other devices. The frozen UNet and text encoder have 982.6
+million parameters, 1.97 GB in bfloat16. The adapter has 7.2 million.
 """
 
 from . import common

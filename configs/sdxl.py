@@ -11,12 +11,13 @@ MODEL_DIR is a folder of SDXL base in diffusers' layout, USERS.csv lists the use
 1e-2, learning rate 5e-6 constant after 500 warm-up steps, 5,000 steps, β 5000, no SFT term, text dropout 0.2, clipping
 at 1. Only timesteps are drawn otherwise: spread evenly over each batch. Users were embedded by Qwen2.5-7B there:
 psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=qwen.safetensors
---config=configs/sdxl.py:smoke is three steps of one pair.
+--config=configs/sdxl.py:dpo is preference learning of the kind text; :smoke is three steps of one pair.
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
-its learning rate and β are untried on real weights. A step of 4 pairs on one H100, random weights: 0.53 s and 41.1 GB
-(psa-jax bench step --pairs=4). psa-jax memory tells the memory on other devices. The frozen UNet and text encoders have
-3,385 million parameters, 6.77 GB in bfloat16.
+its learning rate is untried on real weights. A step of :dpo with 4 pairs on one H100, random weights: 0.53 s and 41.1
+GB (psa-jax bench step --pairs=4); the default looks at one picture of a pair and was not measured.
+psa-jax memory tells the memory on other devices. The frozen UNet and text encoders have 3,385
+million parameters, 6.77 GB in bfloat16. The adapter has 50.6 million.
 """
 
 from . import common

@@ -51,7 +51,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def _swap(config: ml_collections.ConfigDict) -> None:
     """Swap distillation of an edit of the text states."""
-    config.steps, config.checkpoint_every = 540, 180
+    config.steps, config.checkpoint_every = 800, 200
     common.edit_by_swap(config)
 
 

@@ -40,4 +40,4 @@ def test_it_runs_from_a_wheel(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=empty, env=environment)
-    assert done.stdout == f"{site / 'psa_jax' / '__init__.py'} tiny 540 4 5000 5000 5000\n", done.stderr
+    assert done.stdout == f"{site / 'psa_jax' / '__init__.py'} tiny 800 4 5000 5000 5000\n", done.stderr

@@ -64,7 +64,7 @@ def test_its_snippets_run(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     install, *blocks = snippets(PAGE)
     assert "pip install" in install
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict = {}
     for index, block in enumerate(blocks):
         torch.manual_seed(0)
