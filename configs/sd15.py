@@ -16,7 +16,7 @@ psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=qwen.safetensors
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
 its learning rate is untried on real weights. A step of :dpo with 8 pairs on one H100, random weights: 0.14 s and 10.1
 GB (psa-jax bench step --pairs=8); the default looks at one picture of a pair and was not measured.
-psa-jax memory tells the memory on other devices. The frozen UNet and text encoder have 982.6
+The memory on other devices is told by psa-jax memory. The frozen UNet and text encoder have 982.6
 million parameters, 1.97 GB in bfloat16. The adapter has 7.2 million.
 """
 

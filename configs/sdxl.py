@@ -16,7 +16,7 @@ psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=qwen.safetensors
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
 its learning rate is untried on real weights. A step of :dpo with 4 pairs on one H100, random weights: 0.53 s and 41.1
 GB (psa-jax bench step --pairs=4); the default looks at one picture of a pair and was not measured.
-psa-jax memory tells the memory on other devices. The frozen UNet and text encoders have 3,385
+The memory on other devices is told by psa-jax memory. The frozen UNet and text encoders have 3,385
 million parameters, 6.77 GB in bfloat16. The adapter has 50.6 million.
 """
 

@@ -301,7 +301,6 @@ def compare(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--methods",
-        type=lambda text: text.split(","),
         required=True,
         metavar="A-O,…",
         help="what is compared, each an adapter and an objective, such as text-dpo,edit-swap,edit-dpo_swap",

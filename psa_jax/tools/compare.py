@@ -44,7 +44,7 @@ Cases = dict[str, list[MiniCase]]
 
 def run(args: Namespace) -> int:
     """Runs the command with its flags."""
-    methods = [parse_method(text, args.config.steps) for text in args.methods]
+    methods = [parse_method(text, args.config.steps) for text in args.methods.split(",")]
     if len(set(methods)) < len(methods):
         raise PSAError("--methods names one method twice; give each once")
     workdir = args.workdir

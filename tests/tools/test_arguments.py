@@ -11,7 +11,7 @@ from psa_jax.diffusion.sampler_registry import SAMPLERS
 from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.tools import arguments, export, flags
 
-TEXT = {"forget", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
+TEXT = {"forget", "methods", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
 """What is neither a path nor a number."""
 PATHS = (flags.path, flags.place)
 NO_PATHS = {

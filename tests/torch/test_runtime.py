@@ -16,8 +16,8 @@ from psa_jax.interop.ip_adapter import to_ip_adapter
 from psa_jax.interop.native import save_adapter, to_file
 from psa_jax.models.adapter_config import ADAPTER_KINDS, AdapterConfig
 from psa_jax.torch import load_adapter, load_psa
-from psa_jax.torch.pipeline import PSA, _scales
 from psa_jax.torch.processors import cross_attentions
+from psa_jax.torch.users import embeddings_of, scales_of
 
 # diffusers gives torch tensors to numpy in a way that numpy 2 warns about.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -212,10 +212,10 @@ def test_users_that_are_none(pipe, files, table):
     others = numbers.bool(), numbers.int().numpy(), numbers.to_sparse()
     for none in ([], set(IDS), dict.fromkeys(IDS, 0), 1, [1, 2], *others):
         with says("user must be a list of ids"):
-            unchecked(PSA._users)(psa, none, False)
+            unchecked(embeddings_of)(none, psa.adapter.config, psa.table)
     for none in ("1", None, 1 + 0j, [[1.0], [1.0, 2.0]]):
         with says("scale must be a number"):
-            unchecked(_scales)(none)
+            unchecked(scales_of)(none)
     with psa.applied(IDS), says("generating for another user"):
         draw(psa, user=IDS)
     with says("not finite, and no picture is returned"):
