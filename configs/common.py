@@ -32,6 +32,7 @@ def base_config(objective: Objective) -> ml_collections.ConfigDict:
     config.seed = 0
     config.model = ""  # a folder in diffusers' layout, a single file (with tokenizer, model_config), or tiny
     config.variant = config.vae = config.tokenizer = config.model_config = ""
+    config.init_from = ""  # an adapter file of the same kind and sizes to start from; empty: an untrained adapter
     config.steps = 5000
     config.batch_size = 1  # pairs per step, over all devices
     config.log_every = 10

@@ -261,6 +261,9 @@ def train(parser: ArgumentParser) -> None:
     """Flags of `psa-jax train`."""
     experiment(parser)
     base_model_of_config(parser)
+    parser.add_argument(
+        "--init-from", type=path, metavar="FILE", help="adapter of the same kind and sizes to start from"
+    )
     group = parser.add_argument_group(
         "several processes",
         "run the same command in each; TPU pods, SLURM and Open MPI need no flags",

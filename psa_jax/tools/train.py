@@ -30,6 +30,9 @@ def run(args: Namespace) -> int:
     on_failure(hard_exit)
     _hush_orbax()
     workdir = args.workdir
+    if args.init_from is not None:
+        with args.config.unlocked():
+            args.config.init_from = str(args.init_from)
     validate(args.config, "train", workdir)
     join(args.coordinator, args.num_processes, args.process_id)
     require_joined()

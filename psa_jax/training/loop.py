@@ -15,10 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from psa_jax.errors import Stopped
+from psa_jax.errors import PSAError, Stopped
 from psa_jax.files import write
-from psa_jax.interop.adapter_file import ADAPTER_FILE
-from psa_jax.interop.native import save_adapter, with_arrays
+from psa_jax.interop.adapter_file import ADAPTER_FILE, find_adapter, read_metadata
+from psa_jax.interop.native import adapter_arrays, load_adapter, save_adapter, with_arrays
+from psa_jax.paths import local_path
 from psa_jax.preference.objective import describe_beta
 from psa_jax.progress import Progress, print_on_main, print_stage
 from psa_jax.training.cadence import Cadence
@@ -98,13 +99,48 @@ def restore(run: Run, checkpoints: Checkpoints) -> TrainState:
     initial = run.setup.init_state(run.config.seed)
     state = checkpoints.restore(initial, run.iterator)
     if state is None:
-        state = with_fitted_gate(run, initial) if run.setup.adapter.by_categories else initial
+        state = _before_the_first_step(run, initial)
     if run.setup.objective.compares_pairs:
         height, width, moments = run.info["latent_shape"]
         print_on_main(describe_beta(run.setup.objective.beta, (height, width, moments // 2)))
     if int(state.step):
         print_on_main(f"resumed at step {int(state.step)}")
     return state
+
+
+def _before_the_first_step(run: Run, initial: TrainState) -> TrainState:
+    if run.config.get("init_from"):
+        return with_adapter(run, initial, local_path(run.config.init_from))
+    return with_fitted_gate(run, initial) if run.setup.adapter.by_categories else initial
+
+
+def with_adapter(run: Run, state: TrainState, path: Path) -> TrainState:
+    """The initial state with the arrays of an adapter file, its gate included; the optimizer starts anew.
+
+    Args:
+      path: native file, or a folder with it.
+
+    Raises:
+      PSAError: an adapter for another base model, of another kind or sizes, or for other embeddings.
+    """
+    found, setup = find_adapter(path), run.setup
+    about, unet = read_metadata(found), setup.model.unet.config
+    if not setup.model.is_base_of(about):
+        raise PSAError(f"init_from: {found} was trained for another base model than {setup.model.folder}")
+    if about.get("encoder_fingerprint", run.table.fingerprint) not in run.table.fingerprints:
+        raise PSAError(
+            f"init_from: {found} was trained with the encoder {about.get('encoder')} ({about['encoder_fingerprint']}), "
+            f"the table has {run.table.encoder} ({run.table.fingerprint}); encode the users with that one"
+        )
+    adapter = load_adapter(found, unet.cross_attentions, unet.cross_attention_dim)
+    wanted, given = setup.adapter.as_json(), adapter.config.as_json()
+    different = sorted(name for name in wanted | given if wanted.get(name) != given.get(name))
+    if different:
+        words = ", ".join(f"{name} {given.get(name)} and not {wanted.get(name)}" for name in different)
+        raise PSAError(f"init_from: {found} has {words}; set the keys of config.adapter alike")
+    print_on_main(f"starting from the adapter {found}")
+    params = jax.device_put(adapter_arrays(adapter), setup.state_sharding.params)
+    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params) if state.ema else {})
 
 
 def with_fitted_gate(run: Run, state: TrainState) -> TrainState:

@@ -14,6 +14,7 @@ from psa_jax.data.balancing import BALANCES
 from psa_jax.data.shards import INFO_FILE
 from psa_jax.diffusion.generate import UNCONDITIONAL
 from psa_jax.errors import PSAError
+from psa_jax.interop.adapter_file import find_adapter
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.models.adapter_config import (
     ADAPTER_KINDS,
@@ -162,6 +163,7 @@ PRETRAINING: dict[str, Rule] = _under(
     },
 )
 OPTIONAL: dict[str, Rule] = {
+    "init_from": PLACE,
     "adapter.hidden": optional(SIZE),
     "adapter.mixing": FLAG,
     "adapter.gate": any_of(GATES),
@@ -216,6 +218,8 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     check_gate(adapter["kind"], adapter["gate"], adapter["tokens"], adapter["qk_dim"])
     if not adapter["tokens"] and adapter["gate"] != "categories":
         raise PSAError(f"adapter.tokens is 0; give {SIZE.wanted}")
+    if config.get("init_from"):
+        find_adapter(local_path(config.init_from))
     objective = Objective(**config.objective)
     fixed_draws_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
     check_accumulate(objective, config.accumulate)

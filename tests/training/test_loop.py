@@ -8,12 +8,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
+from support.torch_adapters import random_adapter
 
 from psa_jax.data.shards import RowColumns
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE, read_metadata
 from psa_jax.interop.diffusers import load_stable_diffusion
+from psa_jax.interop.native import save_adapter
 from psa_jax.mini.prepare import prepare
+from psa_jax.models.adapter_config import AdapterConfig
+from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training import run
 from psa_jax.training.loop import train
 from psa_jax.training.samples import by_strictness
@@ -177,3 +181,41 @@ def test_sdxl_trains(training_config, sdxl, tmp_path):
     moved = load_file(path)["psa_adapter.0.to_v_user.0.weight"]
     assert np.abs(moved).max() > 0
     assert read_metadata(path)["layers"] == [list(layer) for layer in model.unet.config.cross_attentions]
+
+
+@pytest.fixture(scope="module")
+def earlier(small_pipeline, training_data, tmp_path_factory):
+    """An adapter file of the configuration's kind and sizes, with random values, and what it says of itself."""
+    model, table = small_pipeline[1], EmbeddingTable.load(training_data / "table.safetensors")
+    config = AdapterConfig.for_unet(model.unet.config, user_dim=table.dim, kind="text", tokens=8)
+    about = {"base_model": model.base_hash, "encoder": table.encoder, "encoder_fingerprint": table.fingerprint}
+    path = tmp_path_factory.mktemp("earlier") / "a.safetensors"
+    save_adapter(random_adapter(config), path, about)
+    return path, config, about
+
+
+def test_a_run_begins_with_an_earlier_adapter(training_config, tmp_path, earlier):
+    """The learning rate of the first step is 0, so that what leaves is what came in."""
+    settings = {"steps": 2, "optimizer.warmup_steps": 2, "optimizer.decay_share": 0.0, "init_from": earlier[0]}
+    path = train(training_config(**settings), tmp_path, until=1)
+    ours, theirs = load_file(path), load_file(earlier[0])
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "says"),
+    [
+        ({"base_model": "0" * 64}, {}, "was trained for another base model"),
+        ({"encoder_fingerprint": "other"}, {}, "was trained with the encoder features (other), the table has"),
+        ({}, {"adapter.tokens": 4}, "has tokens 8 and not 4; set the keys of config.adapter alike"),
+        ({}, {"init_from": "/nowhere/a.safetensors"}, "/nowhere/a.safetensors: no such adapter file"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_no_beginning(training_config, tmp_path, earlier, change, settings, says):
+    path, config, about = earlier
+    save_adapter(random_adapter(config), tmp_path / "a.safetensors", about | change)
+    with pytest.raises(PSAError) as caught:
+        train(training_config(**{"init_from": tmp_path / "a.safetensors"} | settings), tmp_path / "run")
+    assert says in str(caught.value) and "\n" not in str(caught.value)
