@@ -5,6 +5,7 @@ picture = pipe.generate("a cat in the snow", profile={"age": 9, "gender": "femal
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -40,7 +41,7 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
     Raises:
       PSAError: no such file, a damaged one, or one of the torch original, which does not name its base model.
     """
-    found = find_adapter(Path(path))
+    found = find_adapter(_path("adapter", path))
     config = fitting_config(found, read_tensors(found), read_metadata(found))
     return load_fitting_adapter(found, config.layers, config.cross_dim)
 
@@ -79,14 +80,53 @@ def load(
         str(model), variant, **{name: None if path is None else str(path) for name, path in paths.items()}
     )
     source.check()
-    found = None if adapter is None else find_adapter(Path(adapter))
-    known = None if table is None else Path(table)
-    if found is None and known is not None:
+    found = None if adapter is None else find_adapter(_path("adapter", adapter))
+    if found is None and table is not None:
         raise PSAError("a table is for users of an adapter; give adapter=, or leave table out")
+    known = None if table is None else EmbeddingTable.load(_path("table", table))
     loaded = source.load(dtype=jnp.dtype(dtype), lora=None if lora is None else Path(lora), lora_scale=lora_scale)
     if found is not None and not loaded.is_base_of(read_metadata(found)):
         raise PSAError(f"{found}: the adapter was trained for another base model than {loaded.folder}")
     return Pipeline(loaded, found, known)
+
+
+MOST_GENERATORS = 8
+"""Compiled samplers that a pipeline keeps; the oldest goes first."""
+
+
+def _path(name: str, value: Any) -> Path:
+    if not isinstance(value, str | PathLike):
+        raise PSAError(f"{name} is {type(value).__name__}; give a path as text")
+    return Path(value)
+
+
+def _scales(scale: Any) -> float | Float[np.ndarray, " n"]:
+    """Strengths in float32; PSAError for other values than finite numbers."""
+    try:
+        scales = np.asarray(scale, np.float32)
+    except (TypeError, ValueError) as error:
+        raise PSAError("scale must be a number, or a list with one for each prompt") from error
+    if not np.isfinite(scales).all():
+        raise PSAError("scale must be finite numbers: 0 is the base model, 1 the whole adapter")
+    return float(scales) if scales.ndim == 0 else scales.reshape(-1)
+
+
+def _setting(name: str, value: Any, wanted: Any) -> Any:
+    """A setting of `Generator` as the type that it has there.
+
+    Raises:
+      PSAError: another type, or a number that is not finite.
+    """
+    if name == "size":
+        if value is None or (isinstance(value, list | tuple) and [type(side) for side in value] == [int, int]):
+            return value and tuple(value)
+        raise PSAError("size must be (height, width), two whole numbers of pixels")
+    if wanted is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if wanted is not float and isinstance(value, wanted) and (wanted is not int or type(value) is int):
+        return value
+    what = {float: "a finite number", int: "a whole number", str: "a text"}.get(wanted, str(wanted))
+    raise PSAError(f"{name} must be {what}")
 
 
 class Pipeline:
@@ -95,14 +135,14 @@ class Pipeline:
     Args:
       model: the base model.
       adapter: native file of the adapter; None for the base model alone.
-      table: file of an embedding table, for users by id.
+      table: embedding table, for users by id.
 
     Attributes:
       model: the base model.
       adapter: the adapter; None for the base model alone.
     """
 
-    def __init__(self, model: StableDiffusion, adapter: Path | None = None, table: Path | None = None):
+    def __init__(self, model: StableDiffusion, adapter: Path | None = None, table: EmbeddingTable | None = None):
         self.model, self._file, self._table = model, adapter, table
         unet = model.unet.config
         self.adapter = None
@@ -146,16 +186,19 @@ class Pipeline:
         Raises:
           PSAError: no user, a user without an adapter, lengths that differ, or an unknown setting.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
+        if not prompts or not all(isinstance(each, str) for each in prompts):
+            raise PSAError("prompt must be a text, or a list of at least one text")
+        if not isinstance(negative, str | None):
+            raise PSAError("negative must be a text")
         users = self._users(len(prompts), profile, user, allow_unprotected)
-        seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+        seeds = list(seed) if isinstance(seed, list | tuple) else [seed] * len(prompts)
         if self.adapter is not None and users is None:  # the base model is the adapter at scale 0
             users, scale = np.zeros((len(prompts), self.adapter.config.user_dim), np.float32), 0.0
-        scales = scale if isinstance(scale, float) else np.asarray(scale, np.float32)
-        if not np.isfinite(scales).all():
-            raise PSAError(f"scale is {scale}; give a number, 0 for the base model and 1 for the whole adapter")
-        generator = self._generator({"batch_size": min(32, len(prompts))} | settings)
-        pictures = generator(prompts, seeds, users, negative=negative, scale=scales)
+        # Numbers of prompts share programs: 5 to 8 are drawn by one.
+        batch = min(32, 1 << (len(prompts) - 1).bit_length())
+        generator = self._generator({"batch_size": batch} | settings)
+        pictures = generator(prompts, seeds, users, negative=negative, scale=_scales(scale))
         images = [Image.fromarray(pixels) for pixels in pictures]
         return images[0] if isinstance(prompt, str) else images
 
@@ -165,11 +208,14 @@ class Pipeline:
         unknown = [name for name in settings if name not in known]
         if unknown:
             raise PSAError(f"setting {unknown[0]!r} is unknown; use {', '.join(known)}")
-        whole = {name: float(value) for name, value in settings.items() if type(value) is int and known[name] is float}
-        key = tuple(sorted((settings | whole).items()))
+        checked = {name: _setting(name, value, known[name]) for name, value in settings.items()}
+        guidance, rescale = checked.pop("guidance", 7.5), checked.pop("rescale", 0.0)
+        key = guidance > 1.0, *sorted(checked.items())
         if key not in self._generators:
-            self._generators[key] = Generator(self.model, self.adapter, **settings | whole)
-        return self._generators[key]
+            if len(self._generators) >= MOST_GENERATORS:
+                self._generators.pop(next(iter(self._generators)))
+            self._generators[key] = Generator(self.model, self.adapter, guidance=guidance, **checked)
+        return self._generators[key].with_guidance(guidance, rescale)
 
     def _users(self, count: int, profile: Any, user: Any, allow_unprotected: bool) -> Float[np.ndarray, "n d"] | None:
         """Embeddings of the users of the prompts; None for the base model."""
@@ -195,8 +241,10 @@ class Pipeline:
         return np.repeat(rows[0], count, axis=0) if one else np.concatenate(rows)
 
     def _embedding(self, profile: Any = None, user: Any = None) -> Float[np.ndarray, "1 d"]:
-        if user is not None and not isinstance(user, str):
+        if profile is None and not (isinstance(user, str) and user):
             raise PSAError(f"a user is {type(user).__name__}; give an id as text, such as '0000001', or a profile")
+        if profile is None and self._table is None:
+            raise PSAError("users by id need load(..., table=FILE)")
         if profile is not None and not isinstance(profile, UserProfile):
             profile = UserProfile.from_mapping(profile)
         return user_embedding(self._file, self._about, profile=profile, user=user, table=self._table)

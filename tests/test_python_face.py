@@ -1,5 +1,6 @@
 """The package's Python face: the same pictures as the command, in one line, and refusals in one line."""
 
+import inspect
 import subprocess
 import sys
 
@@ -90,6 +91,14 @@ def test_an_adapter_reads_its_sizes_from_the_file(sources, pipe):
         ({"profile": {"age": 9}}, "gender"),
         ({"profile": {"age": 98765, "gender": "female"}}, "age"),
         ({"user": "0000009"}, "0000009"),
+        ({"user": ""}, "a user is str; give an id as text"),
+        ({"profile": [None]}, "a user is NoneType; give an id as text"),
+        ({"profile": CHILD, "guidance": float("nan")}, "guidance must be a finite number"),
+        ({"profile": CHILD, "guidance": "4"}, "guidance must be a finite number"),
+        ({"profile": CHILD, "steps": 2.0}, "steps must be a whole number"),
+        ({"profile": CHILD, "size": 64}, "size must be (height, width)"),
+        ({"profile": CHILD, "size": (64.0, 64.0)}, "size must be (height, width)"),
+        ({"profile": CHILD, "sampler": 3}, "sampler must be"),
         ({"user": 1}, "a user is int; give an id as text, such as '0000001', or a profile"),
         ({"profile": 1}, "profile: expected key-value pairs, got int"),
         ({"profile": CHILD, "steps": 0}, "steps"),
@@ -114,6 +123,8 @@ def test_bad_calls_are_one_line(pipe, call, says):
         (lambda s: "tiny", {"adapter": 1}, "trained for another base model"),
         (lambda s: s[0], {"table": 2}, "a table is for users of an adapter"),
         (lambda s: s[0], {"dtype": "float64"}, "dtype 'float64': choose float32"),
+        (lambda s: s[0], {"adapter": 1, "table": "/nowhere/table.safetensors"}, "/nowhere/table.safetensors"),
+        (lambda s: s[0], {"adapter": 1, "table": 1}, "not an embedding table of psa_jax"),
     ],
 )
 def test_bad_sources_are_one_line(sources, place, options, says):
@@ -121,6 +132,30 @@ def test_bad_sources_are_one_line(sources, place, options, says):
     with pytest.raises(PSAError) as caught:
         psa_jax.load(place(sources), **options)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", [[], [3], None, b"a cat", ["a cat", None]])
+def test_what_is_no_prompt_is_one_line(pipe, prompt):
+    """Without the checks of annotations that tests have."""
+    with pytest.raises(PSAError, match="prompt must be a text, or a list of at least one text"):
+        inspect.unwrap(type(pipe).generate)(pipe, prompt, profile=CHILD)
+
+
+def test_users_by_id_need_a_table(sources):
+    with pytest.raises(PSAError, match=r"users by id need load\(\.\.\., table=FILE\)"):
+        psa_jax.load(sources[0], sources[1]).generate("a cat", user="0000001")
+
+
+def test_guidance_and_numbers_of_prompts_share_a_program(pipe, sources):
+    """A notebook tries values: only another size, sampler or number of steps is compiled."""
+    fresh = psa_jax.load(sources[0], sources[1])
+    four = fresh.generate("a cat", profile=CHILD, seed=3, steps=2, guidance=4)
+    three = fresh.generate(["a cat"] * 3, profile=CHILD, seed=3, steps=2, guidance=3)
+    assert len(fresh._generators) == 2  # one prompt, and up to four
+    fresh.generate(["a cat"] * 4, profile=CHILD, seed=3, steps=2, guidance=5)
+    assert len(fresh._generators) == 2
+    assert np.abs(pixels(three[0]) - pixels(pipe.generate(["a cat"] * 3, profile=CHILD, seed=3, **FEW)[0])).max() == 0
+    assert np.abs(pixels(four) - pixels(three[0])).max() > 0
 
 
 def test_importing_it_imports_nothing_else():

@@ -103,6 +103,7 @@ class Generator:
       size: height and width of pictures in pixels.
       latent_shape: height, width and channels of one picture's latents.
       user_dim: length of a user embedding; None without an adapter.
+      guided: whether there is an unconditional side.
 
     Raises:
       PSAError: an unknown option, a size that the VAE cannot make, or settings that the sampler does not support.
@@ -138,7 +139,7 @@ class Generator:
         self._sampler = sampler_from_config(
             model.scheduler_config, steps, sampler, eta=eta, karras=karras, where=f"{model.folder}: scheduler"
         )
-        self._guidance = jnp.float32(guidance), jnp.float32(rescale)
+        self._guidance, self.guided = (jnp.float32(guidance), jnp.float32(rescale)), guidance > 1.0
         self._told: set[str] = set()
         vae = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.vae)
         self._parts = (model.unet, vae, model.text_encoders)
@@ -149,7 +150,7 @@ class Generator:
                 graph=self._graph,
                 attend=fused_attention(devices_of(model.unet.conv_in.kernel[...]), PartitionSpec()),
                 size=(height, width),
-                guided=guidance > 1.0,
+                guided=self.guided,
                 unconditional=unconditional,
             )
         )
@@ -166,6 +167,21 @@ class Generator:
             raise PSAError(
                 "the adapter has another configuration than the generator was made for; make a new Generator"
             )
+        return other
+
+    def with_guidance(self, guidance: float, rescale: float = 0.0) -> "Generator":
+        """The same generator with another guidance, without a new compilation.
+
+        Args:
+          guidance, rescale: as for a new one.
+
+        Raises:
+          PSAError: one of the two guidances is above 1 and the other is not, which is another program.
+        """
+        if (guidance > 1.0) != self.guided:
+            raise PSAError(f"guidance {guidance}: with or without guidance is another program; make a new Generator")
+        other = copy.copy(self)
+        other._guidance = jnp.float32(guidance), jnp.float32(rescale)
         return other
 
     def __call__(

@@ -19,7 +19,8 @@ def clustered_share(
     """A share p̂ of n cases, with the Wilson interval of n/deff cases.
 
     deff is the design effect: the variance of p̂ by clusters, G/(G−1)·Σ_g (y_g − p̂·n_g)²/n², over p̂(1−p̂)/n; at least
-    1. y_g and n_g are the successes and the cases of cluster g, G the number of clusters.
+    1. y_g and n_g are the successes and the cases of cluster g, G the number of clusters. Where nothing varies (p̂ is 0
+    or 1, or there is one cluster) clusters count as cases: deff = n/G.
 
     Args:
       successes: one for each of n cases.
@@ -39,8 +40,8 @@ def clustered_share(
         raise PSAError("interval of no cases: give at least one")
     names, group = np.unique(clusters, return_inverse=True)
     cases, hits = np.bincount(group), np.bincount(group, weights=successes)
-    n, found, effect = len(successes), float(hits.sum()), 1.0
-    share = found / n
+    n, found = len(successes), float(hits.sum())
+    share, effect = found / n, n / len(names)
     if 0.0 < share < 1.0 and len(names) > 1:
         variance = len(names) / (len(names) - 1) * float(np.sum((hits - share * cases) ** 2)) / n**2
         effect = max(1.0, variance / (share * (1.0 - share) / n))

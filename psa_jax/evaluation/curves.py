@@ -99,6 +99,8 @@ PANELS = (
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
 """Size of a drawing and its margins, in SVG units; the labels of the axes are in the margins."""
+_LARGEST = 1e30
+"""Values beyond it, and those that are not finite, are not drawn."""
 _HOVERED = 60
 """Points of a line that say their value under the pointer."""
 
@@ -127,7 +129,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str] | None =
     metrics = [metric for panel in PANELS for metric in panel.series.values()] if metrics is None else metrics
     found = {}
     for name in metrics:
-        having = [row for row in rows if name in row and math.isfinite(row[name])]
+        having = [row for row in rows if abs(row.get(name, math.inf)) < _LARGEST]  # NaN is not
         if having:
             found[name] = {"step": [row["step"] for row in having], "value": [row[name] for row in having]}
     return found
@@ -141,12 +143,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise PSAError(f"{path}: no such file; give the --workdir of a run of psa-jax train")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [
-        parse_json(line, f"{path}, line {number}", constants=True)
-        for number, line in enumerate(lines, 1)
-        if line.endswith("\n")
-    ]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise PSAError(f"{path}: no text in UTF-8, so no metrics of a run") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            row = parse_json(line, f"{path}, line {number}", constants=True)
+            if type(row.get("step")) is not int or not all(type(value) in (int, float) for value in row.values()):
+                raise PSAError(f"{path}, line {number}: no row of metrics; remove the line")
+            rows.append(row)
     if not rows:
         raise PSAError(f"{path}: no row yet; the first comes after log_every steps")
     return rows
@@ -161,8 +168,10 @@ def write_curves(path: Path, curves: Mapping[str, Curve], facts: Mapping[str, st
       facts: name → what to say above the drawings.
 
     Raises:
-      PSAError: as `panels_of`.
+      PSAError: as `panels_of`, or nothing to draw.
     """
+    if not curves:
+        raise PSAError(f"{path}: the run has no finite metric to draw; see its metrics.jsonl")
     write(path, render("curves.html.j2", panels=panels_of(curves), facts=facts))
 
 
@@ -239,7 +248,7 @@ def _moving_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarr
 
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers that enclose [low, high]."""
-    if high == low:
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-300):
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
     rough = (high - low) / 4
     unit = 10.0 ** math.floor(math.log10(rough))

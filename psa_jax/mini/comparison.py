@@ -1,7 +1,7 @@
 """Kinds of adapter and objectives beside each other, with several seeds: `psa-jax compare`.
 
 A method is a kind, an objective and a number of steps. Each of its runs leaves its verdicts in a folder of its own; the
-table is made from all the folders that are there.
+table is made from all the folders that are there and were judged on the same cases.
 """
 
 import dataclasses
@@ -20,8 +20,9 @@ from psa_jax.files import write
 from psa_jax.json_input import read_json
 from psa_jax.mini.protocol import MiniCase, cases_hash
 from psa_jax.mini.recorded import pack_verdicts, recipe_of, unpack_verdicts
+from psa_jax.models.adapter_config import ADDED_SIZES
 
-_NO_GATE = {"qk_dim": None, "hidden": None, "gate": "attention", "mixing": False}
+_NO_GATE = {"qk_dim": None} | ADDED_SIZES
 ADAPTERS: dict[str, dict[str, Any]] = {
     "published_t1": _NO_GATE | {"kind": "published", "tokens": 1},
     "published_t4": _NO_GATE | {"kind": "published", "tokens": 4},
@@ -103,13 +104,21 @@ def config_of(
 
     Args:
       method, seed: of the run.
-      swap, dpo: the configurations `tiny` and `tiny:dpo`; data and evaluation are the first one's.
+      swap, dpo: configurations like `tiny` and `tiny:dpo`. Of the first are data and evaluation; seed, adapter and
+        objective are the method's.
+
+    Raises:
+      PSAError: `swap` is no configuration of swap distillation alone.
     """
+    if swap.objective.loss != "none":
+        raise PSAError(
+            f"compare: objective.loss is {swap.objective.loss} in the configuration, and a method sets its own; give "
+            "one of swap distillation alone, such as tiny"
+        )
     config = swap.copy_and_resolve_references()
     alone = method.objective == "swap"
     with config.unlocked():
         config.seed, config.steps = seed, method.steps
-        config.checkpoint_every = max(1, method.steps // 2)
         config.adapter.update(ADAPTERS[method.adapter])
         config.objective.update(swap.objective if alone else dpo.objective)
         if method.objective == "dpo_swap":
@@ -141,9 +150,14 @@ def write_result(
 
 
 def read_result(
-    folder: Path, config: ml_collections.ConfigDict, cases: Mapping[str, Sequence[MiniCase]]
+    folder: Path, config: ml_collections.ConfigDict | None, cases: Mapping[str, Sequence[MiniCase]]
 ) -> Result | None:
     """The result of a run; None where it has not ended.
+
+    Args:
+      folder: of the run.
+      config: of the run; None to take it as it is, if it was judged on these cases (else None).
+      cases: of each group.
 
     Raises:
       PSAError: the run had another configuration or was judged on other cases.
@@ -152,9 +166,10 @@ def read_result(
     if not path.exists():
         return None
     found = read_json(path, hint="delete it to run it again")
-    if found["recipe"] != recipe_of(config) or found["cases"] != {
-        name: cases_hash(group) for name, group in cases.items()
-    }:
+    hashes = {name: cases_hash(group) for name, group in cases.items()}
+    if config is None and found["cases"] != hashes:
+        return None
+    if config is not None and (found["recipe"] != recipe_of(config) or found["cases"] != hashes):
         raise PSAError(
             f"{path} is of another configuration, model or set of cases; give a new --workdir, or delete {folder}"
         )

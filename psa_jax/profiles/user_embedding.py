@@ -55,7 +55,7 @@ def user_embedding(
             raise PSAError("--user needs --table FILE, the embeddings of known users")
         return known.lookup([user])
     if trained is None:
-        raise PSAError(f"{adapter}: does not say which encoder it was trained with; use --user with --table")
+        raise PSAError(f"{adapter}: does not say which encoder it was trained with; give a user's id and a table")
     if about["encoder"] not in ENCODERS or ENCODERS[about["encoder"]].model is not None:
         made = f" (psa-jax encode users.csv --encoder={about['encoder']} --model=DIR --out=FILE)"
         raise PSAError(

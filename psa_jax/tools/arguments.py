@@ -312,8 +312,9 @@ def compare(parser: ArgumentParser) -> None:
         "--seeds", type=count, default=1, metavar="N", help="trainings of each, seeds 0 to N-1 (default: 1)"
     )
     parser.epilog = (
-        "Runs that have ended are not run again, so that methods and seeds can be added. "
-        "--config.KEY=VALUE sets any value of the configuration, such as --config.steps=1400."
+        "Runs that have ended are not run again, so that methods and seeds can be added; the table has all of them. "
+        "--config.KEY=VALUE sets values such as --config.steps=1400; a method sets seed, adapter, objective and, but "
+        "for edit_categories-swap, the mixture of the data."
     )
 
 

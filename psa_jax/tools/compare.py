@@ -1,5 +1,6 @@
 """`psa-jax compare`: trains kinds of adapter with several objectives and seeds, and tabulates their rates."""
 
+import importlib.util
 import io
 import json
 import time
@@ -48,7 +49,11 @@ def run(args: Namespace) -> int:
     if len(set(methods)) < len(methods):
         raise PSAError("--methods names one method twice; give each once")
     workdir = args.workdir
-    dpo = read_config("tiny:dpo")
+    require_plots()
+    dpo, usual = read_config("tiny:dpo"), read_config("tiny")
+    for key in ("seed", "adapter", "objective"):
+        if args.config[key] != usual[key]:
+            raise PSAError(f"compare: config.{key} is not that of tiny, and a method sets its own; leave it as it is")
     configs = {
         (method, seed): config_of(method, seed, args.config, dpo) for seed in range(args.seeds) for method in methods
     }
@@ -61,18 +66,26 @@ def run(args: Namespace) -> int:
     most = {"usual": first.evaluate.per_rate.unseen} | dict.fromkeys(HARDER, first.evaluate.per_rate.harder)
     records = read_split(workdir / "data" / "sage", USER_GROUPS["unseen"])
     cases = grouped_cases(records, most, first.data.mini.seed)
-    results = []
+    done = {
+        path.parent: read_result(path.parent, None, cases) for path in sorted(workdir.glob("*/verdicts.json"))
+    }  # also of earlier calls, for the table
     for (method, seed), config in configs.items():
         folder = workdir / f"{method.name}-seed{seed}"
         result = read_result(folder, config, cases)
         if result is None:
             result = _run_one(method, seed, config, data, folder, model, oracle, cases)
             write_result(folder, result, config, cases)
-        results.append(result)
-        _write_tables(workdir, results, cases)
+        done[folder] = result
+        _write_tables(workdir, [each for each in done.values() if each is not None], cases)
     print((workdir / "table.md").read_text(encoding="utf-8"))
-    print(json.dumps({"table": str(workdir / "table.md"), "runs": len(results)}))
+    print(json.dumps({"table": str(workdir / "table.md"), "runs": sum(each is not None for each in done.values())}))
     return 0
+
+
+def require_plots() -> None:
+    """Raises PSAError where matplotlib is missing, before any run."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PSAError("psa-jax compare plots with matplotlib: pip install 'psa_jax[eval]'")
 
 
 def _with_held_out(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -135,10 +148,8 @@ def _write_tables(workdir: Path, results: Sequence[Result], cases: Cases) -> Non
 
 def _plot(results: Sequence[Result], cases: Sequence[MiniCase]) -> bytes:
     """Plots clean suppressed pictures over the share of the swap that is learnt, a point for each run, as PNG."""
-    try:
-        from matplotlib.figure import Figure  # imported late: slow, and of the `eval` extra
-    except ModuleNotFoundError as error:
-        raise PSAError("psa-jax compare plots with matplotlib: pip install 'psa_jax[eval]'") from error
+    from matplotlib.figure import Figure  # imported late: slow, and of the `eval` extra
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in dict.fromkeys(result.method for result in results):

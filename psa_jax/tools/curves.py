@@ -7,6 +7,7 @@ from typing import Any
 
 from psa_jax.evaluation.curves import curves_of, read_rows, write_curves
 from psa_jax.json_input import read_json
+from psa_jax.models.adapter_config import ADDED_SIZES
 
 
 def run(args: Namespace) -> int:
@@ -30,7 +31,7 @@ def _facts(workdir: Path, config: dict[str, Any], rows: list[dict[str, Any]]) ->
         "Steps": f"{rows[-1]['step']:,} of {config['steps']:,}" if config else f"{rows[-1]['step']:,}",
     }
     if config:
-        adapter, objective = config["adapter"], config["objective"]
+        adapter, objective = ADDED_SIZES | config["adapter"], config["objective"]
         facts["Base model"] = config["model"]
         facts["Adapter"] = f"{adapter['kind']}, {adapter['tokens']} user tokens, gate {adapter['gate']}"
         facts["Objective"] = ", ".join(

@@ -23,19 +23,21 @@ def test_cases_of_a_user_each_are_not_clustered():
     assert found == pytest.approx((14 / 40, *wilson(14 * 39 / 40, 39)), abs=1e-12)
 
 
-def test_all_successes_have_wilsons_interval():
-    assert clustered_share(np.ones(10, bool), np.array(list("aabbccddee"))) == pytest.approx(
-        (1.0, *wilson(10, 10)), abs=1e-12
-    )
+def test_where_nothing_varies_clusters_are_the_cases():
+    """Nothing is known of how the cases of a user go together: ten of five users are five."""
+    users = np.array(list("aabbccddee"))
+    assert clustered_share(np.ones(10, bool), users) == pytest.approx((1.0, *wilson(5, 5)), abs=1e-12)
+    assert clustered_share(np.zeros(10, bool), users) == pytest.approx((0.0, *wilson(0, 5)), abs=1e-12)
+    assert clustered_share(np.arange(10) < 5, np.zeros(10, int)) == pytest.approx((0.5, *wilson(0.5, 1)), abs=1e-12)
 
 
 def test_repeating_every_case_adds_no_certainty():
     """Three seeds that agree in every verdict are no more cases than one."""
     rng = np.random.default_rng(0)
     users = np.arange(120) // 2
-    hits = rng.random(120) < 0.8
-    once, thrice = clustered_share(hits, users), clustered_share(np.tile(hits, 3), np.tile(users, 3))
-    assert thrice == pytest.approx(once, abs=1e-12)
+    for hits in (rng.random(120) < 0.8, np.ones(120, bool)):
+        once, thrice = clustered_share(hits, users), clustered_share(np.tile(hits, 3), np.tile(users, 3))
+        assert thrice == pytest.approx(once, abs=1e-12)
 
 
 def test_its_width_is_that_of_a_bootstrap_of_users():

@@ -91,3 +91,15 @@ def test_what_is_no_run_is_refused(tmp_path: Path, text: str | None, says: str):
         path.write_text(text)
     with pytest.raises(PSAError, match=says):
         read_rows(path)
+
+
+def test_a_run_without_a_finite_metric_is_refused(tmp_path: Path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN, "other": 2.0}\n')
+    assert main(["curves", str(tmp_path)]) == 1
+    assert "no finite metric to draw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [[1e29, -1e29], [0.0, 5e-324], [1.0, 1.0 + 1e-15]])
+def test_numbers_of_any_size_are_drawn(values: list[float]):
+    drawn = panel("Loss", {"loss": {"step": [1, 2], "value": values}})
+    assert all(np.isfinite([float(n) for n in p.split(",")]).all() for p in drawn["lines"][0]["points"].split())

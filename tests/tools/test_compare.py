@@ -60,6 +60,11 @@ def test_runs_that_have_ended_are_tabulated(tmp_path, words, ended, capsys, refu
     with Image.open(tmp_path / "swap_learnt.png") as plot:
         assert plot.size[0] > 400
 
+    assert main([*words, "--methods=text-swap"]) == 0  # the table keeps what an earlier call has made
+    assert "| edit | swap | 4 | 1 | 100.0 (" in (tmp_path / "table.md").read_text()
+    assert "config.objective is not that of tiny" in refused(
+        *words, "--methods=text-swap", "--config.objective.beta=7.0"
+    )
     error = refused(*words, "--methods=text-swap", "--config.evaluate.guidance=2.0")
     assert "another configuration" in error and "--workdir" in error
     assert "names one method twice" in refused(*words, "--methods=text-swap,text-swap")
