@@ -219,7 +219,7 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     if not adapter["tokens"] and adapter["gate"] != "categories":
         raise PSAError(f"adapter.tokens is 0; give {SIZE.wanted}")
     if config.get("init_from"):
-        find_adapter(local_path(config.init_from))
+        _named("init_from", find_adapter, local_path(config.init_from))
     objective = Objective(**config.objective)
     fixed_draws_or_none(config.reference.draws, config.reference.seed, objective, flips=False)
     check_accumulate(objective, config.accumulate)
