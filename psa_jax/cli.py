@@ -157,7 +157,7 @@ def _parser() -> ArgumentParser:
     width = max(map(len, COMMANDS))
     parser = ArgumentParser(
         prog="psa-jax",
-        description=psa_jax.__doc__,
+        description=psa_jax.__doc__.partition("\n")[0],
         epilog="commands:\n" + "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,9 @@
 """The package in a notebook: a base model with an adapter, drawn from in one line.
 
-pipe = psa_jax.load("tiny", adapter="adapter.safetensors")
-picture = pipe.generate("a cat in the snow", profile={"age": 9, "gender": "female"}, seed=1)
+    pipe = psa_jax.load("tiny", adapter="adapter.safetensors")
+    picture = pipe.generate("a cat in the snow", profile={"age": 9, "gender": "female"}, seed=1)
+
+`psa_jax` itself offers what is here; `psa-jax generate` is the same for files of prompts.
 """
 
 import inspect
@@ -26,8 +28,8 @@ from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.profiles.user_embedding import user_embedding
+from psa_jax.rules import DTYPES
 
-DTYPES = ("float32", "bfloat16", "float16")
 Profile = Mapping[str, Any] | UserProfile
 """Such as `{"age": 9, "gender": "female"}`; see `UserProfile.from_mapping`."""
 
@@ -85,8 +87,8 @@ def load(
         raise PSAError("a table is for users of an adapter; give adapter=, or leave table out")
     known = None if table is None else EmbeddingTable.load(_path("table", table))
     loaded = source.load(dtype=jnp.dtype(dtype), lora=None if lora is None else Path(lora), lora_scale=lora_scale)
-    if found is not None and not loaded.is_base_of(read_metadata(found)):
-        raise PSAError(f"{found}: the adapter was trained for another base model than {loaded.folder}")
+    if found is not None:
+        loaded.require_base_of(found, read_metadata(found))
     return Pipeline(loaded, found, known)
 
 

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Types that a base model can be computed in."""
+
 
 class Rule(NamedTuple):
     """A rule for a value.

@@ -437,6 +437,14 @@ def test_names_that_are_none_or_two(tmp_path: Path, monkeypatch, pytestconfig) -
     assert read_config("tiny").to_dict() == read_config("tiny.py").to_dict()
 
 
+def test_help_of_all_begins_with_one_sentence(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    usage, what, rest = capsys.readouterr().out.split("\n\n", 2)
+    assert what == "Personalized Safety Alignment for text-to-image diffusion in JAX."
+    assert rest.startswith("positional arguments:")
+
+
 @pytest.mark.parametrize("command", ["train", "pretrain"])
 def test_help_names_the_shipped_configs(command, capsys) -> None:
     with pytest.raises(SystemExit):

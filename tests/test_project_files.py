@@ -41,9 +41,3 @@ def test_the_citation_is_of_this_version():
     about = read("CITATION.cff")
     assert about["version"] == psa_jax.__version__ and about["license"] == "Apache-2.0"
     assert "2508.01151" in (ROOT / "CITATION.cff").read_text()
-
-
-def test_security_speaks_of_what_is_tested():
-    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-    for word in ("Pickles", "Paths", "Pictures", "Profiles", "no access control"):
-        assert word in text

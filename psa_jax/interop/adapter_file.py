@@ -312,11 +312,9 @@ def fitting_config(
         raise PSAError(f"{where}: {reading} does not fit a cross-attention width of {own_dim}")
     tokens, user_dim = 0 if gate == "categories" else projection.shape[0] // own_dim, projection.shape[1]
     try:
-        kind, sizes = (
-            about.get("kind", "published"),
-            (about.get("qk_dim"), about.get("hidden"), gate, about.get("mixing", False)),
-        )
-        config = AdapterConfig(kind, tokens, user_dim, own_dim, own, *sizes)
+        added = {name: about.get(name, default) for name, default in ADDED_SIZES.items()}
+        kind, qk_dim = about.get("kind", "published"), about.get("qk_dim")
+        config = AdapterConfig(kind, tokens, user_dim, own_dim, own, qk_dim, **added)
     except ValueError as error:
         raise PSAError(f"{where}: {error}") from error
     for name, found in (("tokens", tokens), ("user_dim", user_dim)):

@@ -74,6 +74,19 @@ class StableDiffusion:
         known = about.get("base_model", self.base_hash)
         return known == self.base_hash or known == weights_hash(self.folder)
 
+    def require_base_of(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Checks that an adapter was trained for this base model.
+
+        Args:
+          path: the adapter's file, for the message.
+          about: its metadata.
+
+        Raises:
+          PSAError: it was trained for another one.
+        """
+        if not self.is_base_of(about):
+            raise PSAError(f"{path}: the adapter was trained for another base model than {self.folder}")
+
     @property
     def family(self) -> str:
         """Model family: "sd1", "sd2" or "sdxl" (`model_family`)."""

@@ -7,6 +7,7 @@ from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras
 from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.profiles import schema
 from psa_jax.profiles.encoder_registry import ENCODERS
+from psa_jax.rules import DTYPES
 from psa_jax.tools.flags import (
     count,
     finite,
@@ -321,9 +322,7 @@ def compare(parser: ArgumentParser) -> None:
 def generate(parser: ArgumentParser) -> None:
     """Flags of `psa-jax generate`."""
     model = base_model(parser)
-    model.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="dtype of the weights"
-    )
+    model.add_argument("--dtype", default="float32", choices=DTYPES, help="dtype of the weights")
     model.add_argument(
         "--lora",
         type=path,

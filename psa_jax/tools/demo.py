@@ -27,6 +27,7 @@ from psa_jax.interop.adapter_file import adapter_hash
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
+from psa_jax.mini.comparison import ADAPTERS
 from psa_jax.mini.oracle import Oracle, shipped_oracle
 from psa_jax.mini.prepare import with_mini
 from psa_jax.mini.protocol import HARDER, MiniCase, case_of, group_of, grouped_cases, judge, make_generator
@@ -76,7 +77,7 @@ def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_coll
             changed.data.table = str(constant_table(Path(config.data.table), data / "constant.safetensors"))
         elif name == "published_t1":
             dpo = read_config("tiny:dpo")
-            changed.adapter.update(kind="published", tokens=1, qk_dim=None, hidden=None, gate="attention", mixing=False)
+            changed.adapter.update(ADAPTERS["published_t1"])
             changed.objective.update(dpo.objective)
             changed.data.update(safe_share=dpo.data.safe_share, banned_share=dpo.data.banned_share)
             changed.steps, changed.checkpoint_every = min(config.steps, dpo.steps), dpo.checkpoint_every

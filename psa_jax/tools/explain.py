@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from psa_jax.diffusion.conditioning import encode_text
-from psa_jax.errors import PSAError
 from psa_jax.evaluation.gate_words import sentence
 from psa_jax.interop.adapter_file import find_adapter, read_metadata
 from psa_jax.interop.base_model import BaseModel
@@ -33,8 +32,7 @@ def run(args: Namespace) -> int:
     about = read_metadata(path)
     user = user_embedding(path, about, profile=args.profile, user=args.user, table=args.table)
     model = BaseModel.from_config(vars(args)).load(abstract=("vae", "unet"))
-    if not model.is_base_of(about):
-        raise PSAError(f"{path}: the adapter was trained for another base model than {model.folder}")
+    model.require_base_of(path, about)
     unet = model.unet.config
     adapter = load_adapter(path, unet.cross_attentions, unet.cross_attention_dim)
     require_gate(path, adapter.config)

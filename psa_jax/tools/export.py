@@ -197,8 +197,7 @@ def _model(args: Namespace, source: Source):
     model = BaseModel.from_config(vars(args)).load()
     unet = model.unet.config
     adapter = load_adapter(source.path, unet.cross_attentions, unet.cross_attention_dim)
-    if not model.is_base_of(source.about):
-        raise PSAError(f"{source.path}: the adapter was trained for another base model than {model.folder}")
+    model.require_base_of(source.path, source.about)
     return model, adapter
 
 

@@ -125,8 +125,7 @@ def _wanted(args: Namespace) -> list[_Picture]:
 
 
 def _adapter(path: Path, model: StableDiffusion) -> Adapter:
-    if not model.is_base_of(read_metadata(path)):
-        raise PSAError(f"{path}: the adapter was trained for another base model than {model.folder}")
+    model.require_base_of(path, read_metadata(path))
     return load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
 
 

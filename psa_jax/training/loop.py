@@ -125,8 +125,7 @@ def with_adapter(run: Run, state: TrainState, path: Path) -> TrainState:
     """
     found, setup = find_adapter(path), run.setup
     about, unet = read_metadata(found), setup.model.unet.config
-    if not setup.model.is_base_of(about):
-        raise PSAError(f"init_from: {found} was trained for another base model than {setup.model.folder}")
+    setup.model.require_base_of(found, about)
     if about.get("encoder_fingerprint", run.table.fingerprint) not in run.table.fingerprints:
         raise PSAError(
             f"init_from: {found} was trained with the encoder {about.get('encoder')} ({about['encoder_fingerprint']}), "

@@ -36,6 +36,7 @@ from psa_jax.rules import (
     COUNT,
     COUNT_OR_NONE,
     DECAY,
+    DTYPES,
     FINITE,
     MOST_SIZE,
     RATE,
@@ -52,8 +53,6 @@ from psa_jax.rules import (
 )
 from psa_jax.training.optimizer import DECAYED, OPTIMIZERS, SCHEDULES, make_optimizer
 from psa_jax.training.sharding import REPLICATED, RULES, check_batch, make_mesh
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 NAME = Rule(lambda value: isinstance(value, str), "a name")
 FLAG = Rule(lambda value: type(value) is bool, "true or false")

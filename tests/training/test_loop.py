@@ -207,7 +207,7 @@ def test_a_run_begins_with_an_earlier_adapter(training_config, tmp_path, earlier
 @pytest.mark.parametrize(
     ("change", "settings", "says"),
     [
-        ({"base_model": "0" * 64}, {}, "was trained for another base model"),
+        ({"base_model": "0" * 64}, {}, "the adapter was trained for another base model than"),
         ({"encoder_fingerprint": "other"}, {}, "was trained with the encoder features (other), the table has"),
         ({}, {"adapter.tokens": 4}, "has tokens 8 and not 4; set the keys of config.adapter alike"),
         ({}, {"init_from": "/nowhere/a.safetensors"}, "/nowhere/a.safetensors: no such adapter file"),
