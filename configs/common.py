@@ -3,7 +3,7 @@
 `experiment_config` has four modes:
 
 (none)    the adapter and the loss that drew the cleanest pictures in the small world: kind `edit` with the gate by
-          categories and a self-attention over the prompt, by swap distillation
+          categories, by swap distillation; and a self-attention over the prompt, which was not measured there
 :dpo      kind `text`, 4 user tokens, DPO with an SFT term on the winner
 :paper    the published adapter and recipe (PSA, arXiv 2508.01151): one token, β 5000, no SFT term, 5,000 steps
 :smoke    three steps of one pair, to test an installation
