@@ -33,6 +33,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "edit": _NO_GATE | {"kind": "edit", "tokens": 8},
     "edit_mixing": _NO_GATE | {"kind": "edit", "tokens": 8, "mixing": True},
     "edit_categories": _NO_GATE | {"kind": "edit", "tokens": 0, "gate": "categories"},
+    "edit_categories_mixing": _NO_GATE | {"kind": "edit", "tokens": 0, "gate": "categories", "mixing": True},
 }
 """Name → what `config.adapter` is set to."""
 
@@ -123,7 +124,7 @@ def config_of(
         config.objective.update(swap.objective if alone else dpo.objective)
         if method.objective == "dpo_swap":
             config.objective.swap_weight = swap.objective.swap_weight
-        if not (alone and method.adapter == "edit_categories"):
+        if not (alone and method.adapter.startswith("edit_categories")):
             config.data.update(safe_share=dpo.data.safe_share, banned_share=dpo.data.banned_share)
     return config
 
