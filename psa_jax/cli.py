@@ -42,7 +42,7 @@ COMMANDS = {
     "levels": Command("cluster users by what they ban", arguments.levels, "levels"),
     "mini": Command("render SAGE-mini, a small world in the layout of SAGE", arguments.mini, "mini"),
     "check": Command("verify every row and picture of a SAGE folder", arguments.check, "check"),
-    "build": Command("encode a SAGE folder as shards for a base model", arguments.build, "build"),
+    "build": Command("encode SAGE or own pairs as shards for a base model", arguments.build, "build"),
     "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, "pretrain"),
     "train": Command("train an adapter on preference pairs", arguments.train, "train"),
     "compare": Command("train several kinds of adapter and objectives, and compare them", arguments.compare, "compare"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
+from psa_jax.data.rows import NO_CATEGORY
 from psa_jax.data.shards import RowColumns
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
@@ -134,8 +135,13 @@ class UserSampler:
         """The sampler over the users of a split.
 
         Raises:
-          PSAError: a category that all users ban or all allow.
+          PSAError: a category that all users ban or all allow, or unsafe prompts without a category.
         """
+        if (columns.categories[columns.unsafe] == NO_CATEGORY).any():
+            raise PSAError(
+                "cannot balance: who bans a prompt without a category is known of its own user alone; set data.balance "
+                "to rows or none"
+            )
         numbers = np.unique(np.asarray(columns.user_ids), return_inverse=True)[1]
         users = {}
         for category in np.unique(columns.categories[columns.unsafe]).tolist():
@@ -162,6 +168,5 @@ class UserSampler:
 def _require_both(category: int, bans: np.ndarray, allows: np.ndarray) -> None:
     if not bans.size or not allows.size:
         who = "bans" if not bans.size else "allows"
-        raise PSAError(
-            f"cannot balance: no user here {who} {CATEGORIES[category]}; add users or set data.balance to none"
-        )
+        what = "a prompt without a category" if category == NO_CATEGORY else CATEGORIES[category]
+        raise PSAError(f"cannot balance: no user here {who} {what}; add users or set data.balance to none")

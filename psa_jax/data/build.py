@@ -1,4 +1,4 @@
-"""Builds shards: a SAGE folder to ArrayRecord files with cached VAE moments.
+"""Builds shards: a folder of pairs to ArrayRecord files with cached VAE moments.
 
 A folder of shards:
 
@@ -6,7 +6,7 @@ A folder of shards:
     fingerprint.json             what the moments depend on, settings, rows of each split, size and hash of each file
     rows-<split>.json            user, category, prompt kind and ban of every row, for balancing without reading moments
     text-empty.safetensors       with text embeddings: those of the empty prompt
-    sage/<family>_<resolution>/2.0.0/   the TFDS data set, rows in the order of metadata.jsonl
+    sage/<family>_<resolution>/2.0.0/   the TFDS data set, rows in the order of their file
 
 It holds no profile attributes, but what a user bans reveals some of them: the folder is readable for its owner alone
 (mode 0700). While it is being made, `<name>.parts` beside it holds what is encoded already.
@@ -36,10 +36,10 @@ from psa_jax.data.builder import Sage, moment_names, token_names
 from psa_jax.data.chunks import Chunk, Encoded, fill_chunks, plan_chunks
 from psa_jax.data.dataset_card import dataset_card
 from psa_jax.data.encoding import PictureEncoder, Pictures, TextCache, distinct_prompts, file_hash
+from psa_jax.data.layouts import Layout, find_layout
 from psa_jax.data.preprocess import Preprocess
-from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, SageRecord, read_split
+from psa_jax.data.rows import NO_CATEGORY, PROMPT_KINDS, Row
 from psa_jax.data.shards import EMPTY_PROMPT_FILE, FORMAT, INFO_FILE, columns_file, read_info
-from psa_jax.data.twins import NO_TWIN, safe_rows
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.progress import print_on_main, print_stage, track
@@ -68,14 +68,14 @@ def build_shards(
     threads: int | None = None,
     part: tuple[int, int] | None = None,
 ) -> Path:
-    """Makes shards of a SAGE folder; every distinct picture is encoded once. The same input gives the same bytes.
+    """Makes shards of a folder of pairs; every distinct picture is encoded once. The same input gives the same bytes.
 
     The folder appears complete or not at all. Until then, what is encoded is kept in `<out>.parts`: a build that was
     killed continues when it is called again. Hosts that share that folder (or merge theirs) encode a `part` each; a
     last call without `part` encodes what is missing and makes the shards.
 
     Args:
-      sage_dir: folder in SAGE's layout.
+      sage_dir: folder in one of `LAYOUTS`.
       out: folder to make; absent, empty, or made by the same call before.
       encode: pictures [b, r, r, 3] in [-1, 1] → moments [b, h, w, 2c]; always called with `batch_size` pictures.
       vae_fingerprint: `fingerprints.vae_fingerprint` of the VAE behind `encode` and of `preprocess`.
@@ -94,7 +94,7 @@ def build_shards(
       `out`, or with `part` the folder of the work files.
 
     Raises:
-      PSAError: `out` holds something else, or the SAGE folder or an argument is invalid.
+      PSAError: `out` holds something else, or the folder of pairs or an argument is invalid.
     """
     sage_dir, out = Path(sage_dir), Path(out)
     _check_arguments(family, batch_size, part)
@@ -104,7 +104,7 @@ def build_shards(
     threads = threads or os.cpu_count() or 1
     tokenizers = (tokenizer,) if callable(tokenizer) else tuple(tokenizer)
     settings = {"vae": vae_fingerprint, "preprocess": asdict(preprocess), "flips": flips, "batch_size": batch_size}
-    source = _read_source(sage_dir, splits or _splits_of(sage_dir), tokenizers, threads)
+    source = _read_source(sage_dir, splits, tokenizers, threads)
     hashes = _hashes(source, f"VAE and preprocessing ({preprocess.resolution} px)", vae_fingerprint, text)
     inputs = _hash([FORMAT, settings, hashes, family, list(latent_shape)])
     work = out.with_name(f"{out.name}.parts")
@@ -142,34 +142,27 @@ def _check_arguments(family: str, batch_size: int, part: tuple[int, int] | None)
         raise PSAError(f"batch size for encoding is {batch_size}; give a number from 1 up")
 
 
-def _splits_of(sage_dir: Path) -> list[str]:
-    splits = [split for split in SPLITS if (sage_dir / split).is_dir()]
-    if not splits:
-        raise PSAError(f"{sage_dir}: none of the folders {', '.join(SPLITS)} is there; give a folder in SAGE's layout")
-    return splits
-
-
 # --- reading: everything but pixels is read before the first picture is encoded, so that errors come in seconds
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The SAGE folder, without pixels.
+    """The folder with the pairs, without pixels.
 
     Args:
       folder: its path.
-      records: split → its rows.
+      layout: how it is laid out.
+      rows: split → its rows.
       tokens: split → ids [n, t] of each tokenizer.
-      twins: split → the row with the safe prompt of each row's pair (`safe_rows`).
-      names: split → the names of its distinct pictures.
+      safe_tokens: the same of the safe prompt of each row's pair, or the row's own where that is not known.
       pictures: the distinct pictures of all splits.
     """
 
     folder: Path
-    records: Mapping[str, Sequence[SageRecord]]
+    layout: Layout
+    rows: Mapping[str, Sequence[Row]]
     tokens: Mapping[str, Sequence[np.ndarray]]
-    twins: Mapping[str, np.ndarray]
-    names: Mapping[str, Sequence[str]]
+    safe_tokens: Mapping[str, Sequence[np.ndarray]]
     pictures: Pictures
 
     @property
@@ -178,29 +171,33 @@ class _Source:
         return tuple(ids.shape[1] for ids in next(iter(self.tokens.values())))
 
 
-def _read_source(sage_dir: Path, splits: Sequence[str], tokenizers: Sequence[Tokenizer], threads: int) -> _Source:
-    records = {split: read_split(sage_dir, split) for split in splits}
-    tokens = {
-        split: [_tokenize(each, [record.caption for record in rows]) for each in tokenizers]
-        for split, rows in records.items()
-    }
-    twins = {split: safe_rows(rows) for split, rows in records.items()}
-    _report_unpaired(twins)
-    # Every pair occurs under two prompts, so every picture occurs twice.
-    names = {
-        split: list(dict.fromkeys(name for record in rows for name in (record.safe_image, record.unsafe_image)))
-        for split, rows in records.items()
-    }
-    return _Source(sage_dir, records, tokens, twins, names, Pictures.read(sage_dir, names, threads))
+def _read_source(folder: Path, splits: Sequence[str] | None, tokenizers: Sequence[Tokenizer], threads: int) -> _Source:
+    layout, present = find_layout(folder)
+    rows = layout.read(folder, splits or present)
+    _report_unpaired(rows)
+    tokens, safe_tokens = {}, {}
+    for split, of_split in rows.items():
+        captions = [row.caption for row in of_split], [row.safe_caption or row.caption for row in of_split]
+        distinct = {caption: number for number, caption in enumerate(dict.fromkeys([*captions[0], *captions[1]]))}
+        found = [_tokenize(each, list(distinct)) for each in tokenizers]
+        tokens[split], safe_tokens[split] = (
+            [ids[np.asarray([distinct[caption] for caption in side])] for ids in found] for side in captions
+        )
+    pictures = {split: {n: p for row in of_split for n, p in row.pictures.items()} for split, of_split in rows.items()}
+    return _Source(folder, layout, rows, tokens, safe_tokens, Pictures.read(pictures, threads))
 
 
-def _report_unpaired(twins: Mapping[str, np.ndarray]) -> None:
-    for split, rows in twins.items():
-        if lacking := int((rows == NO_TWIN).sum()):
+def _report_unpaired(rows: Mapping[str, Sequence[Row]]) -> None:
+    for split, of_split in rows.items():
+        if lacking := _unpaired(of_split):
             print_on_main(
-                f"{split}: {lacking} of {len(rows)} rows: an unsafe prompt whose pair lacks the row with the safe one; "
-                "swap distillation leaves them out"
+                f"{split}: {lacking} of {len(of_split)} rows: an unsafe prompt whose safe prompt is not there; swap "
+                "distillation leaves such a row out where it is banned"
             )
+
+
+def _unpaired(rows: Sequence[Row]) -> int:
+    return sum(row.safe_caption is None for row in rows)
 
 
 def _tokenize(tokenizer: Tokenizer, captions: list[str]) -> Int32[np.ndarray, "n t"]:
@@ -213,7 +210,8 @@ def _tokenize(tokenizer: Tokenizer, captions: list[str]) -> Int32[np.ndarray, "n
 def _hashes(source: _Source, vae: str, vae_fingerprint: str, text: TextCache | None) -> dict[str, str]:
     """Everything that the shards depend on, for the dataset card: description → sha256."""
     hashes = {vae: vae_fingerprint}
-    hashes |= {f"{split}/{METADATA}": file_hash(source.folder / split / METADATA) for split in source.records}
+    for path in (source.layout.file(source.folder, split) for split in source.rows):
+        hashes[path.relative_to(source.folder).as_posix()] = file_hash(path)
     hashes["pictures, in order of first use"] = _hash(source.pictures.digests)
     hashes["token ids"] = _hash([[ids.tolist() for ids in each] for each in source.tokens.values()])
     if text is not None:
@@ -230,7 +228,7 @@ class _Prompts:
 
     Args:
       ids: token ids [k, t] of each prompt.
-      number: split → the prompt of each row.
+      number: split → the prompt of each row, and `_safe(split)` → its safe prompt.
       empty: the number of the empty prompt.
       fingerprint: of the text encoders.
       chunks: the work files.
@@ -247,7 +245,8 @@ class _Prompts:
         cls, source: _Source, tokenizers: Sequence[Tokenizer], work: Path, text: TextCache, batch_size: int
     ) -> "_Prompts":
         """Collects the prompts and plans their work files."""
-        ids, number = distinct_prompts(source.tokens | {"": [_tokenize(each, [""]) for each in tokenizers]})
+        safe = {_safe(split): tokens for split, tokens in source.safe_tokens.items()}
+        ids, number = distinct_prompts(source.tokens | safe | {"": [_tokenize(each, [""]) for each in tokenizers]})
         settings = {"text": text.fingerprint, "batch_size": batch_size}
         digests = [_hash(each.tolist()) for each in ids]
         chunks = plan_chunks(work, settings, digests, batch_size * _CHUNK_BATCHES)
@@ -276,8 +275,8 @@ def _info(
         "latent_shape": list(latent_shape),
         "preprocess": asdict(preprocess),
         "tokens": list(source.token_lengths),
-        "splits": {split: len(rows) for split, rows in source.records.items()},
-        "unpaired": {split: int((rows == NO_TWIN).sum()) for split, rows in source.twins.items()},
+        "splits": {split: len(rows) for split, rows in source.rows.items()},
+        "unpaired": {split: _unpaired(rows) for split, rows in source.rows.items()},
         "pictures": len(source.pictures.paths),
         "text": {} if prompts is None else prompts.shapes(),
         **({} if prompts is None else {"text_fingerprint": prompts.fingerprint}),
@@ -296,19 +295,19 @@ def _write_folder(
     """Writes all files into a temporary folder in `work`, then gives it the name `out`. Adds `files` to `info`."""
     made = Path(tempfile.mkdtemp(prefix="shards.", dir=work))
     try:
-        examples = {split: _rows_of(source, split, moments, prompts) for split in source.records}
+        examples = {split: _rows_of(source, split, moments, prompts) for split in source.rows}
         builder = Sage(examples=examples, layout=info, data_dir=made, file_format="array_record")
         # TFDS prints to stdout, which belongs to the caller's results.
         with contextlib.redirect_stdout(sys.stderr), _without_bars():
             builder.download_and_prepare(file_format="array_record")
         shutil.rmtree(made / "downloads", ignore_errors=True)
-        for split, rows in source.records.items():
-            (made / columns_file(split)).write_text(json.dumps(_columns_json(rows, source.twins[split])) + "\n")
+        for split, rows in source.rows.items():
+            (made / columns_file(split)).write_text(json.dumps(_columns_json(rows)) + "\n")
         if prompts is not None:
             empty = {name: np.ascontiguousarray(array) for name, array in prompts.states[prompts.empty].items()}
             (made / EMPTY_PROMPT_FILE).write_bytes(save(empty))
-        counts = {split: _counts(rows, len(source.names[split])) for split, rows in source.records.items()}
-        (made / "README.md").write_text(dataset_card(info, counts, hashes), encoding="utf-8")
+        counts = {split: _counts(rows) for split, rows in source.rows.items()}
+        (made / "README.md").write_text(dataset_card(info, counts, hashes, source.layout), encoding="utf-8")
         info["files"] = {name: _file_facts(made / name) for name in _files(made)}
         (made / INFO_FILE).write_text(json.dumps(info, indent=1, sort_keys=True) + "\n")
     except BaseException:
@@ -318,18 +317,24 @@ def _write_folder(
 
 
 def _rows_of(source: _Source, split: str, moments: Encoded, prompts: _Prompts | None) -> Iterator[dict[str, Any]]:
-    records, tokens, twins = source.records[split], source.tokens[split], source.twins[split]
+    rows = source.rows[split]
 
-    def prompt(row: int) -> dict[str, np.ndarray]:
+    def prompt(key: str, tokens: Sequence[np.ndarray], row: int) -> dict[str, np.ndarray]:
         ids = dict(zip(token_names(len(tokens)), (each[row] for each in tokens), strict=True))
-        return ids | ({} if prompts is None else prompts.states[prompts.number[split][row]])
+        return ids | ({} if prompts is None else prompts.states[prompts.number[key][row]])
 
-    for row, record in enumerate(track(records, len(records), "row", f"writing {split}")):
-        twin = int(twins[row])
-        safe = prompt(row if twin == NO_TWIN else twin)
-        pair = [moments[source.pictures.number[split, name]] for name in (record.chosen, record.rejected)]
-        example = _example(source.folder / split, record, *pair) | prompt(row)
-        yield example | {f"{SAFE}{name}": value for name, value in safe.items()} | {"twin": twin != NO_TWIN}
+    for number, row in enumerate(track(rows, len(rows), "row", f"writing {split}")):
+        own = prompt(split, source.tokens[split], number)
+        safe = prompt(_safe(split), source.safe_tokens[split], number)
+        pair = [moments[source.pictures.number[split, name]] for name in (row.chosen, row.rejected)]
+        example = _example(source.folder / split, row, *pair) | own
+        example |= {f"{SAFE}{name}": value for name, value in safe.items()}
+        yield example | {"twin": row.safe_caption is not None}
+
+
+def _safe(split: str) -> str:
+    """The key of the safe prompts of a split, which is no name of a split."""
+    return f"{split}/{SAFE}"
 
 
 @contextlib.contextmanager
@@ -344,22 +349,22 @@ def _without_bars() -> Iterator[None]:
 
 
 def _example(
-    folder: Path, record: SageRecord, chosen: Mapping[str, np.ndarray], rejected: Mapping[str, np.ndarray]
+    folder: Path, row: Row, chosen: Mapping[str, np.ndarray], rejected: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     if not np.array_equal(chosen["geometry"], rejected["geometry"]):
         raise PSAError(
-            f"{folder}: {record.chosen} and {record.rejected} differ in size, so they cannot get the "
+            f"{folder}: {row.chosen} and {row.rejected} differ in size, so they cannot get the "
             "same crop; give both one size or remove their rows"
         )
     moments = [each["moments"][view] for view in range(len(chosen["moments"])) for each in (chosen, rejected)]
     original_size, crop = chosen["geometry"]
     return {
-        "file_name": record.file_name,
-        "caption": record.caption,
-        "category": record.category,
-        "kind": PROMPT_KINDS[record.unsafe],
-        "banned": record.banned,
-        "user_id": record.user_id,
+        "file_name": row.name,
+        "caption": row.caption,
+        "category": _category(row),
+        "kind": PROMPT_KINDS[row.unsafe],
+        "banned": row.banned,
+        "user_id": row.user_id,
         **dict(zip(moment_names(len(moments) > 2), moments, strict=True)),
         "original_size": original_size,
         "crop": crop,
@@ -378,17 +383,21 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _counts(records: Sequence[SageRecord], pictures: int) -> dict[str, int]:
-    unsafe = sum(record.unsafe for record in records)
-    users = len({record.user_id for record in records})
-    return {"rows": len(records), "unsafe prompts": unsafe, "users": users, "pictures": pictures}
+def _category(row: Row) -> int:
+    return NO_CATEGORY if row.category is None else CATEGORIES.index(row.category)
 
 
-def _columns_json(records: Sequence[SageRecord], twins: np.ndarray) -> dict[str, list]:
+def _counts(rows: Sequence[Row]) -> dict[str, int]:
+    users, pictures = {row.user_id for row in rows}, {name for row in rows for name in row.pictures}
+    unsafe = sum(row.unsafe for row in rows)
+    return {"rows": len(rows), "unsafe prompts": unsafe, "users": len(users), "pictures": len(pictures)}
+
+
+def _columns_json(rows: Sequence[Row]) -> dict[str, list]:
     return {
-        "user_id": [record.user_id for record in records],
-        "category": [CATEGORIES.index(record.category) for record in records],
-        "unsafe": [int(record.unsafe) for record in records],
-        "banned": [int(record.banned) for record in records],
-        "twin": (twins != NO_TWIN).astype(int).tolist(),
+        "user_id": [row.user_id for row in rows],
+        "category": [_category(row) for row in rows],
+        "unsafe": [int(row.unsafe) for row in rows],
+        "banned": [int(row.banned) for row in rows],
+        "twin": [int(row.safe_caption is not None) for row in rows],
     }

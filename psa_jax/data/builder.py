@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import writer as tfds_writer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from psa_jax.data.sage import PROMPT_KINDS
+from psa_jax.data.rows import PROMPT_KINDS
 from psa_jax.data.shards import VERSION, read_info
 from psa_jax.errors import PSAError
 from psa_jax.profiles.schema import CATEGORIES

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from psa_jax.data.images import Surveyed, survey
-from psa_jax.data.sage import METADATA, PROMPT_KINDS, SPLITS, RowError, SageRecord, ScannedRow, scan_lines, split_lines
+from psa_jax.data.rows import PROMPT_KINDS, SPLITS
+from psa_jax.data.sage import METADATA, RowError, SageRecord, ScannedRow, scan_lines, split_lines
 from psa_jax.errors import PSAError
 from psa_jax.profiles.population import sample_population
 from psa_jax.profiles.schema import COLUMNS, UserProfile

@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from psa_jax.data.layouts import Layout
+
 _CARD = """\
 ---
-pretty_name: SAGE as VAE moments ({config})
+pretty_name: {title} as VAE moments ({config})
 license: other
 ---
-# SAGE as VAE moments: {config}
+# {title} as VAE moments: {config}
 
-Preference pairs of SAGE, for training personal safety adapters: prompts, and the mean and log-variance of a Stable
+Preference pairs, for training personal safety adapters: prompts, and the mean and log-variance of a Stable
 Diffusion VAE (float16) in place of the chosen and the rejected picture. Made by psa_jax; format `{format}`.
 
     import tensorflow_datasets as tfds
@@ -36,23 +38,28 @@ of its own model.
 
 ## Terms
 
-- The prompts and pictures are SAGE's, and the moments decode back into the pictures: SAGE's licence and terms of use
-  hold for this folder as for the original, and so do those of the VAE. psa_jax's own licence covers neither.
+- The moments decode back into the pictures. Prompts and pictures are {terms}, and so do
+  the terms of the VAE. psa_jax's own licence covers neither.
 - Many pictures and prompts are harmful by design. They are here to teach a model what somebody does not want to see.
 - User ids and what each user bans are personal data. No other attribute of a profile is in here; the folder is made
   readable for its owner alone.
 """
 
 
-def dataset_card(info: Mapping[str, Any], counts: Mapping[str, Mapping[str, int]], hashes: Mapping[str, str]) -> str:
+def dataset_card(
+    info: Mapping[str, Any], counts: Mapping[str, Mapping[str, int]], hashes: Mapping[str, str], layout: Layout
+) -> str:
     """Text of the card, in Markdown.
 
     Args:
       info: contents of fingerprint.json.
       counts: split → its numbers of rows, unsafe prompts, users and pictures.
       hashes: description → sha256 of everything that the shards depend on.
+      layout: of what they were made from.
     """
     return _CARD.format(
+        title=layout.title,
+        terms=layout.terms,
         config=f"{info['family']}_{info['resolution']}",
         format=info["format"],
         split=next(iter(counts)),

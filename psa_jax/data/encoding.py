@@ -14,7 +14,6 @@ from psa_jax.data.batched import encode_images, half, in_batches
 from psa_jax.data.chunks import map_ahead
 from psa_jax.data.images import open_image
 from psa_jax.data.preprocess import Preprocess
-from psa_jax.data.sage import image_path
 from psa_jax.errors import PSAError
 from psa_jax.progress import track
 
@@ -34,19 +33,18 @@ class Pictures:
     number: Mapping[tuple[str, str], int]
 
     @classmethod
-    def read(cls, root: Path, names: Mapping[str, Sequence[str]], threads: int) -> "Pictures":
+    def read(cls, found: Mapping[str, Mapping[str, Path]], threads: int) -> "Pictures":
         """Hashes every picture of every split, without decoding it.
 
         Args:
-          root: folder in SAGE's layout.
-          names: split → names of its pictures.
+          found: split → name → path of its pictures.
           threads: for reading.
 
         Raises:
-          PSAError: a picture is missing, cannot be read or lies outside `root`.
+          PSAError: a picture cannot be read.
         """
-        places = [(split, name) for split, of_split in names.items() for name in of_split]
-        paths = [image_path(root, split, name) for split, name in places]
+        places = [(split, name) for split, of_split in found.items() for name in of_split]
+        paths = [found[split][name] for split, name in places]
         hashes = map_ahead(file_hash, paths, threads, 8 * threads)
         digests = list(track(hashes, len(paths), "picture", "reading"))
         first = dict(zip(digests[::-1], paths[::-1], strict=True))

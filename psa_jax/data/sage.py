@@ -14,15 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from psa_jax.data.rows import SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.json_input import parse_json
 from psa_jax.profiles.bans import is_banned
 from psa_jax.profiles.schema import ATTRIBUTES, CATEGORIES, COLUMNS, MAX_AGE, UserProfile, age_group_of
 
-SPLITS = ("train", "val", "test_seen", "test_unseen")
 METADATA = "metadata.jsonl"
-PROMPT_KINDS = ("safe", "unsafe")
-"""Names of the two kinds of prompts in files and reports: `PROMPT_KINDS[record.unsafe]`."""
 
 _FIELDS = ("file_name", "chosen", "rejected", "caption", "user_data")
 _CATEGORY_OF: Mapping[str, str] = MappingProxyType({category.lower(): category for category in CATEGORIES})

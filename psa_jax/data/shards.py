@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float32, Int32
 
 from psa_jax.data.preprocess import RESAMPLE, Preprocess
+from psa_jax.data.rows import NO_CATEGORY
 from psa_jax.errors import PSAError
 from psa_jax.json_input import read_json
 from psa_jax.profiles.schema import CATEGORIES
@@ -46,9 +47,9 @@ class RowColumns:
 
     Args:
       user_ids: seven digits each.
-      categories: position in CATEGORIES.
+      categories: position in CATEGORIES, or NO_CATEGORY.
       unsafe: whether the prompt is the unsafe one.
-      banned: whether the user bans the category.
+      banned: whether the user bans what the prompt asks for.
       twins: whether the safe prompt of the row's pair is known.
     """
 
@@ -216,7 +217,7 @@ def _read_columns(path: Path, rows: int) -> RowColumns:
         tuple(columns) != names
         or not all(isinstance(columns[name], list) and len(columns[name]) == rows for name in names)
         or not all(isinstance(user_id, str) for user_id in columns["user_id"])
-        or not all(type(value) is int and value in range(len(CATEGORIES)) for value in columns["category"])
+        or not all(type(value) is int and value in range(NO_CATEGORY, len(CATEGORIES)) for value in columns["category"])
         or not all(type(value) is int and value in (0, 1) for name in names[2:] for value in columns[name])
     ):
         raise PSAError(f"{path}: does not describe the {rows} rows of this split; build the shards again")

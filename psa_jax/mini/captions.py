@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from psa_jax.data.sage import SPLITS
+from psa_jax.data.rows import SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.mini.world import (
     BACKGROUNDS,

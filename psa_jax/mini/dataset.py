@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from psa_jax.data.sage import SPLITS
+from psa_jax.data.rows import SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.files import replacing_folder, write_private
 from psa_jax.mini.captions import NEGATED_SHARE, TWO_SHARE, Prompt, caption, rephrased, sample_prompt

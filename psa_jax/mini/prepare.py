@@ -6,7 +6,8 @@ import jax
 import ml_collections
 
 from psa_jax.data.model_shards import build_for_model
-from psa_jax.data.sage import SPLITS, read_split
+from psa_jax.data.rows import SPLITS
+from psa_jax.data.sage import read_split
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.mini.dataset import render_mini

@@ -173,7 +173,7 @@ def check(parser: ArgumentParser) -> None:
 
 def build(parser: ArgumentParser) -> None:
     """Flags of `psa-jax build`."""
-    parser.add_argument("sage_dir", type=path, metavar="SAGE_DIR", help="dataset folder in SAGE's layout")
+    parser.add_argument("sage_dir", type=path, metavar="SAGE_DIR", help="folder in SAGE's layout, or with own pairs")
     base_model(parser)
     parser.add_argument("--out", type=path, required=True, metavar="SHARDS", help="new folder (mode 0700)")
     parser.add_argument("--resolution", type=side, metavar="PX", help="side of the pictures (default: the model's)")

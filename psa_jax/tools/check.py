@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from psa_jax.data.check import Report, check_sage, quarantine
-from psa_jax.data.sage import PROMPT_KINDS, SPLITS
+from psa_jax.data.rows import PROMPT_KINDS, SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.files import check_new, write_private
 from psa_jax.profiles.population import read_users_csv

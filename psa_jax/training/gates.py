@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from psa_jax.data.rows import NO_CATEGORY
 from psa_jax.data.shards import Shards
 from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.errors import PSAError
@@ -71,8 +72,13 @@ def fit_gates(
       `params` with the fitted gate, and its accuracy on users and prompts that were left out.
 
     Raises:
-      PSAError: too few users or prompts to leave some out.
+      PSAError: too few users or prompts to leave some out, or unsafe prompts without a category.
     """
+    if (shards.columns.categories[shards.columns.unsafe] == NO_CATEGORY).any():
+        raise PSAError(
+            f"{shards.folder}: the gate by categories needs the category of every unsafe prompt; {shards.split} has "
+            "rows without. Add them, or set adapter.gate to attention and adapter.tokens to 8"
+        )
     prompts, categories = _prompts_of(shards)
     halves = {
         "user": (CategoryGate.ban_logits, *_users_of(shards, table)),
@@ -161,7 +167,8 @@ def _users_of(
     ids, numbers = np.unique(np.asarray(columns.user_ids), return_inverse=True)
     bans, known = np.zeros((2, len(ids), len(CATEGORIES)), np.bool_)
     bans[numbers[columns.banned], columns.categories[columns.banned]] = True
-    known[numbers, columns.categories] = True
+    said = columns.categories != NO_CATEGORY
+    known[numbers[said], columns.categories[said]] = True
     return table.lookup([str(user) for user in ids]), bans, known
 
 

@@ -21,7 +21,7 @@ from support.standin import write_standin
 
 from psa_jax.data import sage
 from psa_jax.data.check import CHECKS, Report, check_sage, quarantine
-from psa_jax.data.sage import PROMPT_KINDS
+from psa_jax.data.rows import PROMPT_KINDS
 from psa_jax.errors import PSAError
 from psa_jax.profiles.population import sample_population, write_users_csv
 from psa_jax.profiles.schema import UserProfile

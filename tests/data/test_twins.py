@@ -55,7 +55,7 @@ def test_a_pair_without_its_safe_row_is_counted_and_said(sage_dir: Path, tmp_pat
     stem = json.loads(lines[gone])["file_name"].split(".jpg")[0]
     path.write_text("".join(lines[:gone] + lines[gone + 1 :]))
     out = build.build_shards(sage_dir, tmp_path / "out", encode=encode, **build_options)
-    assert "train: 1 of 55 rows: an unsafe prompt whose pair lacks the row with the safe one" in capsys.readouterr().err
+    assert "train: 1 of 55 rows: an unsafe prompt whose safe prompt is not there" in capsys.readouterr().err
     shards, records = open_shards(out, "train"), sage.read_split(sage_dir, "train")
     assert read_info(out)["unpaired"] == {"train": 1}
     lacking = [index for index in range(len(shards)) if not shards[index]["twin"]]

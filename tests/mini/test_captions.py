@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from psa_jax.data.sage import SPLITS
+from psa_jax.data.rows import SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.mini import world
 from psa_jax.mini.captions import PHRASINGS, Prompt, caption, caption_split, rephrased, sample_prompt, sample_scenes

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from psa_jax.data.sage import SPLITS
+from psa_jax.data.rows import SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.mini import dataset, world
 
