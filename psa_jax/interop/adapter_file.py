@@ -68,6 +68,7 @@ _METADATA = {
     "encoder": _TEXT,
     "encoder_fingerprint": _TEXT,
     "standardised": _Rule(lambda value: isinstance(value, bool), "true or false"),
+    "own_bans": _Rule(lambda value: isinstance(value, bool), "true or false"),
     "steps": _Rule(lambda value: type(value) is int, "a whole number"),
     "objective": _OBJECT,
     "versions": _OBJECT,

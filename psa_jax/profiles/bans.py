@@ -1,4 +1,4 @@
-"""Ban rules: a profile bans every category that one of its attributes bans."""
+"""Ban rules: a profile bans every category that one of its attributes bans, and those that it states itself."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -36,9 +36,9 @@ BANS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 
 def banned_categories(profile: UserProfile) -> tuple[str, ...]:
-    """Categories banned for this profile, sorted, each once."""
+    """Categories banned for this profile, sorted, each once: by the rules, and its own."""
     banned = {category for field, bans in BANS.items() for category in bans.get(getattr(profile, field), ())}
-    return tuple(sorted(banned))
+    return tuple(sorted(banned.union(profile.bans)))
 
 
 def allowed_categories(profile: UserProfile) -> tuple[str, ...]:

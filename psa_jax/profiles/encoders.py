@@ -90,7 +90,15 @@ class FeatureEncoder:
         return {}
 
     def encode(self, profiles: Sequence[UserProfile]) -> Float32[np.ndarray, "n d"]:
-        """One row a profile, every number in [0, 1]."""
+        """One row a profile, every number in [0, 1].
+
+        Raises:
+          PSAError: a profile with bans of its own, and an encoder without the bits that would say so.
+        """
+        if not self.ban_bits and any(profile.bans for profile in profiles):
+            raise PSAError(
+                f"encoder {self.name!r} has no place for a profile's own bans; use features, or leave bans out"
+            )
         rows = [self._encode_one(profile) for profile in profiles]
         return np.asarray(rows, dtype=np.float32).reshape(len(rows), self.dim)  # [0, D] when there are none
 

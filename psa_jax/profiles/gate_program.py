@@ -29,7 +29,7 @@ def features(gates, profile):
     Args:
       gates: as `read_gates` gives them.
       profile: age, gender and, where they differ from "None" and "healthy", religion, physical_condition and
-        mental_condition.
+        mental_condition; bans, a list of categories, where the user bans more than the rules say.
 
     Raises:
       ValueError: a key or value that does not exist, or one that is missing.
@@ -41,7 +41,7 @@ def features(gates, profile):
         if equals and name != "bans":
             choices.setdefault(name, []).append(value)
     given = dict(pair.split("=", 1) for pair in map(str, gates["neutral"])) | dict(profile)
-    age = given.pop("age", None)
+    age, own = given.pop("age", None), given.pop("bans", [])
     if type(age) is not int or not 0 <= age <= int(gates["max_age"]):
         raise ValueError(f"age must be a whole number from 0 to {int(gates['max_age'])}")
     for text in map(str, gates["age_groups"]):
@@ -53,7 +53,12 @@ def features(gates, profile):
     for name, value in given.items():
         if value not in choices[name]:
             raise ValueError(f"{name} must be one of {', '.join(choices[name])}")
-    banned = set()
+    categories = [str(name) for name in gates["categories"]]
+    if not isinstance(own, list | tuple) or any(name not in categories for name in own):
+        raise ValueError(f"bans must be a list of {', '.join(categories)}")
+    if own and not any(field.startswith("bans=") for field in known):
+        raise ValueError("this adapter's encoder has no place for bans of one's own; leave them out")
+    banned = set(own)
     for text in map(str, gates["bans"]):
         holds, *categories = text.split("|")
         name, _, value = holds.partition("=")
@@ -81,6 +86,8 @@ def bans(gates, profile, bits=False):
     logits = x @ gates["2.weight"].T + gates["2.bias"]
     numbers = [1.0 / (1.0 + math.exp(-float(v))) for v in logits]
     names = [str(name) for name in gates["categories"]]
+    if any(numbers[names.index(name)] < 0.5 for name in profile.get("bans", [])):
+        raise ValueError("this adapter does not act on every ban of the profile; use one that is trained for it")
     return {name: float(round(b)) if bits else b for name, b in zip(names, numbers, strict=True)}
 
 

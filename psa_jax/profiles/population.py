@@ -14,7 +14,7 @@ import numpy as np
 from psa_jax.errors import PSAError
 from psa_jax.files import read_bytes, write_private
 from psa_jax.profiles.bans import allowed_categories, banned_categories
-from psa_jax.profiles.schema import AGE_GROUPS, CATEGORIES, COLUMNS, GENDERS, UserProfile
+from psa_jax.profiles.schema import AGE_GROUPS, CATEGORIES, COLUMNS, GENDERS, OWN_BANS, UserProfile
 from psa_jax.seeds import check_seed
 
 # Value → probability. The order of the values decides what each random number gives: it belongs to the data.
@@ -93,6 +93,8 @@ def _is_plausible(age: int, age_group: str, religion: str, mental: str) -> bool:
 def write_users_csv(path: str | Path, profiles: Sequence[UserProfile]) -> None:
     """Writes users.csv with mode 0600: id, attributes, and the categories banned and allowed.
 
+    A column with bans of their own is there if any profile has them.
+
     Args:
       path: the file, in an existing folder.
       profiles: the users, with ids.
@@ -102,7 +104,8 @@ def write_users_csv(path: str | Path, profiles: Sequence[UserProfile]) -> None:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS.values(), *_CATEGORY_COLUMNS])
+    own = [OWN_BANS] if any(profile.bans for profile in profiles) else []
+    writer.writerow([*COLUMNS.values(), *own, *_CATEGORY_COLUMNS])
     seen: set[str] = set()
     for profile in profiles:
         if profile.user_id is None:
@@ -110,14 +113,16 @@ def write_users_csv(path: str | Path, profiles: Sequence[UserProfile]) -> None:
         if profile.user_id in seen:
             raise PSAError(f"{path}: user {profile.user_id} is given twice; keep one")
         seen.add(profile.user_id)
-        writer.writerow(
-            [*profile.to_mapping().values(), *(str(list(rule(profile))) for rule in _CATEGORY_COLUMNS.values())]
-        )
+        mapping = profile.to_mapping()
+        row = [mapping[column] for column in COLUMNS.values()] + [str(list(profile.bans)) for _ in own]
+        writer.writerow([*row, *(str(list(rule(profile))) for rule in _CATEGORY_COLUMNS.values())])
     write_private(path, text.getvalue().encode())
 
 
 def read_users_csv(path: str | Path) -> list[UserProfile]:
-    """Reads users.csv strictly. Columns of banned and allowed categories are optional and must agree with `bans`.
+    """Reads users.csv strictly. Columns of banned and allowed categories are optional and must agree with the rules.
+
+    A column Own_Bans, such as ['Hate'] or [], is optional, too.
 
     The file released with SAGE has no User_ID column: there the id is the number of the row, from 0000001.
 
@@ -153,7 +158,7 @@ def read_users_csv(path: str | Path) -> list[UserProfile]:
 
 def _check_header(path: str | Path, header: list[str]) -> None:
     required = [column for field, column in COLUMNS.items() if field != "user_id"]
-    allowed = {"User_ID", *required, *_CATEGORY_COLUMNS}
+    allowed = {"User_ID", *required, OWN_BANS, *_CATEGORY_COLUMNS}
     missing = [column for column in required if column not in header]
     # By number: where the header is missing, the first user stands in its place.
     unknown = [number for number, column in enumerate(header, start=1) if column not in allowed]
@@ -173,6 +178,8 @@ def _parse_row(header: list[str], cells: list[str], number: int) -> UserProfile:
         raise PSAError(f"{len(cells)} cells, but the header has {len(header)}")
     row = dict(zip(header, cells, strict=True))
     listed = {column: row.pop(column) for column in _CATEGORY_COLUMNS if column in row}
+    if OWN_BANS in row:
+        row[OWN_BANS] = _parse_categories(OWN_BANS, row[OWN_BANS])
     profile = UserProfile.from_mapping({"User_ID": f"{number:07d}", **row})
     for column, cell in listed.items():
         if _parse_categories(column, cell) != _CATEGORY_COLUMNS[column](profile):

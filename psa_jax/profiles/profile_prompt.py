@@ -137,10 +137,11 @@ def decide(profile: UserProfile, reply: str) -> Answer:
       profile: the user.
       reply: the model's text.
 
-    A reply that cannot be parsed bans all categories. For minors the bans of the ban rules are always added.
+    A reply that cannot be parsed bans all categories. The profile's own bans are always added, and for minors those of
+    the ban rules.
     """
     proposed = parse_categories(reply)
-    rule = banned_categories(profile) if profile.age_group in _MINORS else ()
+    rule = banned_categories(profile) if profile.age_group in _MINORS else profile.bans
     return Answer(proposed, tuple(sorted({*(CATEGORIES if proposed is None else proposed), *rule})))
 
 

@@ -71,6 +71,7 @@ class UserProfile:
       age: whole years, 0 to 100.
       age_group: the key of AGE_GROUPS that holds `age`.
       gender, religion, physical_condition, mental_condition: one of the values in `ATTRIBUTES`.
+      bans: categories that the user bans beside those of the ban rules; nothing here allows what the rules ban.
 
     Raises:
       PSAError: a value is outside its set, or the age outside its group.
@@ -84,9 +85,11 @@ class UserProfile:
     religion: str = _attribute("Religion", RELIGIONS, "RELIGION", neutral="None")
     physical_condition: str = _attribute("Physical_Condition", PHYSICAL_CONDITIONS, "PHYSICAL", neutral="healthy")
     mental_condition: str = _attribute("Mental_Condition", MENTAL_CONDITIONS, "MENTAL", neutral="healthy")
+    bans: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check({name: getattr(self, name) for name in COLUMNS})
+        _check_bans(self.bans)
 
     def __repr__(self) -> str:
         return f"UserProfile(user_id={self.user_id!r})"
@@ -96,7 +99,8 @@ class UserProfile:
         """Reads `{"age": 9, "gender": "female"}` or the CSV/SAGE spelling `{"Age": "9", …}`.
 
         Age and gender are required. A missing age group follows from the age; a missing religion is "None", a missing
-        condition "healthy", a missing id None (anonymous). An age may be an int or its digits, as CSV has it.
+        condition "healthy", a missing id None (anonymous), missing bans none. An age may be an int or its digits, as
+        CSV has it; bans are a list of categories.
 
         Raises:
           PSAError: an unknown or repeated key, a missing age or gender, a bad value.
@@ -108,7 +112,7 @@ class UserProfile:
             name = _NAMES.get(key) if isinstance(key, str) else None
             if name is None:
                 raise PSAError(
-                    f"profile: key {number} of {len(mapping)} is unknown; allowed keys: {', '.join(COLUMNS)}"
+                    f"profile: key {number} of {len(mapping)} is unknown; allowed keys: {', '.join([*COLUMNS, 'bans'])}"
                 )
             if name in values:
                 raise PSAError(f'profile: "{name}" is given twice; give it once')
@@ -121,8 +125,10 @@ class UserProfile:
         values["age"] = age = _parse_age(values["age"])
         neutral = {name: each.neutral for name, each in ATTRIBUTES.items() if each.neutral is not None}
         values = {"user_id": None, "age_group": age_group_of(age), **neutral, **values}
+        bans = values.pop("bans", ())
         _check(values)
-        return cls(**values)
+        _check_bans(bans)
+        return cls(**values, bans=tuple(category for category in CATEGORIES if category in bans))
 
     @classmethod
     def from_json(cls, text: str) -> "UserProfile":
@@ -137,9 +143,13 @@ class UserProfile:
             raise PSAError(f'{error}; write it like {{"age": 9, "gender": "female"}}') from error
         return cls.from_mapping(parsed)
 
-    def to_mapping(self) -> dict[str, str | int | None]:
-        """The profile in the CSV/SAGE spelling, in the order of the file; `from_mapping` reads it back."""
-        return {column: getattr(self, name) for name, column in COLUMNS.items()}
+    def to_mapping(self) -> dict[str, str | int | list[str] | None]:
+        """The profile in the CSV/SAGE spelling, in the order of the file; `from_mapping` reads it back.
+
+        Bans of its own, which SAGE does not have, are there only where there are any.
+        """
+        own = {OWN_BANS: list(self.bans)} if self.bans else {}
+        return {column: getattr(self, name) for name, column in COLUMNS.items()} | own
 
 
 ATTRIBUTES: Mapping[str, Attribute] = MappingProxyType(
@@ -152,7 +162,11 @@ COLUMNS: Mapping[str, str] = MappingProxyType(
 )
 """Field of `UserProfile` → its spelling in users.csv and in SAGE's `user_data`, in the order of the file."""
 
+OWN_BANS = "Own_Bans"
+"""The spelling of a profile's own bans in users.csv, a column that may be absent."""
+
 _NAMES = {spelling: name for name, column in COLUMNS.items() for spelling in (name, column)}
+_NAMES |= {"bans": "bans", OWN_BANS: "bans"}
 
 
 def _is_required(name: str) -> bool:
@@ -166,6 +180,7 @@ def describe() -> str:
     for name, each in ATTRIBUTES.items():
         words[name] = ", ".join(each.values) + ("; required" if _is_required(name) else "")
     words["age_group"] += "; follows from the age"
+    words["bans"] = f"list of {', '.join(CATEGORIES)}; added to what the ban rules say"
     return "; ".join(f"{name} ({words[name]})" for name in words)
 
 
@@ -205,6 +220,13 @@ def _check(values: Mapping[str, object]) -> None:
             raise _error(name, ", ".join(each.values) + _hint(name, value))
     if values["age_group"] != group:
         raise _error("age_group", "the group that the age is in; correct one of them, or leave it out")
+
+
+def _check_bans(bans: object) -> None:
+    """Refuses what is no list of different categories; a text would be read letter by letter."""
+    known = isinstance(bans, list | tuple) and all(isinstance(each, str) and each in CATEGORIES for each in bans)
+    if not known or len(set(bans)) != len(bans):
+        raise _error("bans", f"a list of different categories, of {', '.join(CATEGORIES)}")
 
 
 def _parse_age(age: object) -> object:

@@ -19,6 +19,8 @@ from psa_jax.rules import quoted
 from psa_jax.tensor_file import MAX_HEADER, read_float32, read_header
 
 FORMAT = "psa_jax.embedding_table/1"
+OWN_BANS_NOTE = "own_bans"
+"""The note of a table some of whose users state bans of their own."""
 # One key, because safetensors writes several in random order and equal tables must give equal files.
 _METADATA_KEY = "psa_jax.embedding_table"
 _METADATA_FIELDS = {"format", "ids", "encoder", "fingerprint", "notes", "mean", "std"}
@@ -191,7 +193,8 @@ class EmbeddingTable:
             )
         rows = dict(zip(self.ids, self.embeddings, strict=True))
         rows |= zip(others.ids, self.apply(others.embeddings), strict=True)
-        return replace(self, ids=list(rows), embeddings=np.stack(list(rows.values())))
+        own = {name: text for name, text in others.notes.items() if name == OWN_BANS_NOTE}
+        return replace(self, ids=list(rows), embeddings=np.stack(list(rows.values())), notes=dict(self.notes) | own)
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file with mode 0600, completely or not at all; equal tables give equal bytes.
@@ -254,7 +257,8 @@ class EmbeddingTable:
         """
         ids = [check_user_id(profile.user_id) for profile in profiles]
         embeddings = encoder.encode(profiles)
-        return cls(ids, embeddings, encoder.name, encoder.fingerprint, dict(encoder.notes))
+        own = {OWN_BANS_NOTE: "some users"} if any(profile.bans for profile in profiles) else {}
+        return cls(ids, embeddings, encoder.name, encoder.fingerprint, dict(encoder.notes) | own)
 
     @classmethod
     def from_npy_folder(cls, folder: str | Path, encoder: str = "upstream-npy") -> "EmbeddingTable":

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from psa_jax.errors import PSAError
 from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.profiles.encoders import get_encoder
+from psa_jax.profiles.own_bans import check_own_bans, check_table_with_own_bans
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 
@@ -35,8 +36,8 @@ def user_embedding(
       One row in float32, of the adapter's user_dim.
 
     Raises:
-      PSAError: neither or both of profile and user, or a table, encoder or scale other than the adapter was trained
-        with.
+      PSAError: neither or both of profile and user, a table, encoder or scale other than the adapter was trained with,
+        or bans of the user's own that the adapter is not sure to act on.
     """
     if (not profile) == (not user):
         raise PSAError("an adapter needs a user: give either --profile JSON or --user ID with --table FILE")
@@ -53,6 +54,7 @@ def user_embedding(
     if user:
         if known is None:
             raise PSAError("--user needs --table FILE, the embeddings of known users")
+        check_table_with_own_bans(adapter, about, known)
         return known.lookup([user])
     if trained is None:
         raise PSAError(f"{adapter}: does not say which encoder it was trained with; give a user's id and a table")
@@ -70,5 +72,8 @@ def user_embedding(
         )
     if about.get("standardised") and known is None:
         raise PSAError(f"{adapter}: trained on a standardised table; give it with --table to scale --profile alike")
-    raw = encoder.encode([UserProfile.from_json(profile) if isinstance(profile, str) else profile])
-    return raw if known is None else known.apply(raw)
+    user_profile = UserProfile.from_json(profile) if isinstance(profile, str) else profile
+    raw = encoder.encode([user_profile])
+    embedding = raw if known is None else known.apply(raw)
+    check_own_bans(adapter, about, embedding, user_profile.bans)
+    return embedding

@@ -27,6 +27,7 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.models.config import model_family
+from psa_jax.profiles.own_bans import check_table_with_own_bans
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch.adapter import Context, UserAdapter
 from psa_jax.torch.files import adapter_file, load_adapter
@@ -156,6 +157,7 @@ def _check_table(path: Path, about: dict[str, Any], user_dim: int, table: Embedd
         raise PSAError(f"{path}: only one of adapter and table is standardised; give the table of its training")
     if table.dim != user_dim:
         raise PSAError(f"{path}: the adapter needs embeddings of {user_dim} numbers, the table has {table.dim}")
+    check_table_with_own_bans(path, about, table)
 
 
 class _Hidden:

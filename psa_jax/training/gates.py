@@ -5,6 +5,9 @@
 
 An eighth of the users and of the prompts is left out at first, to say how often the gate is right about new ones; then
 both halves are fitted on everything. The steps do not change the gate.
+
+Where an embedding says what its user bans (the encoder features), every user is there several times more with further
+bans of the user's own: else the gate would read the other attributes alone, from which the bans of all users follow.
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ from psa_jax.errors import PSAError
 from psa_jax.interop.native import adapter_arrays, with_arrays
 from psa_jax.models.gates import CategoryGate
 from psa_jax.preference.batch import TOKENS
+from psa_jax.profiles.own_bans import ban_columns
 from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.prompt_columns import is_prompt
@@ -37,6 +41,8 @@ LEFT_OUT = 8
 """One in so many users and prompts is left out to measure."""
 MOST_PROMPTS = 8192
 """Prompts that are looked at: their text states are in memory, 2.6 GB of SDXL's."""
+COPIES, OWN_BAN_SHARE = 8, 0.3
+"""How often a user is repeated with bans of the user's own, and the share of categories that are then banned."""
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 600, 128, 3e-3, 1e-2
 
 
@@ -46,11 +52,13 @@ class GateAccuracy:
 
     Attributes:
       users: of the pairs of user and category.
+      own_bans: the same of users with bans of their own; None where embeddings do not say what their user bans.
       prompts: of the prompts: its own category and no other one for an unsafe prompt, none for a safe one.
     """
 
     users: float
     prompts: float
+    own_bans: float | None = None
 
 
 def fit_gates(
@@ -80,33 +88,36 @@ def fit_gates(
             "rows without. Add them, or set adapter.gate to attention and adapter.tokens to 8"
         )
     prompts, categories = _prompts_of(shards)
+    users, states = _users_of(shards, table), _text_states(setup, frozen, prompts)
+    count = {"user": len(users[0]), "prompt": len(states)}
     halves = {
-        "user": (CategoryGate.ban_logits, *_users_of(shards, table)),
-        "prompt": (
-            CategoryGate.category_logits,
-            _text_states(setup, frozen, prompts),
-            categories,
-            np.ones_like(categories),
-        ),
+        "user": (CategoryGate.ban_logits, *_with_own_bans(table, *users, seed)),
+        "prompt": (CategoryGate.category_logits, states, categories, np.ones_like(categories)),
     }
     # Replicated first: matrices may be divided over the devices of other processes, too.
     whole = jax.device_get(jax.device_put(params, replicated(setup.mesh)))
     local = {name: jnp.asarray(array) for name, array in whole.items()}
     adapter, accuracy = with_arrays(setup.adapter, local), {}
     for half, (logits, inputs, labels, known) in halves.items():
-        left_out = np.arange(len(labels)) % LEFT_OUT == LEFT_OUT - 1
+        left_out = np.arange(len(labels)) % count[half] % LEFT_OUT == LEFT_OUT - 1  # a user with all copies
         if not left_out.any():
             raise PSAError(
-                f"{shards.folder}: {len(labels)} {half}s in {shards.split} are too few to fit a gate; use {LEFT_OUT} "
+                f"{shards.folder}: {count[half]} {half}s in {shards.split} are too few to fit a gate; use {LEFT_OUT} "
                 "or more"
             )
-        problem = _Problem(logits, inputs, labels, known)
-        right = problem.right(problem.fit(adapter.gate, np.flatnonzero(~left_out), seed), np.flatnonzero(left_out))
-        seen = known[left_out]
-        accuracy[f"{half}s"] = 100.0 * float(np.mean(right[seen] if half == "user" else right.all(axis=1)))
+        problem, rows = _Problem(logits, inputs, labels, known), np.flatnonzero(left_out)
+        right, seen = problem.right(problem.fit(adapter.gate, np.flatnonzero(~left_out), seed), rows), known[left_out]
+        usual = rows < count[half]
+        accuracy[f"{half}s"] = _percent(right[usual][seen[usual]] if half == "user" else right.all(axis=1))
+        if not usual.all():
+            accuracy["own_bans"] = _percent(right[~usual][seen[~usual]])
         fitted = problem.fit(adapter.gate, np.arange(len(labels)), seed)
         setattr(adapter.gate, half, getattr(fitted, half))
     return jax.device_put(adapter_arrays(adapter), setup.state_sharding.params), GateAccuracy(**accuracy)
+
+
+def _percent(right: Bool[np.ndarray, "..."]) -> float:
+    return 100.0 * float(np.mean(right))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,6 +181,27 @@ def _users_of(
     said = columns.categories != NO_CATEGORY
     known[numbers[said], columns.categories[said]] = True
     return table.lookup([str(user) for user in ids]), bans, known
+
+
+def _with_own_bans(
+    table: EmbeddingTable,
+    users: Float[np.ndarray, "n d"],
+    bans: Bool[np.ndarray, "n k"],
+    known: Bool[np.ndarray, "n k"],
+    seed: int,
+) -> tuple[Float[np.ndarray, "m d"], Bool[np.ndarray, "m k"], Bool[np.ndarray, "m k"]]:
+    """The users of `_users_of`, and COPIES of all of them with bans of their own where the embeddings have a place."""
+    columns = ban_columns(table)
+    if columns is None:
+        return users, bans, known
+    added = np.random.default_rng(seed).random((COPIES, *bans.shape)) < OWN_BAN_SHARE
+    added[:, np.arange(len(users)), np.arange(len(users)) % len(CATEGORIES)] = True  # everybody adds something
+    ones = np.ones((1, table.dim), np.float32)
+    stated = (ones if table.mean is None else table.apply(ones))[:, columns]
+    copies = np.repeat(users[None], COPIES, axis=0)
+    copies[:, :, columns] = np.where(added, stated[None], copies[:, :, columns])
+    every = [(copies, users), (bans[None] | added, bans), (known[None] | added, known)]
+    return tuple(np.concatenate([own, *repeated]) for repeated, own in every)
 
 
 def _prompts_of(shards: Shards) -> tuple[dict[str, np.ndarray], Bool[np.ndarray, "n k"]]:

@@ -149,6 +149,7 @@ def with_fitted_gate(run: Run, state: TrainState) -> TrainState:
     print_on_main(
         f"the gate is right about {accuracy.users:.1f} % of what users ban and {accuracy.prompts:.1f} % of prompts, "
         "of users and prompts that were left out"
+        + ("" if accuracy.own_bans is None else f"; with bans of their own, {accuracy.own_bans:.1f} %")
     )
     if is_main_process():
         run.workdir.mkdir(parents=True, exist_ok=True)

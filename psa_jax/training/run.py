@@ -17,7 +17,7 @@ from psa_jax.interop.base_model import BaseModel
 from psa_jax.models.adapter_config import ADDED_SIZES
 from psa_jax.preference.batch import Batch
 from psa_jax.preference.objective import Objective
-from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.profiles.table import OWN_BANS_NOTE, EmbeddingTable
 from psa_jax.progress import print_on_main, print_stage
 from psa_jax.training.distributed import connect, require_joined
 from psa_jax.training.held_out import HeldOut, held_out_batches
@@ -102,6 +102,7 @@ class Run:
             "encoder": table.encoder,
             "encoder_fingerprint": table.fingerprint,
             "standardised": table.mean is not None,
+            "own_bans": OWN_BANS_NOTE in table.notes,
             "objective": config.objective.to_dict(),
             "ema": config.optimizer.ema,
             "dtype": config.dtype,

@@ -69,3 +69,24 @@ def test_a_misspelt_category_is_an_error_and_not_allowed():
     profile = UserProfile.from_mapping({"age": 9, "gender": "male"})
     with pytest.raises(PSAError, match="'violence' does not exist.*Violence"):
         is_banned(profile, "violence")
+
+
+def test_bans_of_ones_own_are_added_and_take_nothing_away():
+    adult = UserProfile.from_mapping({"age": 30, "gender": "male", "bans": ["Violence", "Hate"]})
+    assert banned_categories(adult) == ("Hate", "Violence") == adult.bans
+    assert is_banned(adult, "Hate") and not is_banned(adult, "Shocking")
+    child = UserProfile.from_mapping({"age": 9, "gender": "male", "Own_Bans": ["Propaganda"]})
+    assert banned_categories(child) == ("Hate", "Propaganda", "Self-Harm", "Sexuality", "Shocking", "Violence")
+    assert banned_categories(UserProfile.from_mapping({"age": 9, "gender": "male", "bans": []})) == tuple(
+        name for name in banned_categories(child) if name != "Propaganda"
+    )
+    assert UserProfile.from_mapping(adult.to_mapping()) == adult and "Hate" not in repr(adult)
+
+
+@pytest.mark.parametrize("bans", ["Hate", ["hate"], ["Hate", "Hate"], [3], {"Hate": 1}, None, ["Spiders"]])
+def test_what_is_no_list_of_categories_is_refused_without_its_value(bans):
+    with pytest.raises(PSAError, match='"bans" has a value that is not allowed; allowed: a list') as error:
+        UserProfile.from_mapping({"age": 30, "gender": "male", "bans": bans})
+    assert "Spiders" not in str(error.value)
+    with pytest.raises(PSAError, match='"bans" is given twice'):
+        UserProfile.from_mapping({"age": 30, "gender": "male", "bans": ["Hate"], "Own_Bans": ["Hate"]})

@@ -38,6 +38,15 @@ def test_every_encoder_of_the_table_keeps_its_word(name, dim):
     assert encoder.encode([]).shape == (0, dim)
 
 
+def test_own_bans_have_bits_or_are_refused():
+    usual, own = (UserProfile.from_mapping({"age": 30, "gender": "male", "bans": bans}) for bans in ([], ["Hate"]))
+    encoder = get_encoder("features")
+    first, second = encoder.encode([usual, own])
+    assert [encoder.fields[place] for place in (first != second).nonzero()[0]] == ["bans=Hate"]
+    with pytest.raises(PSAError, match="no place for a profile's own bans"):
+        get_encoder("features-no-bans").encode([usual, own])
+
+
 def test_columns_are_the_named_fields():
     encoder = FeatureEncoder()
     users = sample_population(100)

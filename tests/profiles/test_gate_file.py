@@ -19,7 +19,7 @@ from psa_jax.profiles import gate_program
 from psa_jax.profiles.encoders import FeatureEncoder
 from psa_jax.profiles.gate_file import write_gates
 from psa_jax.profiles.population import sample_population
-from psa_jax.profiles.schema import CATEGORIES, COLUMNS
+from psa_jax.profiles.schema import CATEGORIES, COLUMNS, UserProfile
 
 ENCODER = FeatureEncoder()
 ABOUT = {"encoder": ENCODER.name, "encoder_fingerprint": ENCODER.fingerprint, "standardised": False, "family": "sd1"}
@@ -50,6 +50,28 @@ def test_numbers_are_those_of_the_adapter(exported):
         np.testing.assert_allclose(list(found.values()), wanted, rtol=0, atol=1e-5)
         bits = gate_program.bans(gates, profile_of(user), bits=True)
         assert list(bits.values()) == [float(value > 0.5) for value in wanted]
+
+
+def test_bans_of_ones_own_count_on_the_device(exported):
+    adapter, _, out = exported
+    gates, profile = gate_program.read_gates(out / "gates.npz"), {"age": 30, "gender": "male", "bans": ["Hate"]}
+    encoded = ENCODER.encode([UserProfile.from_mapping(profile)])
+    wanted = np.asarray(jax.nn.sigmoid(adapter.gate.ban_logits(jnp.asarray(encoded))))[0]
+    sure = list(CATEGORIES)[int(wanted.argmax())]
+    profile |= {"bans": [sure]}
+    assert wanted.max() > 0.6 > 0.4 > wanted.min()
+    encoded = ENCODER.encode([UserProfile.from_mapping(profile)])
+    wanted = np.asarray(jax.nn.sigmoid(adapter.gate.ban_logits(jnp.asarray(encoded))))[0]
+    np.testing.assert_allclose(list(gate_program.bans(gates, profile).values()), wanted, rtol=0, atol=1e-5)
+    assert gate_program.bans(gates, profile) != gate_program.bans(gates, profile | {"bans": []})
+    with pytest.raises(ValueError, match="does not act on every ban"):
+        gate_program.bans(gates, profile | {"bans": [list(CATEGORIES)[int(wanted.argmin())]]})
+    for bans in ("Hate", ["hate"]):
+        with pytest.raises(ValueError, match="bans must be a list"):
+            gate_program.bans(gates, profile | {"bans": bans})
+    with pytest.raises(ValueError, match="no place for bans of one's own"):
+        fields = np.asarray([field for field in gates["fields"] if not str(field).startswith("bans=")])
+        gate_program.features(gates | {"fields": fields}, profile)
 
 
 def test_the_folder_works_with_numpy_alone(exported, tmp_path):

@@ -1,5 +1,6 @@
 """The population equals the released users; users.csv is written privately and read strictly."""
 
+import dataclasses
 import stat
 
 import pytest
@@ -22,6 +23,18 @@ def test_equals_the_released_users_byte_for_byte(shared_data, tmp_path):
     assert list(rest) == released[:1001]
     assert lines[-1] == b"" and b"\r" not in out.read_bytes()
     assert list(ids) == [b"User_ID", *(b"%07d" % number for number in range(1, 1001))]
+
+
+def test_bans_of_ones_own_are_a_column(tmp_path):
+    usual = sample_population(3)
+    own = [usual[0], dataclasses.replace(usual[1], bans=("Hate", "Violence")), usual[2]]
+    write_users_csv(tmp_path / "users.csv", own)
+    assert read_users_csv(tmp_path / "users.csv") == own
+    assert ",Own_Bans,Banned_Categories," in (tmp_path / "users.csv").read_text().splitlines()[0]
+    text = f"{HEADER},Own_Bans\n{ROW},Hate\n"
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(PSAError, match="line 2: Own_Bans is no list"):
+        read_users_csv(tmp_path / "bad.csv")
 
 
 def test_the_released_file_is_read_without_an_id_column(shared_data):

@@ -131,6 +131,11 @@ def test_parsing(reply, expected):
     assert parse_categories(reply) == expected
 
 
+def test_bans_of_ones_own_are_added_to_any_reply():
+    profile = UserProfile.from_mapping({"age": 30, "gender": "male", "bans": ["Hate"]})
+    assert decide(profile, "[]").banned == ("Hate",) and decide(profile, '["Violence"]').banned == ("Hate", "Violence")
+
+
 def test_the_rule_for_minors_is_added_and_no_reply_takes_it_away():
     assert decide(ADULT, "[]") == Answer((), ())  # an adult's bans are the model's to propose
     assert decide(ADULT, '["Hate"]') == Answer(("Hate",), ("Hate",))
