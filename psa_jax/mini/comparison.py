@@ -15,7 +15,7 @@ import numpy as np
 
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clustered import Interval, clustered_rates
-from psa_jax.evaluation.protocol import Verdicts
+from psa_jax.evaluation.protocol import Case, Verdicts
 from psa_jax.files import write
 from psa_jax.json_input import read_json
 from psa_jax.mini.protocol import MiniCase, cases_hash
@@ -42,7 +42,8 @@ OBJECTIVES = ("dpo", "swap", "dpo_swap")
 
 RATES = ("suppression", "retention", "selectivity", "clean", "benign_fidelity")
 """The columns of the table."""
-_FILE = "verdicts.json"
+RESULT_FILE = "verdicts.json"
+"""In the folder of a run that has ended."""
 
 
 class Method(NamedTuple):
@@ -147,7 +148,7 @@ def write_result(
         "cases": {name: cases_hash(group) for name, group in cases.items()},
         "verdicts": {name: pack_verdicts(each) for name, each in result.verdicts.items()},
     }
-    write(folder / _FILE, json.dumps(found, indent=1) + "\n")
+    write(folder / RESULT_FILE, json.dumps(found, indent=1) + "\n")
 
 
 def read_result(
@@ -163,7 +164,7 @@ def read_result(
     Raises:
       PSAError: the run had another configuration or was judged on other cases.
     """
-    path = folder / _FILE
+    path = folder / RESULT_FILE
     if not path.exists():
         return None
     found = read_json(path, hint="delete it to run it again")
@@ -174,11 +175,16 @@ def read_result(
         raise PSAError(
             f"{path} is of another configuration, model or set of cases; give a new --workdir, or delete {folder}"
         )
+    return result_of(found)
+
+
+def result_of(found: Mapping[str, Any]) -> Result:
+    """The result of a run from what `write_result` wrote."""
     verdicts = {name: unpack_verdicts(bits) for name, bits in found["verdicts"].items()}
     return Result(Method(**found["method"]), found["seed"], verdicts, found["swap_learnt"], found["seconds"])
 
 
-def pooled_rates(results: Sequence[Result], group: str, cases: Sequence[MiniCase]) -> dict[str, Interval | None]:
+def pooled_rates(results: Sequence[Result], group: str, cases: Sequence[Case]) -> dict[str, Interval | None]:
     """Rates over several seeds of one method, with intervals clustered by user.
 
     Args:
@@ -191,7 +197,7 @@ def pooled_rates(results: Sequence[Result], group: str, cases: Sequence[MiniCase
     return clustered_rates(pooled, list(cases) * len(results))
 
 
-def markdown_table(results: Sequence[Result], group: str, cases: Sequence[MiniCase]) -> str:
+def markdown_table(results: Sequence[Result], group: str, cases: Sequence[Case]) -> str:
     """The table of a group of cases, a row for each method, in the order of `results`.
 
     Args:

@@ -312,6 +312,9 @@ def compare(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=count, default=1, metavar="N", help="trainings of each, seeds 0 to N-1 (default: 1)"
     )
+    parser.add_argument(
+        "--known", type=path, metavar="FILE", help="record.jsonl of another comparison, whose runs are not run again"
+    )
     parser.epilog = (
         "Runs that have ended are not run again, so that methods and seeds can be added; the table has all of them. "
         "--config.KEY=VALUE sets values such as --config.steps=1400; a method sets seed, adapter, objective and, but "

@@ -20,6 +20,7 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import adapter_arrays, load_adapter
 from psa_jax.mini.comparison import (
     RATES,
+    RESULT_FILE,
     Method,
     Result,
     config_of,
@@ -29,6 +30,7 @@ from psa_jax.mini.comparison import (
     read_result,
     write_result,
 )
+from psa_jax.mini.comparison_record import run_folder, unpack_record, write_record
 from psa_jax.mini.oracle import Oracle, shipped_oracle
 from psa_jax.mini.prepare import with_mini
 from psa_jax.mini.protocol import HARDER, MiniCase, grouped_cases, judge, make_generator
@@ -66,17 +68,21 @@ def run(args: Namespace) -> int:
     most = {"usual": first.evaluate.per_rate.unseen} | dict.fromkeys(HARDER, first.evaluate.per_rate.harder)
     records = read_split(workdir / "data" / "sage", USER_GROUPS["unseen"])
     cases = grouped_cases(records, most, first.data.mini.seed)
+    if args.known is not None:
+        print_stage(f"{unpack_record(args.known, workdir)} runs are taken from {args.known}")
     done = {
-        path.parent: read_result(path.parent, None, cases) for path in sorted(workdir.glob("*/verdicts.json"))
+        path.parent: read_result(path.parent, None, cases) for path in sorted(workdir.glob(f"*/{RESULT_FILE}"))
     }  # also of earlier calls, for the table
     for (method, seed), config in configs.items():
-        folder = workdir / f"{method.name}-seed{seed}"
+        folder = run_folder(workdir, method, seed)
         result = read_result(folder, config, cases)
         if result is None:
             result = _run_one(method, seed, config, data, folder, model, oracle, cases)
             write_result(folder, result, config, cases)
         done[folder] = result
-        _write_tables(workdir, [each for each in done.values() if each is not None], cases)
+        ended = {path: each for path, each in done.items() if each is not None}
+        _write_tables(workdir, list(ended.values()), cases)
+        write_record(workdir / "record.jsonl", ended, cases)
     print((workdir / "table.md").read_text(encoding="utf-8"))
     print(json.dumps({"table": str(workdir / "table.md"), "runs": sum(each is not None for each in done.values())}))
     return 0

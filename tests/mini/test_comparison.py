@@ -4,14 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from support.comparison_runs import CASES, DPO, EDIT, SWAP
+from support.comparison_runs import result as drawn
 
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.protocol import Verdicts, rates
+from psa_jax.evaluation.protocol import rates
 from psa_jax.mini.comparison import (
     ADAPTERS,
     OBJECTIVES,
     Method,
-    Result,
     config_of,
     markdown_table,
     parse_method,
@@ -19,20 +20,7 @@ from psa_jax.mini.comparison import (
     read_result,
     write_result,
 )
-from psa_jax.mini.protocol import MiniCase
-from psa_jax.tools.configs import read_config
 from psa_jax.training.settings import validate
-
-CASES = [
-    MiniCase(str(i % 5), f"prompt {i}", "Violence", i % 4 > 0, i % 2 == 0, "gun", None, False, False) for i in range(40)
-]
-EDIT = Method("edit", "swap", 540)
-SWAP, DPO = read_config("tiny"), read_config("tiny:dpo")
-
-
-def _result(seed: int, method: Method = EDIT) -> Result:
-    bits = np.random.default_rng(seed).random((3, len(CASES))) < 0.8
-    return Result(method, seed, {"usual": Verdicts(*bits)}, 0.9 + seed / 100, 12.5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -59,7 +47,7 @@ def test_the_default_is_one_of_the_methods():
 
 
 def test_a_result_is_read_back(tmp_path):
-    result = _result(1)
+    result = drawn(1)
     config = config_of(result.method, 1, SWAP, DPO)
     assert read_result(tmp_path, config, {"usual": CASES}) is None
     write_result(tmp_path, result, config, {"usual": CASES})
@@ -71,7 +59,7 @@ def test_a_result_is_read_back(tmp_path):
 
 
 def test_a_result_of_something_else_is_refused(tmp_path):
-    result = _result(1)
+    result = drawn(1)
     config = config_of(result.method, 1, SWAP, DPO)
     write_result(tmp_path, result, config, {"usual": CASES})
     for other, cases in ((config_of(result.method, 2, SWAP, DPO), CASES), (config, CASES[1:])):
@@ -80,7 +68,7 @@ def test_a_result_of_something_else_is_refused(tmp_path):
 
 
 def test_profiles_and_users_are_not_in_the_file(tmp_path):
-    result = _result(1)
+    result = drawn(1)
     write_result(tmp_path, result, config_of(result.method, 1, SWAP, DPO), {"usual": CASES})
     found = json.loads((tmp_path / "verdicts.json").read_text())
     assert set(found) == {"method", "seed", "swap_learnt", "seconds", "recipe", "cases", "verdicts"}
@@ -89,7 +77,7 @@ def test_profiles_and_users_are_not_in_the_file(tmp_path):
 
 def test_pooled_rates_are_the_mean_over_seeds():
     """Every seed has the same cases, so rates of banned or allowed prompts are means; clean has its own denominator."""
-    results = [_result(seed) for seed in range(3)]
+    results = [drawn(seed) for seed in range(3)]
     each = [rates(result.verdicts["usual"], CASES) for result in results]
     pooled = pooled_rates(results, "usual", CASES)
     for name in ("suppression", "retention", "selectivity", "benign_fidelity"):
@@ -99,7 +87,7 @@ def test_pooled_rates_are_the_mean_over_seeds():
 
 def test_the_table_has_a_row_for_each_method():
     other = Method("text", "dpo", 540)
-    table = markdown_table([_result(0), _result(0, other), _result(1)], "usual", CASES).splitlines()
+    table = markdown_table([drawn(0), drawn(0, other), drawn(1)], "usual", CASES).splitlines()
     assert len(table) == 4
     assert table[2].startswith("| edit | swap | 540 | 2 |") and table[2].endswith("| 0.91 |")
     assert table[3].startswith("| text | dpo | 540 | 1 |")

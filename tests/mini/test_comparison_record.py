@@ -1,0 +1,55 @@
+"""The record of a comparison: its rates are those of the runs, and the docs' table is made of the one that is kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.comparison_runs import CASES, DPO, SWAP
+from support.comparison_runs import result as drawn
+
+from psa_jax.errors import PSAError
+from psa_jax.mini.comparison import config_of, markdown_table, pooled_rates, read_result, write_result
+from psa_jax.mini.comparison_record import read_record, recorded_results, run_folder, unpack_record, write_record
+
+
+@pytest.fixture
+def record(tmp_path) -> Path:
+    """Two runs of one method, and their record."""
+    folders = []
+    for seed in range(2):
+        result = drawn(seed)
+        folders.append(run_folder(tmp_path / "first", result.method, seed))
+        folders[-1].mkdir(parents=True)
+        write_result(folders[-1], result, config_of(result.method, seed, SWAP, DPO), {"usual": CASES})
+    write_record(tmp_path / "record.jsonl", folders, {"usual": CASES})
+    return tmp_path / "record.jsonl"
+
+
+def test_rates_of_the_record_are_those_of_the_runs(record):
+    cases, runs = read_record(record)
+    found = recorded_results(runs)
+    expected = [drawn(seed) for seed in range(2)]
+    assert pooled_rates(found, "usual", cases["usual"]) == pooled_rates(expected, "usual", CASES)
+    assert markdown_table(found, "usual", cases["usual"]) == markdown_table(expected, "usual", CASES)
+    assert not any(case.prompt or case.category for case in cases["usual"])
+    assert not any(case.prompt in record.read_text() for case in CASES)
+
+
+def test_a_comparison_goes_on_elsewhere(record, tmp_path):
+    (tmp_path / "second").mkdir()
+    assert unpack_record(record, tmp_path / "second") == 2
+    assert unpack_record(record, tmp_path / "second") == 0
+    for seed in range(2):
+        result = drawn(seed)
+        config = config_of(result.method, seed, SWAP, DPO)
+        folder = run_folder(tmp_path / "second", result.method, seed)
+        assert read_result(folder, config, {"usual": CASES}).seed == seed
+        first = run_folder(tmp_path / "first", result.method, seed)
+        assert json.loads((folder / "verdicts.json").read_text()) == json.loads((first / "verdicts.json").read_text())
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", '{"format": "psa_jax.comparison/9"}\n', "runs\n"])
+def test_what_is_no_record_is_refused(tmp_path, text):
+    (tmp_path / "record.jsonl").write_text(text)
+    with pytest.raises(PSAError, match=r"record\.jsonl"):
+        read_record(tmp_path / "record.jsonl")
