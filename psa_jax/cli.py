@@ -52,6 +52,9 @@ COMMANDS = {
     ),
     "generate": Command("generate pictures for a user", arguments.generate, "generate"),
     "explain": Command("show what an adapter replaces in a prompt, and why", arguments.explain, "explain"),
+    "playground": Command(
+        "serve a page to this machine: one prompt, several users side by side", arguments.playground, "playground"
+    ),
     "export": Command("write a trained adapter as a file", arguments.export, "export"),
     "import": Command("read an adapter file for a base model", arguments.import_, "import_"),
     "bench": Command("measure speed, also against the torch original's approach", arguments.bench, "bench"),

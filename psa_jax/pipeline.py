@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from psa_jax.categories import CATEGORIES
+from psa_jax.diffusion.conditioning import prompt_gates
 from psa_jax.diffusion.generate import Generator
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import find_adapter, fitting_config, read_metadata, read_tensors
@@ -25,6 +27,7 @@ from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter as load_fitting_adapter
 from psa_jax.models.adapter import Adapter
+from psa_jax.profiles.gate_file import require_gate
 from psa_jax.profiles.schema import UserProfile
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.profiles.user_embedding import user_embedding
@@ -100,6 +103,13 @@ def _path(name: str, value: Any) -> Path:
     if not isinstance(value, str | PathLike):
         raise PSAError(f"{name} is {type(value).__name__}; give a path as text")
     return Path(value)
+
+
+def _prompts(prompt: Any) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
+    if not prompts or not all(isinstance(each, str) for each in prompts):
+        raise PSAError("prompt must be a text, or a list of at least one text")
+    return prompts
 
 
 def _scales(scale: Any) -> float | Float[np.ndarray, " n"]:
@@ -188,9 +198,7 @@ class Pipeline:
         Raises:
           PSAError: no user, a user without an adapter, lengths that differ, or an unknown setting.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, list | tuple) else []
-        if not prompts or not all(isinstance(each, str) for each in prompts):
-            raise PSAError("prompt must be a text, or a list of at least one text")
+        prompts = _prompts(prompt)
         if not isinstance(negative, str | None):
             raise PSAError("negative must be a text")
         users = self._users(len(prompts), profile, user, allow_unprotected)
@@ -203,6 +211,30 @@ class Pipeline:
         pictures = generator(prompts, seeds, users, negative=negative, scale=_scales(scale))
         images = [Image.fromarray(pixels) for pixels in pictures]
         return images[0] if isinstance(prompt, str) else images
+
+    def explain(
+        self, prompt: str | Sequence[str], *, profile: Any = None, user: Any = None
+    ) -> dict[str, float] | list[dict[str, float]]:
+        """What an adapter with the gate by categories replaces in a prompt: near 1 for what is asked for and banned.
+
+        Args:
+          prompt: one, or several.
+          profile, user: as for `generate`.
+
+        Returns:
+          Category → value (p_k·b_k of `psa_jax.models.gates`), for a prompt that is one text; else a list.
+
+        Raises:
+          PSAError: no user, lengths that differ, or an adapter without a gate by categories.
+        """
+        if self.adapter is None:
+            raise PSAError("the base model replaces nothing; load an adapter")
+        require_gate(self._file, self.adapter.config)
+        prompts = _prompts(prompt)
+        users = self._users(len(prompts), profile, user, allow_unprotected=False)
+        rows = prompt_gates(self.model, self.adapter, prompts, users)
+        found = [dict(zip(CATEGORIES, map(float, row), strict=True)) for row in rows]
+        return found[0] if isinstance(prompt, str) else found
 
     def _generator(self, settings: dict[str, Any]) -> Generator:
         parameters = inspect.signature(Generator).parameters.values()

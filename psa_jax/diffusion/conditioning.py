@@ -1,11 +1,17 @@
 """Conditions of a UNet: text states and, for SDXL, pooled text and picture sizes."""
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from psa_jax.interop.diffusers import StableDiffusion
+from psa_jax.models.adapter import Adapter
 from psa_jax.models.clip import CLIPText
 
 
@@ -47,3 +53,27 @@ def encode_text(encoders: tuple[CLIPText, ...], ids: tuple[Int[Array, "b s"], ..
 def size_ids(size: tuple[int, int], batch: int) -> Float[Array, "b 6"]:
     """SDXL's time ids for generation: original size = target size = (height, width), no crop; one row a prompt."""
     return jnp.tile(jnp.asarray([[*size, 0, 0, *size]], jnp.float32), (batch, 1))
+
+
+def prompt_gates(
+    model: StableDiffusion, adapter: Adapter, prompts: Sequence[str], users: Float[np.ndarray, "n d"]
+) -> Float[np.ndarray, "n k"]:
+    """p_k·b_k of each prompt with its user (`models.gates`), by category.
+
+    Args:
+      model: base model of the adapter; only its text encoders are read.
+      adapter: one with a gate by categories.
+      prompts: n of them.
+      users: embeddings, one a prompt.
+    """
+    ids = tuple(jnp.asarray(ids) for ids in model.token_ids(list(prompts)))
+    graph, params = nnx.split((model.text_encoders, adapter.gate))
+    return np.asarray(_gates(params, ids, jnp.asarray(users, jnp.float32), graph=graph))
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _gates(
+    params: PyTree[Array], ids: tuple[Int[Array, "n s"], ...], users: Float[Array, "n d"], *, graph: nnx.GraphDef
+) -> Float[Array, "n k"]:
+    encoders, gate = nnx.merge(graph, params)
+    return gate.parts(encode_text(encoders, ids).states, users)

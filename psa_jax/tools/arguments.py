@@ -16,6 +16,7 @@ from psa_jax.tools.flags import (
     picture_seed,
     picture_side,
     place,
+    port,
     rate,
     seed,
     share,
@@ -89,6 +90,40 @@ def _user(group, *, scale: bool = True) -> None:
     group.add_argument("--table", type=path, metavar="FILE", help="embedding table")
     if scale:
         group.add_argument("--scale", type=finite, default=1.0, help="strength of the adapter (default: 1)")
+
+
+def _weights(group: _ArgumentGroup) -> None:
+    """Adds the flags of commands that draw to those of the base model."""
+    group.add_argument("--dtype", default="float32", choices=DTYPES, help="dtype of the weights")
+    group.add_argument(
+        "--lora",
+        type=path,
+        metavar="PATH",
+        help="LoRA of UNet and text encoders: a file of kohya or diffusers, or a folder of peft",
+    )
+    group.add_argument("--lora-scale", type=finite, default=1.0, help="strength of the LoRA (default: 1)")
+
+
+def _unconditional(group: _ArgumentGroup) -> None:
+    group.add_argument(
+        "--unconditional",
+        default="off",
+        choices=list(UNCONDITIONAL),
+        help="user embedding on the unconditional side of guidance (default: off)",
+    )
+
+
+def _sampling(parser: ArgumentParser) -> _ArgumentGroup:
+    """Adds the flags of the sampler and returns their group, to which more can be added."""
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--sampler", choices=list(SAMPLERS), help="sampler (default: the model folder's scheduler)")
+    how.add_argument("--steps", type=count, default=20, help="sampler steps (default: 20)")
+    how.add_argument("--guidance", type=weight, default=7.5, help="scale of classifier-free guidance (default: 7.5)")
+    how.add_argument("--guidance-rescale", type=share, default=0.0, metavar="PHI", help="rescale, 0 to 1 (default: 0)")
+    how.add_argument("--eta", type=share, default=0.0, help="share of fresh noise in DDIM (default: 0)")
+    how.add_argument("--karras", action="store_true", help=f"use Karras noise levels ({', '.join(with_karras())})")
+    how.add_argument("--size", type=size, metavar="HxW", help="size, such as 768 or 512x768 (default: the model's)")
+    return how
 
 
 def population(parser: ArgumentParser) -> None:
@@ -324,26 +359,13 @@ def compare(parser: ArgumentParser) -> None:
 
 def generate(parser: ArgumentParser) -> None:
     """Flags of `psa-jax generate`."""
-    model = base_model(parser)
-    model.add_argument("--dtype", default="float32", choices=DTYPES, help="dtype of the weights")
-    model.add_argument(
-        "--lora",
-        type=path,
-        metavar="PATH",
-        help="LoRA of UNet and text encoders: a file of kohya or diffusers, or a folder of peft",
-    )
-    model.add_argument("--lora-scale", type=finite, default=1.0, help="strength of the LoRA (default: 1)")
+    _weights(base_model(parser))
     user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
     user.add_argument(
         "--adapter", type=path, metavar="FILE", help="native adapter file or its folder (default: the base model alone)"
     )
     _user(user)
-    user.add_argument(
-        "--unconditional",
-        default="off",
-        choices=list(UNCONDITIONAL),
-        help="user embedding on the unconditional side of guidance (default: off)",
-    )
+    _unconditional(user)
     prompt = parser.add_argument_group("prompts")
     prompt.add_argument("--prompt", action="append", help="prompt; may be repeated")
     prompt.add_argument(
@@ -357,14 +379,7 @@ def generate(parser: ArgumentParser) -> None:
         "--seed", type=picture_seed, default=0, help="seed of each prompt's first picture, 0 to 2^64 - 1 (default: 0)"
     )
     prompt.add_argument("--images", type=count, default=1, metavar="N", help="pictures per prompt (default: 1)")
-    how = parser.add_argument_group("sampling")
-    how.add_argument("--sampler", choices=list(SAMPLERS), help="sampler (default: the model folder's scheduler)")
-    how.add_argument("--steps", type=count, default=20, help="sampler steps (default: 20)")
-    how.add_argument("--guidance", type=weight, default=7.5, help="scale of classifier-free guidance (default: 7.5)")
-    how.add_argument("--guidance-rescale", type=share, default=0.0, metavar="PHI", help="rescale, 0 to 1 (default: 0)")
-    how.add_argument("--eta", type=share, default=0.0, help="share of fresh noise in DDIM (default: 0)")
-    how.add_argument("--karras", action="store_true", help=f"use Karras noise levels ({', '.join(with_karras())})")
-    how.add_argument("--size", type=size, metavar="HxW", help="size, such as 768 or 512x768 (default: the model's)")
+    how = _sampling(parser)
     how.add_argument("--batch-size", type=count, default=8, metavar="N", help="pictures per batch (default: 8)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the PNG files")
 
@@ -376,6 +391,25 @@ def explain(parser: ArgumentParser) -> None:
     user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
     _user(user, scale=False)
     parser.add_argument("--prompt", action="append", required=True, help="prompt; may be repeated")
+
+
+def playground(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax playground`."""
+    _weights(base_model(parser))
+    user = parser.add_argument_group("users", "their profiles are typed into the page")
+    user.add_argument("--adapter", type=path, required=True, metavar="FILE", help="native adapter file or its folder")
+    user.add_argument(
+        "--table", type=path, metavar="FILE", help="embedding table, for an adapter of a standardised one"
+    )
+    _unconditional(user)
+    user.add_argument(
+        "--allow-unprotected",
+        action="store_true",
+        help="also draw what the base model shows everybody, beside the users",
+    )
+    _sampling(parser)
+    page = parser.add_argument_group("page", "it is served to this machine alone, at 127.0.0.1")
+    page.add_argument("--port", type=port, default=8017, help="port; 0: any free one (default: 8017)")
 
 
 def export(parser: ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psa_jax.diffusion.conditioning import encode_text
+from psa_jax.diffusion.conditioning import prompt_gates
 from psa_jax.evaluation.gate_words import sentence
 from psa_jax.interop.adapter_file import find_adapter, read_metadata
 from psa_jax.interop.base_model import BaseModel
@@ -36,11 +36,10 @@ def run(args: Namespace) -> int:
     unet = model.unet.config
     adapter = load_adapter(path, unet.cross_attentions, unet.cross_attention_dim)
     require_gate(path, adapter.config)
-    states = encode_text(model.text_encoders, tuple(jnp.asarray(ids) for ids in model.token_ids(args.prompt))).states
     bans = jax.nn.sigmoid(adapter.gate.ban_logits(jnp.asarray(user)))
-    parts = adapter.gate.parts(states, jnp.tile(jnp.asarray(user), (len(args.prompt), 1)))
+    parts = prompt_gates(model, adapter, args.prompt, np.tile(user, (len(args.prompt), 1)))
     found = []
-    for prompt, gates, gate in zip(args.prompt, np.asarray(parts), np.asarray(combine(parts)), strict=True):
+    for prompt, gates, gate in zip(args.prompt, parts, np.asarray(combine(jnp.asarray(parts))), strict=True):
         print_on_main(f"{prompt}: {sentence(gates)}")
         by_category = dict(zip(CATEGORIES, (round(float(value), 4) for value in gates), strict=True))
         found.append({"prompt": prompt, "gate": round(float(gate), 4), "by_category": by_category})

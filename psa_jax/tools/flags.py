@@ -61,5 +61,6 @@ def _multiple(of: int, example: int) -> Reader:
 count, seed, picture_seed = _number(int, COUNT), _number(int, SEED), _number(int, PICTURE_SEED)
 user_count = _number(int, whole(1, 9_999_999))  # an id has seven digits
 workers, index = _number(int, SIZE), _number(int, whole(0, MOST_SIZE - 1))  # threads, processes, hosts
+port = _number(int, whole(0, 65535))  # 0: any free one
 side, side_64, picture_side = _multiple(8, 512), _multiple(64, 128), _number(int, SIZE)
 share, weight, rate, finite = (_number(float, rule) for rule in (SHARE, WEIGHT, RATE, FINITE))
