@@ -14,6 +14,7 @@ JAX_VERSION = "0.10.2"
 
 EVAL = ["matplotlib>=3.9,<4"]
 TORCH = ["torch>=2.6,<3", "diffusers>=0.35,<1", "accelerate>=1.0,<2"]
+PLAYGROUND = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "anyio>=4.6,<5"]
 TEST = [
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
@@ -21,8 +22,10 @@ TEST = [
     "beartype>=0.20,<1",
     "hypothesis>=6.100,<7",
     "peft>=0.17,<1",  # diffusers merges LoRA files with it: the independent side of a test
+    "playwright>=1.50,<2",  # drives a browser that is installed; brings none
     *EVAL,
     *TORCH,
+    *PLAYGROUND,
 ]
 DEV = [*TEST, "ruff>=0.12,<1"]
 
@@ -78,6 +81,7 @@ setup(
         "tpu": [f"jax[tpu]=={JAX_VERSION}"],
         "torch": TORCH,
         "eval": EVAL,
+        "playground": PLAYGROUND,
         "test": TEST,
         "dev": DEV,
     },

@@ -16,7 +16,20 @@ from psa_jax.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "psa_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ORDER = ["models", "interop", "diffusion", "profiles", "data", "preference", "training", "evaluation", "mini", "tools"]
+ORDER = [
+    "models",
+    "interop",
+    "diffusion",
+    "profiles",
+    "data",
+    "preference",
+    "training",
+    "evaluation",
+    "mini",
+    "pipeline",  # a file
+    "playground",
+    "tools",
+]
 """A folder imports from itself and from those before it."""
 
 APART = {"evaluation": ["preference", "training"]}
@@ -43,11 +56,11 @@ EVERYBODYS = [
 DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint"}
 """Where the name to import is not the name to install."""
 
-IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib"}
+IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib", "starlette", "uvicorn", "anyio"}
 """What extras bring: the package must import without."""
 
-TORCH_ALONE = {"tools/bench_torch.py"}
-"""Imported by the process that measures torch, and by nothing else."""
+WITH_AN_EXTRA = {"tools/bench_torch.py": "tools/bench_step.py", "playground/server.py": "tools/playground.py"}
+"""Files that import what extras bring, and the one file that imports them, in a function."""
 
 
 def name_of(path: Path) -> str:
@@ -123,20 +136,28 @@ def test_every_folder_is_a_package() -> None:
 def test_everything_imported_is_declared() -> None:
     requirements = declared()
     required = {canonical(requirement) for requirement in requirements[""]}
-    optional = {canonical(requirement) for extra in ("torch", "eval") for requirement in requirements[extra]}
+    optional = {
+        canonical(requirement) for extra in ("torch", "eval", "playground") for requirement in requirements[extra]
+    }
     for path in FILES:
         tree = ast.parse(path.read_text())
         at_import = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         installed = {canonical(DISTRIBUTIONS.get(name, name)) for name in third_party(imported(tree))}
         assert installed <= required | optional, name_of(path)
-        if path.parent.name != "torch" and name_of(path) not in TORCH_ALONE:
+        if path.parent.name != "torch" and name_of(path) not in WITH_AN_EXTRA:
             assert not (third_party(imported(ast.Module(at_import, []))) & IN_A_FUNCTION_ONLY), name_of(path)
+        for name, importer in WITH_AN_EXTRA.items():
+            module = f"psa_jax.{name.removesuffix('.py').replace('/', '.')}"
+            whole, top = imported(tree), imported(ast.Module(at_import, []))
+            assert not any(each.startswith(module) for each in (top if name_of(path) == importer else whole))
 
 
 def test_requirements_of_the_extras() -> None:
     requirements = declared()
     assert set(requirements[""]).isdisjoint(requirements["torch"])
-    assert set(requirements["torch"]) | set(requirements["eval"]) <= set(requirements["test"])
+    assert {each for extra in ("torch", "eval", "playground") for each in requirements[extra]} <= set(
+        requirements["test"]
+    )
     assert set(requirements["test"]) < set(requirements["dev"])
     assert all("," in requirement and ">=" in requirement for requirement in requirements[""])  # both bounds
 

@@ -1,5 +1,6 @@
 "use strict";
 const settings = JSON.parse(document.getElementById("settings").textContent);
+const presets = Object.fromEntries(settings.presets);
 const $ = (id) => document.getElementById(id);
 const SLIDER = 300, OTHERS = 150, LONG = 4000; // milliseconds
 
@@ -11,7 +12,7 @@ let begun = false; // whether a set was ever asked for: only then a change draws
 
 const cards = () => [...$("users").querySelectorAll(".user")];
 const field = (card, name) => card.querySelector(`[data-field="${name}"]`);
-const attributes = () => Object.keys(Object.values(settings.presets)[0]);
+const attributes = () => Object.keys(Object.values(presets)[0]);
 
 // --- users
 
@@ -62,12 +63,12 @@ function number() {
 }
 
 function fill(card, preset) {
-  for (const [name, value] of Object.entries(settings.presets[preset])) field(card, name).value = value;
+  for (const [name, value] of Object.entries(presets[preset])) field(card, name).value = value;
 }
 
 function presetOf(card) {
   const same = (profile) => Object.entries(profile).every(([name, value]) => field(card, name).value === String(value));
-  return Object.keys(settings.presets).find((name) => same(settings.presets[name])) ?? "";
+  return Object.keys(presets).find((name) => same(presets[name])) ?? "";
 }
 
 // --- asking for a set
@@ -239,8 +240,8 @@ for (const example of document.querySelectorAll(".example")) {
 }
 $("add").addEventListener("click", () => {
   const used = cards().map((card) => field(card, "preset").value);
-  const presets = Object.keys(settings.presets);
-  const card = addUser(presets.find((name) => !used.includes(name)) ?? presets[0]);
+  const names = Object.keys(presets);
+  const card = addUser(names.find((name) => !used.includes(name)) ?? names[0]);
   card.querySelector(".profile").open = true;
   field(card, "preset").focus();
   later(OTHERS);

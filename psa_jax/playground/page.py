@@ -45,7 +45,7 @@ def render_page(nonce: str, **about: Any) -> str:
         if name != "age_group"  # it follows from the age
     ]
     settings = {
-        "presets": {name: _full(profile) for name, profile in PRESETS.items()},
+        "presets": [[name, _full(profile)] for name, profile in PRESETS.items()],  # a list: JSON sorts names
         "first": FIRST,
         "mostUsers": MOST_USERS,
     }

@@ -6,6 +6,7 @@ What comes in and goes out is about persons: nothing of it is logged, kept or ca
 """
 
 import errno
+import logging
 import secrets
 import socket
 import traceback
@@ -69,16 +70,16 @@ def bound(port: int) -> socket.socket:
     return taken
 
 
-def serve(listening: socket.socket, app: ASGIApp) -> None:
-    """Serves until the process is interrupted; a set that is being drawn is finished first.
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """A server for `run(sockets=[…])` with the socket of `bound`.
+
+    It ends with the process's signals, as KeyboardInterrupt for Ctrl-C; a set that is being drawn is finished first.
 
     Args:
-      listening: of `bound`.
       app: of `make_app`.
-
-    Raises:
-      KeyboardInterrupt: Ctrl-C.
     """
+    # access_log=False takes its handlers away; whatever gets one of its own later would still log addresses.
+    logging.getLogger("uvicorn.access").disabled = True
     config = uvicorn.Config(
         app,
         loop="asyncio",
@@ -91,7 +92,7 @@ def serve(listening: socket.socket, app: ASGIApp) -> None:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
 
 
 def make_app(draw: Draw, render: Render, allow_unprotected: bool, port: int) -> ASGIApp:
@@ -128,7 +129,8 @@ def make_app(draw: Draw, render: Render, allow_unprotected: bool, port: int) -> 
             waiting -= 1
 
     routes = [Route("/", page), Route("/draw", pictures, methods=["POST"])]
-    return _Guard(Starlette(routes=routes, exception_handlers={Refused: _refused, HTTPException: _not_here}), port)
+    handlers = {Refused: _refused, HTTPException: _not_here, Exception: _failed}
+    return _Guard(Starlette(routes=routes, exception_handlers=handlers), port)
 
 
 class _Guard:
@@ -139,12 +141,8 @@ class _Guard:
         self._hosts = {f"{name}:{port}" for name in (LOOPBACK, "localhost", "[::1]")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
         async def with_headers(message: Message) -> None:
-            nonlocal begun
             if message["type"] == "http.response.start":
-                begun = True
                 headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *headers]}
             await send(message)
@@ -157,11 +155,8 @@ class _Guard:
             await app(scope, receive, with_headers)
         except ClientDisconnect:
             return
-        except Exception as error:
+        except Exception as error:  # after the answer of `_failed`; the server would log its text
             _report(error)
-            if not begun:
-                failed = _error("an error inside the program; the terminal says where", 500)
-                await failed(scope, receive, with_headers)
 
 
 def _report(error: Exception) -> None:
@@ -202,6 +197,10 @@ def _error(message: str, status: int, where: str = "") -> Response:
 
 def _refused(request: Request, error: Any) -> Response:
     return _error(str(error), error.status, error.where)
+
+
+def _failed(request: Request, error: Any) -> Response:
+    return _error("an error inside the program; the terminal says where", 500)
 
 
 def _not_here(request: Request, error: Any) -> Response:

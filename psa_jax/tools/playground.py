@@ -60,7 +60,7 @@ def run(args: Namespace) -> int:
         url = f"http://{server.LOOPBACK}:{port}/"
         print_on_main(f"open {url} in a browser of this machine; Ctrl-C ends")
         print(json.dumps({"url": url}), flush=True)
-        server.serve(listening, app)
+        server.make_server(app).run(sockets=[listening])
     return 0
 
 
