@@ -4,17 +4,20 @@ import inspect
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from support.torch_adapters import random_adapter
 
 import psa_jax
+from psa_jax.categories import CATEGORIES
 from psa_jax.cli import main
 from psa_jax.errors import PSAError
 from psa_jax.interop.native import adapter_arrays, save_adapter
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.profiles.encoders import get_encoder
+from psa_jax.profiles.schema import UserProfile
 
 CHILD, ADULT = {"age": 9, "gender": "female"}, {"age": 44, "gender": "male"}
 FEW = {"steps": 2, "guidance": 3.0}
@@ -156,6 +159,30 @@ def test_guidance_and_numbers_of_prompts_share_a_program(pipe, sources):
     assert len(fresh._generators) == 2
     assert np.abs(pixels(three[0]) - pixels(pipe.generate(["a cat"] * 3, profile=CHILD, seed=3, **FEW)[0])).max() == 0
     assert np.abs(pixels(four) - pixels(three[0])).max() > 0
+
+
+def test_what_is_replaced_is_the_gate_of_the_adapter(smallest_pipeline, pipe, sources, tmp_path):
+    model, encoder = smallest_pipeline[1], get_encoder("features")
+    sizes = {"kind": "edit", "gate": "categories", "tokens": 0}
+    adapter = random_adapter(AdapterConfig.for_unet(model.unet.config, user_dim=encoder.dim, **sizes))
+    about = {"base_model": model.base_hash, "encoder": encoder.name, "encoder_fingerprint": encoder.fingerprint}
+    save_adapter(adapter, tmp_path / "a.safetensors", about)
+    gated = psa_jax.load(sources[0], tmp_path / "a.safetensors", table=sources[2])
+    found = gated.explain(["a cat", "at"], profile=[CHILD, ADULT])
+    users = encoder.encode([UserProfile.from_mapping(profile) for profile in (CHILD, ADULT)])
+    states = model.text_encoder(jnp.asarray(model.tokenize(["a cat", "at"]))).last
+    for row, gates in zip(found, np.asarray(adapter.gate.parts(states, jnp.asarray(users))), strict=True):
+        assert list(row) == list(CATEGORIES)
+        np.testing.assert_allclose(list(row.values()), gates, atol=1e-6)
+    assert gated.explain(["a cat", "at"], user=["0000001", "0000002"]) == found
+    with pytest.raises(PSAError, match="no user is given"):
+        gated.explain("a cat")
+    with pytest.raises(PSAError, match="2 users for 1 prompts"):
+        gated.explain("a cat", profile=[CHILD, ADULT])
+    with pytest.raises(PSAError, match="the base model replaces nothing; load an adapter"):
+        psa_jax.load(sources[0]).explain("a cat", profile=CHILD)
+    with pytest.raises(PSAError, match="the text adapter has no gate by categories"):
+        pipe.explain("a cat", profile=CHILD)
 
 
 def test_importing_it_imports_nothing_else():

@@ -53,8 +53,10 @@ class Studio:
         )
         users = [{"picture": _data_url(picture)} for picture in pictures[: len(asked.users)]]
         if self._has_gate:
-            found = self._pipe.explain([asked.prompt] * len(users), profile=list(asked.users))
-            for user, gates in zip(users, found, strict=True):
+            rows = max(self._batch, len(users))
+            padded = [*asked.users, *asked.users[:1] * (rows - len(users))]
+            found = self._pipe.explain([asked.prompt] * rows, profile=padded)
+            for user, gates in zip(users, found, strict=False):
                 user["gates"] = {name: round(value, 4) for name, value in gates.items()}
                 user["said"] = sentence(list(gates.values()), "this user bans")
         return {
