@@ -32,7 +32,7 @@ def pipe(smallest_pipeline, adapter_file) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def studio(pipe) -> Studio:
-    return Studio(pipe, {}, batch=3)
+    return Studio(pipe, {}, batch=4)  # one program for all sets here
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def pixels(source: str) -> np.ndarray:
 def test_pictures_are_those_of_the_python_face(served, pipe, scale):
     reply = served.post(ASKED | {"scale": scale})
     assert reply.status == 200
-    settings = {"seed": 7, "scale": scale, "steps": 2, "guidance": 3.0, "batch_size": 3}
+    settings = {"seed": 7, "scale": scale, "steps": 2, "guidance": 3.0, "batch_size": 4}
     for user, profile in zip(reply.found["users"], (CHILD, VETERAN), strict=True):
         alone = pipe.generate("a cat", profile=profile, **settings)
         np.testing.assert_array_equal(pixels(user["picture"]), np.asarray(alone))
@@ -59,7 +59,7 @@ def test_what_is_replaced_is_said_by_category(served, pipe):
 
 def test_the_base_model_beside_is_the_base_model(served_open, pipe):
     reply = served_open.post(ASKED | {"base": True, "users": [VETERAN]})
-    settings = {"seed": 7, "steps": 2, "guidance": 3.0, "batch_size": 3}
+    settings = {"seed": 7, "steps": 2, "guidance": 3.0, "batch_size": 4}
     base = pipe.generate("a cat", allow_unprotected=True, **settings)
     np.testing.assert_array_equal(pixels(reply.found["base"]), np.asarray(base))
     assert len(reply.found["users"]) == 1 and reply.found["users"][0]["picture"] != reply.found["base"]
