@@ -9,6 +9,11 @@ _CARD = """\
 ---
 pretty_name: {title} as VAE moments ({config})
 license: other
+task_categories:
+- text-to-image
+tags:
+- personalized-safety-alignment
+- psa_jax
 ---
 # {title} as VAE moments: {config}
 

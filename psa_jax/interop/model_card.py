@@ -1,18 +1,15 @@
 """Model card (README.md) of an exported adapter: facts, loading, results, limits, privacy."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from psa_jax.interop.hub import UNKNOWN
 from psa_jax.models.adapter_config import AdapterConfig
 
 _CARD = """\
 ---
-library_name: {library}
-pipeline_tag: text-to-image
-tags:
-- stable-diffusion
-- personalized-safety-alignment
-- psa_jax
+{header}
 ---
 # A personal safety adapter for Stable Diffusion ({format})
 
@@ -30,6 +27,10 @@ It reads an embedding of a user's profile and steers what a frozen Stable Diffus
 ## Results
 
 {results}
+
+## Licence
+
+{terms}
 
 ## Limits
 
@@ -98,8 +99,26 @@ The native format supports all three ways; `off` is the default of `psa-jax gene
 MEASURE = "psa-jax demo --all-ways --workdir=runs/demo"
 """Command that writes a report.json with the rates of every way. It resumes a run of `make demo`."""
 
+_WITH_BASE = ("baked", "diffusers")
+"""Formats that carry the base model's weights."""
+
 _SPLITS = ("unseen", "seen")
 _RATES = ("selectivity", "suppression", "retention", "clean", "benign_fidelity", "pass_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What only the person who exports an adapter can say.
+
+    Attributes:
+      license: of the adapter's weights, an identifier of the Hugging Face Hub; None if it was not stated.
+      base_model: id of the base model on the Hub; None if it was not stated. Never a path.
+      embedded: whether the exported folder holds the base model embedded in this package.
+    """
+
+    license: str | None = None
+    base_model: str | None = None
+    embedded: bool = False
 
 
 def model_card(
@@ -109,6 +128,7 @@ def model_card(
     weights: str,
     report: Mapping[str, Any] | None = None,
     scale: float = 1.0,
+    terms: Terms | None = None,
 ) -> str:
     """Text of the model card.
 
@@ -119,17 +139,55 @@ def model_card(
       weights: name of the weight file.
       report: content of the run's report.json for this adapter; None if it was not evaluated.
       scale: strength in `baked` weights; other formats take it when pictures are generated.
+      terms: licence and base model; None if nothing was stated.
     """
+    terms = terms or Terms()
     return _CARD.format(
-        library="psa_jax" if format_ in ("native", "upstream") else "diffusers",
+        header=_header(format_, terms),
+        terms=_terms(format_, terms),
         format=format_,
-        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, about)),
+        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, about, terms)),
         loading=_LOADING[format_].format(weights=weights, user_dim=config.user_dim) + _of_upstream(config, format_),
         results=_results(report, format_, scale),
         personal="\n- These weights hold one user's embedding in effect: treat the folder as that user's data."
         if format_ == "baked"
         else "",
     )
+
+
+def _header(format_: str, terms: Terms) -> str:
+    """The card's metadata, as the Hub reads them: YAML, without the lines around it."""
+    gates = format_ == "gates"  # draws nothing: profiles to seven numbers
+    named = terms.base_model is not None and not gates
+    lines = {
+        "license": terms.license or UNKNOWN,
+        "base_model": terms.base_model if named else None,
+        "base_model_relation": ("finetune" if format_ == "baked" else "adapter") if named else None,
+        "library_name": "psa_jax" if format_ in ("native", "upstream", "gates") else "diffusers",
+        "pipeline_tag": "tabular-classification" if gates else "text-to-image",
+    }
+    tags = ["stable-diffusion", "personalized-safety-alignment", "psa_jax"]
+    given = [f"{name}: {value}" for name, value in lines.items() if value]
+    return "\n".join([*given, "tags:", *(f"- {tag}" for tag in tags)])
+
+
+def _terms(format_: str, terms: Terms) -> str:
+    """Sentences on whose licence holds for what."""
+    own = (
+        f"The adapter's weights: `{terms.license}`, as stated by who exported them."
+        if terms.license not in (None, UNKNOWN)
+        else "The adapter's weights: not stated (`psa-jax export --license=ID` states it). Ask who trained it."
+    )
+    if format_ not in _WITH_BASE:
+        base = "The base model is not in here; its own licence may bind what was trained beside it, too."
+    elif terms.embedded:
+        base = "The base model in here is the small one of psa_jax, under Apache-2.0."
+    else:
+        base = "The base model is in here: its own licence holds for this folder, whatever the adapter's is."
+    if terms.license == "other":
+        own += " The text belongs beside this card, in a file LICENSE."
+    page = f" It is at huggingface.co/{terms.base_model}." if terms.base_model and not terms.embedded else ""
+    return f"{own} {base}{page}"
 
 
 def _of_upstream(config: AdapterConfig, format_: str) -> str:
@@ -147,7 +205,7 @@ def upstream_limit(config: AdapterConfig) -> str:
     )
 
 
-def _facts(config: AdapterConfig, about: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _facts(config: AdapterConfig, about: Mapping[str, Any], terms: Terms) -> list[tuple[str, Any]]:
     """Known facts about an adapter, as rows of the card's table."""
     objective = about.get("objective", {})
     versions = about.get("versions", {})
@@ -157,7 +215,8 @@ def _facts(config: AdapterConfig, about: Mapping[str, Any]) -> list[tuple[str, A
         ("gate", f"`{config.gate}`" if config.rewrites else None),
         ("user tokens T", config.tokens or None),
         ("length D of a user embedding", config.user_dim),
-        ("base model", about.get("family")),
+        ("base model", terms.base_model),
+        ("its family" if terms.base_model else "family of the base model", about.get("family")),
         ("its cross-attentions", f"{len(config.layers)}, of width {config.cross_dim}"),
         ("its hash (sha256)", f"`{about['base_model']}`" if "base_model" in about else None),
         ("encoder of profiles", about.get("encoder")),

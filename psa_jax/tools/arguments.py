@@ -11,7 +11,9 @@ from psa_jax.rules import DTYPES
 from psa_jax.tools.flags import (
     count,
     finite,
+    hub_model,
     index,
+    license_name,
     path,
     picture_seed,
     picture_side,
@@ -425,6 +427,18 @@ def export(parser: ArgumentParser) -> None:
         "--out", type=path, required=True, metavar="PATH", help="folder or .safetensors to write; must not exist"
     )
     parser.add_argument("--report", type=path, metavar="FILE", help="report.json with the rates for the model card")
+    parser.add_argument(
+        "--license",
+        type=license_name,
+        metavar="ID",
+        help="licence of the adapter's weights for the model card, such as openrail++, or other (default: unknown)",
+    )
+    parser.add_argument(
+        "--base-model",
+        type=hub_model,
+        metavar="ORG/NAME",
+        help="id of the base model on the Hugging Face Hub for the model card (default: none is named)",
+    )
     base_model(parser, "base model of the adapter, for baked and diffusers", required=False)
     baked = parser.add_argument_group("baked", f"keys of --profile and their values: {schema.describe()}")
     _user(baked)

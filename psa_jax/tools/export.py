@@ -26,9 +26,9 @@ from psa_jax.interop.adapter_file import (
 )
 from psa_jax.interop.baked import bake
 from psa_jax.interop.base_model import BaseModel
-from psa_jax.interop.diffusers import save_stable_diffusion
+from psa_jax.interop.diffusers import EMBEDDED, save_stable_diffusion
 from psa_jax.interop.ip_adapter import WEIGHT_NAME, to_ip_adapter
-from psa_jax.interop.model_card import model_card, upstream_limit
+from psa_jax.interop.model_card import Terms, model_card, upstream_limit
 from psa_jax.interop.native import load_adapter
 from psa_jax.interop.upstream import as_published, write_bin
 from psa_jax.json_input import read_json
@@ -69,6 +69,12 @@ def run(args: Namespace) -> int:
             f"--profile, --user, --table and --scale are for --format=baked; an adapter of --format={args.format} is "
             "for all users, whom generate takes"
         )
+    embedded = args.model == EMBEDDED
+    if embedded and args.base_model:
+        raise PSAError(
+            f"--model={EMBEDDED} is the model embedded in psa_jax, which is not on the Hugging Face Hub; leave "
+            "--base-model out"
+        )
     path = find_adapter(args.adapter)
     about = read_metadata(path)
     if not about:
@@ -82,9 +88,10 @@ def run(args: Namespace) -> int:
     name, write_adapter = FORMATS[args.format]
     # The report's rates are of scale 1. Only the baked format fixes the scale; others take it at generation.
     scale = args.scale if args.format == "baked" else 1.0
+    terms = Terms(args.license, args.base_model, embedded)
 
     def card_text(weights: str) -> str:
-        return model_card(source.config, about, args.format, weights, report, scale)
+        return model_card(source.config, about, args.format, weights, report, scale, terms)
 
     if args.out.suffix in (".safetensors", ".bin"):
         if name is None:

@@ -2,22 +2,29 @@
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.hub import license_id, model_id
 from psa_jax.paths import local_path
 from psa_jax.rules import COUNT, FINITE, MOST_SIZE, PICTURE_SEED, RATE, SEED, SHARE, SIZE, WEIGHT, Rule, quoted, whole
 
 Reader = Callable[[str], Any]
 
 
-def path(text: str) -> Path:
-    """Converts text to a path on this machine (`psa_jax.paths.local_path`)."""
-    try:
-        return local_path(text)
-    except PSAError as error:
-        raise ArgumentTypeError(str(error)) from error
+def _checked(check: Reader) -> Reader:
+    """The function with its PSAError as argparse's own."""
+
+    def read(text: str) -> Any:
+        try:
+            return check(text)
+        except PSAError as error:
+            raise ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+path, license_name, hub_model = _checked(local_path), _checked(license_id), _checked(model_id)
 
 
 def place(text: str) -> str:

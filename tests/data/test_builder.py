@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import DatasetCard
 from PIL import Image
 from tensorflow_datasets.core.utils import tqdm_utils
 
@@ -173,6 +174,12 @@ def test_card_and_hashes(shard_dir: Path):
     card = (shard_dir / "README.md").read_text()
     info = open_shards(shard_dir, "train").info
     assert "| train | 112 | 56 | 4 | 112 |" in card  # rows, unsafe prompts, users, pictures
+    data = DatasetCard(card).data  # the Hub's own reader
+    assert (data.license, data.task_categories, data.pretty_name) == (
+        "other",
+        ["text-to-image"],
+        "SAGE as VAE moments (tiny_8)",
+    )
     assert "`f00d`" in card and "licence" in card and "sage/tiny_8" in card
     assert info["pictures"] == 112
     files = {path.relative_to(shard_dir).as_posix() for path in shard_dir.rglob("*") if path.is_file()}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from huggingface_hub import ModelCard, ModelCardData
 from support.torch_adapters import attention, file_tensors, random_adapter, user_tokens
 from support.torch_models import UNETS, tensor
 
@@ -16,7 +17,7 @@ from psa_jax import cli
 from psa_jax.errors import PSAError
 from psa_jax.interop.baked import bake
 from psa_jax.interop.ip_adapter import to_ip_adapter
-from psa_jax.interop.model_card import model_card
+from psa_jax.interop.model_card import Terms, model_card
 from psa_jax.interop.native import to_file
 from psa_jax.interop.upstream import as_published, read_bin, write_bin
 from psa_jax.models.adapter_config import AdapterConfig
@@ -140,7 +141,7 @@ SAMPLING = {"sampling": {"unconditional": "off", "guidance": 4.0, "steps": 12}}
 def test_card(format_):
     config = AdapterConfig("text", 4, 35, 768, LAYERS)
     card = model_card(config, ABOUT, format_, "weights.safetensors", REPORT | SAMPLING)
-    assert card.startswith("---\nlibrary_name: ")
+    assert card.startswith("---\nlicense: unknown\n")
     assert card.count("\n---\n") == 1
     for fact in ("`text`", "| 35 |", "sd1", "`ab12`", "features", "60.0", "540", "jax 0.10.2"):
         assert fact in card, fact
@@ -179,3 +180,58 @@ def test_card_of_what_is_not_known():
     card = model_card(AdapterConfig("published", 1, 3584, 768, LAYERS), {}, "native", "a.safetensors")
     assert "None" not in card
     assert "No evaluation came with this adapter" in card
+
+
+HUB = {
+    "native": ("psa_jax", "adapter"),
+    "upstream": ("psa_jax", "adapter"),
+    "ip-adapter": ("diffusers", "adapter"),
+    "baked": ("diffusers", "finetune"),
+    "diffusers": ("diffusers", "adapter"),
+}
+"""Format → its library and relation to the base model, in the Hub's words."""
+
+
+@pytest.mark.parametrize("format_", HUB)
+def test_the_hub_reads_licence_and_base_model_from_the_card(format_):
+    """huggingface_hub reads the same values from our YAML as from a card that it writes itself."""
+    config, library = AdapterConfig("text", 1, 35, 768, LAYERS), HUB[format_][0]
+    tags = ["stable-diffusion", "personalized-safety-alignment", "psa_jax"]
+    same = dict(library_name=library, pipeline_tag="text-to-image", tags=tags)
+    stated = Terms("openrail++", "stabilityai/stable-diffusion-xl-base-1.0")
+    for terms, values in (
+        (None, {"license": "unknown"}),
+        (stated, {"license": "openrail++", "base_model": stated.base_model, "base_model_relation": HUB[format_][1]}),
+    ):
+        card = ModelCard(model_card(config, ABOUT, format_, "a.safetensors", terms=terms), ignore_metadata_errors=False)
+        assert card.data.to_dict() == ModelCardData(**values, **same).to_dict()
+        assert card.text.lstrip().startswith("# A personal safety adapter")
+        assert ("huggingface.co/stabilityai/stable-diffusion-xl-base-1.0" in card.text) == (terms is stated)
+
+
+def test_a_gate_without_a_model_draws_nothing():
+    data = ModelCard(model_card(GATED, ABOUT, "gates", "gates.npz", terms=Terms("mit", "a/b"))).data.to_dict()
+    assert (data["license"], data["pipeline_tag"]) == ("mit", "tabular-classification")
+    assert "base_model" not in data
+
+
+GATED = AdapterConfig("edit", 0, 35, 768, LAYERS, gate="categories")
+
+
+def test_the_card_says_whose_licence_holds_for_what():
+    config = AdapterConfig("text", 1, 35, 768, LAYERS)
+
+    def words(format_, *terms):
+        return " ".join(
+            model_card(config, ABOUT, format_, "a", terms=Terms(*terms))
+            .partition("## Licence")[2]
+            .partition("##")[0]
+            .split()
+        )
+
+    assert "not stated (`psa-jax export --license=ID` states it)" in words("native")
+    assert words("native", "unknown") == words("native")
+    assert "`mit`, as stated by who exported them" in words("native", "mit")
+    assert "in a file LICENSE" in words("native", "other")
+    assert "base model is not in here" in words("native") and "base model is in here" in words("baked")
+    assert "under Apache-2.0" in words("diffusers", None, None, True)

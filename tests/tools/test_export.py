@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
 from support.torch_adapters import random_adapter
 from support.torch_ldm import checkpoint
 
@@ -300,3 +301,27 @@ def test_flags_that_another_format_has_are_not_taken_in_silence(run_folder, tmp_
     for words in (["--scale=0.5"], ["--user=0000002"], ['--profile={"age": 9}'], ["--table=x"]):
         error = refused("export", run_folder[1], *words, f"--out={tmp_path / 'out'}")
         assert "are for --format=baked" in error
+
+
+def test_the_card_carries_what_was_stated_and_no_path_of_this_machine(run_folder, tmp_path, refused):
+    model, folder = run_folder
+    stated = ["--license=creativeml-openrail-m", "--base-model=stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    for format_ in ("native", "diffusers"):
+        out = tmp_path / format_
+        assert main(["export", str(folder), f"--format={format_}", f"--model={model}", *stated, f"--out={out}"]) == 0
+        card = ModelCard.load(out / "README.md")
+        assert card.data.license == "creativeml-openrail-m"
+        assert card.data.base_model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        assert str(tmp_path) not in card.content and str(model) not in card.content and str(folder) not in card.content
+    assert main(["export", str(folder), f"--out={tmp_path / 'silent'}"]) == 0
+    silent = ModelCard.load(tmp_path / "silent" / "README.md")
+    assert (silent.data.license, silent.data.base_model) == ("unknown", None)
+    error = refused("export", folder, f"--base-model={model}", f"--out={tmp_path / 'x'}")
+    assert "is no id of a model on the Hugging Face Hub; give ORG/NAME" in error
+    error = refused("export", folder, "--license=Apache License", f"--out={tmp_path / 'x'}")
+    assert "is no licence that the Hugging Face Hub knows; give" in error
+
+
+def test_the_embedded_model_is_not_on_the_hub(run_folder, tmp_path, refused):
+    words = ["--model=tiny", "--base-model=a/b", f"--out={tmp_path / 'x'}"]
+    assert "leave --base-model out" in refused("export", run_folder[1], *words)
