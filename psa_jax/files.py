@@ -2,9 +2,9 @@
 
 Who may read a file follows one rule, by whether its content is about a person:
 
-- Profiles, embeddings, user ids with their bans, and weights into which one user was baked: their owner alone
-  (`write_private`, `mode=PRIVATE`, and whatever is written inside `owner_only`).
-- Weights of adapters and base models, configurations, cards and pictures: whoever the umask allows (the default).
+- Profiles, embeddings, bans of users (also of unnamed ones), and weights into which one user was baked: their owner
+  alone (`write_private`, `mode=PRIVATE`, and whatever is written inside `owner_only`).
+- Weights of adapters and base models, configurations, cards and other pictures: whoever the umask allows (the default).
 """
 
 import contextlib

@@ -65,22 +65,6 @@ def initial_latents(seeds: list[int], shape: tuple[int, int, int]) -> Float[Arra
     return jnp.stack([jax.random.normal(key, shape) for key in picture_keys(seeds)])
 
 
-def picture_grid(pictures: UInt8[np.ndarray, "n h w 3"], columns: int, gap: int = 2) -> UInt8[np.ndarray, "gh gw 3"]:
-    """Pictures side by side on white.
-
-    Args:
-      columns: pictures in a row.
-      gap: pixels between pictures.
-    """
-    count, height, width, _ = pictures.shape
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for index, picture in enumerate(pictures):
-        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
-        grid[top : top + height, left : left + width] = picture
-    return grid
-
-
 class Generator:
     """Picture generator: a base model and, optionally, an adapter, compiled once.
 

@@ -16,12 +16,12 @@ import psa_jax
 from psa_jax.data.sage import SageRecord, read_split
 from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
+from psa_jax.diffusion.picture_sheet import picture_sheet
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.curves import curves_of, read_rows
 from psa_jax.evaluation.gate_words import sentence
 from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, generate_base, generate_cases, rates, wins
 from psa_jax.evaluation.report import Grid, write_report
-from psa_jax.evaluation.sheet import sheet
 from psa_jax.files import check_new
 from psa_jax.interop.adapter_file import adapter_hash
 from psa_jax.interop.base_model import BaseModel
@@ -149,7 +149,7 @@ def run_demo(
         write_recording(record, recipe, made)
     print_stage("generating the pictures of the report")
     grid = _grid(model, adapter, *methods["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
-    sheet(grid).save(workdir / "grid.png")
+    picture_sheet(grid.pictures, grid.users, grid.prompts, grid.banned).save(workdir / "grid.png")
     _finish(report, config, adapter, grid, workdir, start)
 
 

@@ -9,7 +9,7 @@ import torch
 from support.torch_adapters import adapted_unet, random_adapter, untrained_adapter
 from support.torch_models import tensor
 
-from psa_jax.diffusion.generate import Generator, initial_latents, picture_grid
+from psa_jax.diffusion.generate import Generator, initial_latents
 from psa_jax.diffusion.pixels import from_bytes, to_bytes
 from psa_jax.errors import PSAError
 from psa_jax.models.adapter_config import AdapterConfig
@@ -191,11 +191,3 @@ def test_every_byte_comes_back():
     np.testing.assert_array_equal(to_bytes(pixels), everything)
     # XLA multiplies by the reciprocal.
     np.testing.assert_allclose(from_bytes(jnp.asarray(everything)), pixels, rtol=0, atol=2**-23)
-
-
-def test_picture_grid():
-    pictures = np.stack([np.full((2, 3, 3), i, np.uint8) for i in range(3)])
-    grid = picture_grid(pictures, columns=2, gap=1)
-    assert grid.shape == (5, 7, 3)
-    expected = [[0, 0, 0, 255, 1, 1, 1]] * 2 + [[255] * 7] + [[2, 2, 2, 255, 255, 255, 255]] * 2
-    np.testing.assert_array_equal(grid[..., 0], expected)

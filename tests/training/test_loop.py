@@ -20,7 +20,7 @@ from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training import run
 from psa_jax.training.loop import train
-from psa_jax.training.samples import by_strictness
+from psa_jax.training.samples import bans_of, by_strictness, headings
 
 STEPS = 12
 
@@ -126,7 +126,10 @@ def test_samples_are_drawn(training_config, tmp_path):
     """On one of the two devices that train."""
     settings = {"sample_every": 1, "optimizer.warmup_steps": 0, "mesh.data": 2}
     train(training_config(steps=1, **settings), tmp_path)
-    assert (tmp_path / "samples" / "000001.png").read_bytes().startswith(b"\x89PNG")
+    (picture,) = (tmp_path / "samples").iterdir()
+    assert picture.name == "000001.png" and picture.read_bytes().startswith(b"\x89PNG")
+    # Who bans what is personal data.
+    assert [path.stat().st_mode & 0o777 for path in (picture.parent, picture)] == [0o700, 0o600]
     assert any((tmp_path / "tensorboard").iterdir())
 
     divided = training_config(steps=1, **settings | {"mesh.data": 1, "mesh.fsdp": 2, "mesh.frozen": "split"})
@@ -141,6 +144,16 @@ def test_samples_are_for_users_from_the_least_to_the_most_strict():
     columns = RowColumns(users, np.zeros(len(users), np.int32), unsafe, banned, unsafe)
     assert by_strictness(columns, 9) == ["d", "a", "b", "c"]
     assert by_strictness(columns, 2) == ["d", "c"]
+
+
+def test_samples_say_what_a_column_bans_and_not_whose_it_is():
+    users = ["a", "a", "b", "b", "c"]
+    columns = RowColumns(
+        users, np.int32([0, 6, 0, 6, 0]), *(np.array(x, bool) for x in ([1, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1] * 5))
+    )
+    assert bans_of(columns, ["b", "a"], np.int32([6, 0])) == [[None, False], [False, True]]
+    assert headings(3) == ["user 1 (bans least)", "user 2", "user 3 (bans most)"]
+    assert headings(1) == ["user 1"]
 
 
 def test_held_out_accuracy(training_config, tmp_path):
