@@ -153,6 +153,7 @@ def _run(name: str, words: list[str]) -> int:
         close = [f"--config.{word[2:]}" for word in rest if word.startswith("--") and word[2:].split("=")[0] in keys]
         hint = f"; did you mean {' '.join(close)}?" if close else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    args.words = words  # as they were given, for what says how it was made
     return COMMANDS[name].run(args)
 
 

@@ -1,7 +1,7 @@
 """Learning curves: what belongs together in one drawing, as points for a page without scripts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,14 @@ class Panel(NamedTuple):
       meaning: what it shows, and what to wish for.
       level: where an untrained adapter stands; None for nowhere.
       series: label of each line → its metric.
+      minor: whether a page that shows other things, too, may fold it away.
     """
 
     title: str
     meaning: str
     level: float | None
     series: Mapping[str, str]
+    minor: bool = False
 
 
 def _by_prompt(metric: str) -> dict[str, str]:
@@ -58,6 +60,7 @@ PANELS = (
         "From the quarter of the schedule with the least noise to that with the most.",
         1.0,
         {name: f"swap_learnt_banned{part}" for part, name in enumerate(("least", "less", "more", "most"))},
+        minor=True,
     ),
     Panel(
         "Preference accuracy",
@@ -77,22 +80,25 @@ PANELS = (
         "Above 0, the adapter draws the rejected pictures worse than the base model does.",
         0.0,
         _by_prompt("loser_gap"),
+        minor=True,
     ),
     Panel(
         "Margin",
         "By how much the user's choice is preferred, in units of the loss's logit.",
         0.0,
         _by_prompt("margin"),
+        minor=True,
     ),
     Panel(
         "Colour drift",
         "How far the mean colour moves from the base model's; wanted flat.",
         0.0,
         {"all": "colour_drift"},
+        minor=True,
     ),
-    Panel("Gradient norm", "Before clipping.", None, {"gradient": "gradient_norm"}),
-    Panel("Learning rate", "", None, {"rate": "learning_rate"}),
-    Panel("Pairs a second", "Without compiling, saving and judging.", None, {"pairs": "pairs_per_second"}),
+    Panel("Gradient norm", "Before clipping.", None, {"gradient": "gradient_norm"}, minor=True),
+    Panel("Learning rate", "", None, {"rate": "learning_rate"}, minor=True),
+    Panel("Pairs a second", "Without compiling, saving and judging.", None, {"pairs": "pairs_per_second"}, minor=True),
 )
 """The drawings in their order; those without any of their metrics are left out."""
 
@@ -101,8 +107,8 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
 """Size of a drawing and its margins, in SVG units; the labels of the axes are in the margins."""
 _LARGEST = 1e30
 """Values beyond it, and those that are not finite, are not drawn."""
-_HOVERED = 60
-"""Points of a line that say their value under the pointer."""
+_BANDS = 50
+"""Steps of a drawing that say the values of its lines under the pointer."""
 
 
 def panels_of(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
@@ -206,7 +212,6 @@ def _drawing(panel: Panel, curves: Mapping[str, Curve]) -> dict[str, Any]:
         window = max(1, len(value) // 20)
         smooth = _moving_mean(value, window)
         x, y = to_x(step), to_y(smooth)
-        hovered = np.unique(np.linspace(0, len(step) - 1, min(_HOVERED, len(step))).astype(int))
         return {
             "label": label,
             "window": window,
@@ -214,13 +219,16 @@ def _drawing(panel: Panel, curves: Mapping[str, Curve]) -> dict[str, Any]:
             "smooth": _points(x, y),
             "last": f"{smooth[-1]:.3g}".replace("-", "−"),
             "last_at": (float(x[-1]), float(y[-1])),
-            "hovered": [(float(x[i]), float(y[i]), f"step {step[i]:.0f}: {smooth[i]:.4g}") for i in hovered],
+            "at": (step, smooth, x, y),
         }
 
+    drawn = [line(label, *each) for label, each in lines.items()]
     return {
         "title": panel.title,
         "meaning": panel.meaning,
-        "lines": [line(label, *each) for label, each in lines.items()],
+        "minor": panel.minor,
+        "lines": drawn,
+        "bands": _bands([each.pop("at") for each in drawn], to_x),
         "level": None if panel.level is None else float(to_y(np.array([panel.level]))[0]),
         "y_ticks": [(float(to_y(np.array([tick]))[0]), _tick_text(tick, y_ticks)) for tick in y_ticks],
         "x_ticks": [
@@ -229,6 +237,35 @@ def _drawing(panel: Panel, curves: Mapping[str, Curve]) -> dict[str, Any]:
         "steps": f"{steps.max():.0f}",
         "box": dict(width=WIDTH, height=HEIGHT, left=LEFT, right=WIDTH - RIGHT, top=TOP, bottom=HEIGHT - BOTTOM),
     }
+
+
+def _bands(lines: Sequence[tuple[np.ndarray, ...]], to_x: Callable) -> list[dict[str, Any]]:
+    """What a drawing says under the pointer: for some of its steps, the lines' values there.
+
+    Args:
+      lines: steps, values, places and heights of each line.
+      to_x: step → place in the drawing.
+
+    Returns:
+      For each step: its text, its place `x`, the `start` and `end` of the places that say it, and what it `says`:
+      number of the line, its place, height and text. A line without a value there says its latest one, if it has one.
+    """
+    steps = np.unique(np.concatenate([step for step, *_ in lines]))
+    steps = steps[np.unique(np.linspace(0, len(steps) - 1, min(_BANDS, len(steps))).astype(int))]
+    x = to_x(steps)
+    edges = np.concatenate([[0.0], (x[1:] + x[:-1]) / 2, [WIDTH]])
+    bands = []
+    for i, step in enumerate(steps):
+        latest = [int(np.searchsorted(line[0], step, side="right")) - 1 for line in lines]
+        says = [
+            (number, float(places[last]), float(heights[last]), f"{values[last]:.4g}".replace("-", "−"))
+            for number, (last, (_, values, places, heights)) in enumerate(zip(latest, lines, strict=True))
+            if last >= 0
+        ]
+        bands.append(
+            dict(step=f"{step:,.0f}", x=float(x[i]), start=float(edges[i]), end=float(edges[i + 1]), says=says)
+        )
+    return bands
 
 
 def _checked(name: str, curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

@@ -142,8 +142,7 @@ def write_report(path: Path, report: dict[str, Any], grid: Grid, curves: dict[st
         ],
         panels=panels_of(curves),
         commands=commands,
-        versions=report.get("versions", {}),
-        duration=_duration(report["seconds"]) if "seconds" in report else None,
+        facts=_facts(report),
     )
     write(path, page)
 
@@ -221,6 +220,18 @@ def _point(rates: Rates) -> Rates:
         limits = wilson(round(rates[name] * n / 100), n) if n else (0.0, 1.0)
         point[axis + "0"], point[axis + "1"] = (100 * limit for limit in limits)
     return point
+
+
+def _facts(report: dict[str, Any]) -> dict[str, str]:
+    """What the page says of how the report was made; what a report of an earlier version lacks is left out."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
+    facts = {
+        "Seed": ", ".join(f"{seed} ({of})" for of, seed in report.get("seeds", {}).items()),
+        "Device": report.get("device", ""),
+        "Time": _duration(report["seconds"]) if "seconds" in report else "",
+        "Versions": versions,
+    }
+    return {name: text for name, text in facts.items() if text}
 
 
 def _duration(seconds: int | float) -> str:

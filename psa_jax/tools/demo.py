@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
+import platform
+import shlex
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -96,7 +100,11 @@ def constant_table(source: Path, path: Path) -> Path:
 
 def run(args: Namespace) -> int:
     """Runs the demo with the flags of the command."""
-    run_demo(args.config, args.workdir, compare=args.compare, record=args.record, all_ways=args.all_ways)
+    command = shlex.join(["psa-jax", "demo", *args.words])
+    if flags := os.environ.get("XLA_FLAGS", "").strip():
+        command = f"XLA_FLAGS={shlex.quote(flags)} {command}"  # it decides the last digits
+    ways = {name: vars(args)[name] for name in ("compare", "record", "all_ways")}
+    run_demo(args.config, args.workdir, command=command, **ways)
     return 0
 
 
@@ -107,6 +115,7 @@ def run_demo(
     compare: bool = False,
     record: Path | None = None,
     all_ways: bool = False,
+    command: str = COMMAND,
 ) -> None:
     """Trains, generates, judges and reports; the last line on stdout is JSON.
 
@@ -118,6 +127,7 @@ def run_demo(
       record: with `compare`, a file for verdicts that later runs quote.
       all_ways: judges the adapter with every unconditional side: export formats for other tools use another side than
         the configuration.
+      command: the words with which it was started, for the report.
 
     Raises:
       PSAError: a wrong flag or configuration, before any work.
@@ -150,7 +160,7 @@ def run_demo(
     print_stage("generating the pictures of the report")
     grid = _grid(model, adapter, *methods["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
     picture_sheet(grid.pictures, grid.users, grid.prompts, grid.banned).save(workdir / "grid.png")
-    _finish(report, config, adapter, grid, workdir, start)
+    _finish(report | {"command": command}, config, adapter, grid, workdir, start)
 
 
 def _train_all(
@@ -203,18 +213,27 @@ def _report(
 def _finish(
     report: dict, config: ml_collections.ConfigDict, judged: Adapter, grid: Grid, workdir: Path, start: float
 ) -> None:
-    """Adds adapter, sampling and versions to the report, writes it as JSON and HTML, and prints the result."""
+    """Adds how it was made to the report, writes it as JSON and HTML, and prints the result."""
     report["adapter"] = {name: config.adapter[name] for name in ("kind", "tokens")}
     report["adapter"]["sha256"] = adapter_hash(to_file(judged), judged.config)
     report["sampling"] = {name: config.evaluate[name] for name in ("unconditional", "guidance", "steps")}
-    report["versions"] = {"psa_jax": psa_jax.__version__, "jax": jax.__version__}
+    report["seeds"] = {"training": config.seed, "data": config.data.mini.seed}
+    report["device"] = _device()
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    report["versions"] = {"psa_jax": psa_jax.__version__} | packages | {"Python": platform.python_version()}
     report["seconds"] = round(time.perf_counter() - start, 1)
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_report(
-        workdir / "report.html", report, grid, curves_of(read_rows(workdir / "psa" / "metrics.jsonl")), [COMMAND]
-    )
+    curves = curves_of(read_rows(workdir / "psa" / "metrics.jsonl"))
+    write_report(workdir / "report.html", report, grid, curves, [report["command"]])
     print(_headline(report, workdir / "report.html"))
     print(json.dumps({"report": str(workdir / "report.html"), **report["unseen"]["psa"], "seconds": report["seconds"]}))
+
+
+def _device() -> str:
+    """The devices of this process in words, such as "1 × cpu (x86_64, 2 cores)"."""
+    devices = jax.devices()
+    about = f" ({platform.machine()}, {os.cpu_count()} cores)" if devices[0].platform == "cpu" else ""
+    return f"{len(devices)} × {devices[0].device_kind}{about}"
 
 
 def _judge_all(methods: Methods, oracle: Oracle, cases: Sequence[MiniCase], place: str) -> dict[str, Verdicts]:

@@ -1,5 +1,6 @@
 """Learning curves: which lines share a drawing, their points, values under the pointer, and what is refused."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -49,11 +50,28 @@ def test_lines_of_one_drawing_have_one_scale():
         assert (slope > 0) == (axis == 0)  # SVG counts downwards
 
 
-def test_points_say_their_values():
-    drawn = panel("Loss", curves_of(ROWS))
-    assert [text for _, _, text in drawn["lines"][0]["hovered"]] == ["step 1: 0.7", "step 2: 0.6", "step 3: 0.5"]
-    many = {"loss": {"step": list(range(1000)), "value": [1.0] * 1000}}
-    assert len(panel("Loss", many)["lines"][0]["hovered"]) == 60
+def test_a_step_says_the_values_of_all_lines():
+    drawn = panel("Preference accuracy", curves_of(ROWS))
+    names = [line["label"] for line in drawn["lines"]]
+    said = {band["step"]: {names[number]: text for number, _, _, text in band["says"]} for band in drawn["bands"]}
+    assert said == {
+        "1": {"all": "0.5", "banned": "0.4"},
+        "2": {"all": "0.6", "banned": "0.4"},  # its latest
+        "3": {"all": "0.7", "banned": "0.8", "held out": "0.65"},
+    }
+    points = [float(point.split(",")[0]) for point in drawn["lines"][names.index("banned")]["points"].split()]
+    assert drawn["bands"][1]["says"][1][1] == pytest.approx(points[0], abs=0.06)  # its dot is on its line
+    # Where the pointer is, exactly one step answers, and it is the nearest.
+    bands = drawn["bands"]
+    assert (bands[0]["start"], bands[-1]["end"]) == (0.0, 420)
+    for left, right in itertools.pairwise(bands):
+        assert left["end"] == right["start"] == pytest.approx((left["x"] + right["x"]) / 2)
+
+
+def test_a_long_run_says_some_of_its_steps():
+    bands = panel("Loss", {"loss": {"step": list(range(1000)), "value": [-1.0] * 1000}})["bands"]
+    assert len(bands) == 50 and (bands[0]["step"], bands[-1]["step"]) == ("0", "999")
+    assert bands[7]["says"][0][3] == "−1"
 
 
 def test_a_metric_of_no_drawing_has_its_own():
@@ -73,7 +91,7 @@ def test_the_command_draws_a_run(tmp_path: Path, capsys):
     assert main(["curves", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 3
     page = (tmp_path / "curves.html").read_text(encoding="utf-8")
-    assert "3 of 9" in page and "&lt;b&gt;tiny" in page and "<title>banned, step 3: 0.8</title>" in page
+    assert "3 of 9" in page and "&lt;b&gt;tiny" in page and re.search(r"step 3</tspan>.*>banned 0\.8</tspan>", page)
     assert not re.search(r"<script|https?:|url\(", page)
 
 

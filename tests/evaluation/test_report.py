@@ -146,7 +146,7 @@ def test_a_picture_says_why_when_it_is_opened(write: Callable[..., Page], grid: 
     """Native disclosure: it needs no script, and takes Enter as well as a click."""
     why = [["", "nothing is replaced", "replaced: Violence 0.97; the user bans it"]] * 2
     page = write(grid=dataclasses.replace(grid, reasons=why))
-    assert len(page.all("details", name="cell")) == 6 and len(page.all("summary")) == 6
+    assert len(page.all("details", name="cell")) == 6 and len(page.all("summary", title="Enlarge, and say why")) == 6
     assert page.text.count("Gate replaced: Violence 0.97; the user bans it") == 2
     assert page.text.count("Gate nothing is replaced") == 2
     assert page.text.count("User child Profile banned by it Picture replaced") == 1
@@ -178,6 +178,36 @@ def test_headline_and_intervals(write: Callable[..., Page]) -> None:
     assert re.search(r"wins 95\.0 % \(89 to 98\) of the 100 decided; 50\.0 % ties", text)
     assert "5 min 1 s" in text
     assert "psa_jax 0.1.0, jax 0.10.2" in text
+
+
+def test_the_page_says_how_it_was_made(write: Callable[..., Page], report: dict[str, Any]) -> None:
+    made = {"seeds": {"training": 3, "data": 1}, "device": "4 × TPU v5 lite"}
+    page = write(report=report | made, commands=["psa-jax demo --config.seed=3 --workdir=runs/demo"])
+    how = page.text.partition("How this was made")[2]
+    assert how.startswith(
+        " psa-jax demo --config.seed=3 --workdir=runs/demo Seed 3 (training), 1 (data) Device 4 × TPU v5 lite"
+    )
+    assert "Device" not in write().text  # a report of an earlier version
+
+
+def test_what_comes_second_is_folded_and_says_its_number(write: Callable[..., Page], report: dict[str, Any]) -> None:
+    report["two"] = {"psa": rates_of(90, 80), "base": rates_of(0, 100)}
+    curves = {name: {"step": [0, 1], "value": [1.0, 2.0]} for name in ("loss", "gradient_norm", "learning_rate")}
+    page = write(curves=curves)
+    folded = page.all("details", **{"class": "more"})
+    assert len(folded) == 3 and not any("open" in each for each in folded)  # seen users, two things, the meanings
+    assert "Prompts that name two things, unseen users: selectivity 70.0" in page.text
+    assert "More curves: Gradient norm, Learning rate" in page.text
+    assert len(page.all("polyline")) == 3
+
+
+def test_a_phone_has_a_letter_for_each_user(write: Callable[..., Page], grid: Grid) -> None:
+    page = write()
+    assert page.all("table", **{"class": "grid"})[0]["style"] == "--columns: 3"
+    listed = page.text.partition("the next one closes it.")[2].partition("Prompt")[0]
+    assert listed.split() == " ".join(grid.users).split()
+    letters = [text for tag, text in page.texts if tag == "div" and text in "ABC"]
+    assert letters == ["A", "B", "C"] * 2
 
 
 def test_recorded_methods_carry_a_mark(write: Callable[..., Page], report: dict[str, Any]) -> None:

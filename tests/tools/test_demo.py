@@ -1,7 +1,9 @@
 """The demo as a newcomer runs it, and what it promises."""
 
+import html
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -66,6 +68,11 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys, monkeypatch):
     for group in ("two", "negated", "unseen_bans", "unseen_concepts"):
         assert report[group].keys() == {"psa", "base"} and report[group]["psa"]["n"] == 3
     assert report["sampling"]["unconditional"] == "off"
+    command = shlex.join(["psa-jax", "demo", f"--config={config}", f"--workdir={tmp_path}", *words])
+    assert report["command"].endswith(command) and report["seeds"] == {"training": 0, "data": 1}
+    assert re.match(r"\d+ × cpu \(\w+, \d+ cores\)$", report["device"])
+    assert report["versions"].keys() == {"psa_jax", "jax", "jaxlib", "flax", "numpy", "Python"}
+    assert html.escape(command) in (tmp_path / "report.html").read_text()
     words = [str(tmp_path / "psa"), f"--report={tmp_path / 'report.json'}", f"--out={tmp_path / 'out'}"]
     assert main(["export", *words]) == 0
     assert f"| {report['unseen']['psa']['selectivity']:.1f} |" in (tmp_path / "out" / "README.md").read_text()
