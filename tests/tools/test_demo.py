@@ -88,3 +88,17 @@ def test_recording_needs_comparison_runs(tmp_path, pytestconfig):
     with pytest.raises(PSAError, match="--compare"):
         demo.run_demo(config, tmp_path / "run", record=tmp_path / "record.json")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_has_the_command_that_was_given(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(demo, "run_demo", lambda config, workdir, **given: seen.update(given, workdir=workdir))
+    words = ["--config=tiny:smoke", "--workdir=a b", "--config.seed=3"]
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert main(["demo", *words]) == 0
+    assert seen["command"] == "psa-jax demo --config=tiny:smoke '--workdir=a b' --config.seed=3"
+    # A flag of XLA decides the last digits.
+    monkeypatch.setenv("XLA_FLAGS", " --xla_cpu_enable_fast_math=false --xla_dump_to=")
+    assert main(["demo", *words, "--compare"]) == 0
+    assert seen["command"].startswith("XLA_FLAGS='--xla_cpu_enable_fast_math=false --xla_dump_to=' psa-jax demo")
+    assert seen["compare"] and str(seen["workdir"]) == "a b"
