@@ -1,10 +1,11 @@
 """Strict JSON reader with limits on size and depth. Imports only the standard library.
 
 Files come from other people. Python's own reader keeps the last of two equal keys, accepts NaN and raises
-RecursionError on deep nesting; here each of these is an error of one line.
+RecursionError on deep nesting, how deep depends on its version; here each of these is an error of one line.
 """
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -17,12 +18,14 @@ from psa_jax.errors import PSAError
 MAX_BYTES = 16 << 20
 """Largest file. The largest real ones, tokenizers of language models, have 11 MB."""
 MAX_DEPTH = 100
-"""Deepest nesting of lists and objects. Configurations have under 10 levels; Python fails somewhere below 1,000."""
+"""Deepest nesting of lists and objects. Configurations have under 10 levels."""
 MAX_DIGITS = 1000
 
 _BOM = b"\xef\xbb\xbf"
 _NAMES = {dict: "object", list: "list"}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # also one that is not closed
+_BRACKET = re.compile(r"[\[\]{}]")
 
 
 class _Refused(ValueError):
@@ -96,12 +99,10 @@ def parse_json(
         if len(text) > limit:
             raise _Refused(f"it is larger than {limit:,} bytes")
         text = _decoded(text, bom)
+        _check_depth(text)
         value = json.loads(text, **_hooks(constants, quote))
-        _check_depth(text, value)
         if _SURROGATE.search(text):
             _check_surrogates(value)
-    except RecursionError:
-        raise PSAError(f"{where}: not valid JSON (nested deeper than {MAX_DEPTH} levels)") from None
     except ValueError as error:  # also json.JSONDecodeError
         raise PSAError(f"{where}: not valid JSON ({error})") from error
     if kind is not None and not isinstance(value, kind):
@@ -158,15 +159,12 @@ def _decoded(text: str | bytes, bom: bool) -> str:
     return text
 
 
-def _check_depth(text: str, value: Any) -> None:
+def _check_depth(text: str) -> None:
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
-    level, depth = [value], 0
-    while level := [each for each in level if isinstance(each, dict | list)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise RecursionError
-        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+    brackets = _BRACKET.findall(_STRING.sub("", text))
+    if max(itertools.accumulate(1 if each in "[{" else -1 for each in brackets), default=0) > MAX_DEPTH:
+        raise _Refused(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def _check_surrogates(value: Any) -> None:

@@ -57,10 +57,13 @@ def test_what_python_reads_is_read_alike(value, ascii_):
         ('{"a": ' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}", "nested deeper than 100"),
         ('{"a": ' * 100_000 + "1" + "}" * 100_000, "nested deeper than 100"),
         ("[" * 100_000, "nested deeper than 100"),
+        ("[" * (MAX_DEPTH + 1), "nested deeper than 100"),
+        ('["\\"", "' + '", ["' * MAX_DEPTH, "nested deeper than 100"),  # a string that ends at the second quote
+        ('"\\"' + "[" * 200, "Unterminated string"),
         (BOM + b"{}", "byte order mark"),
         ("\ufeff{}", "byte order mark"),
     ],
-    ids=range(21),
+    ids=range(24),
 )
 def test_what_is_refused(text, says, tmp_path):
     assert re.search(says, refused(text))
@@ -74,7 +77,8 @@ def test_what_is_refused(text, says, tmp_path):
 def test_as_deep_as_allowed_is_read_and_brackets_in_text_do_not_count():
     text = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert parse_json(text, "there", list) == json.loads(text)
-    assert parse_json(json.dumps({"a": "[{" * 500}), "there") == {"a": "[{" * 500}
+    for inside in ("[{" * 500, '"[' * 500, "\\[" * 500, '[\\"' * 500 + "\\"):
+        assert parse_json(json.dumps({"a": inside}), "there") == {"a": inside}
     assert parse_json('{"a": "\\ud83d\\ude00"}', "there") == {"a": "😀"}
 
 
