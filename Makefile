@@ -1,9 +1,12 @@
 # make lint, make test: what every change must pass.   make demo: everything from data to report, in minutes on a CPU.
 PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# JAX has needed Python 3.12 since 0.11, so 3.11 has versions of its own.
+CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints.txt,constraints-py312.txt)
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.stamp
-# On a CPU, the pinned XLA is faster here without YNNPACK.
+STAMP := $(VENV)/.stamp-$(VERSION)
+# On a CPU, the XLA of jax 0.10 is faster here without YNNPACK; that of 0.12 leaves it out by itself.
 XLA_CPU := --xla_cpu_experimental_ynn_fusion_type=
 
 .DEFAULT_GOAL := help
@@ -16,14 +19,16 @@ help:
 	@echo "make test-slow  run the slow tests and show what they measure"
 	@echo "make lint       check the style"
 	@echo "make clean      remove build outputs; keep $(VENV) and runs"
+	@echo "PYTHON=python3.13 after any of them: with that Python, in place of python3"
 
 venv: $(STAMP)
 
 # torch first, at its exact version: the resolver might otherwise take a build with CUDA, which is several GB.
-$(STAMP): setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+# What another Python installed is of no use to this one.
+$(STAMP): setup.py $(CONSTRAINTS)
+	$(PYTHON) -m venv $$(test -d $(VENV)/lib/python$(VERSION) || echo --clear) $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,dev]'
 	touch $@
 
 demo: $(STAMP)

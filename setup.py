@@ -1,4 +1,4 @@
-"""Package metadata. Exact versions that are known to work together are in constraints.txt."""
+"""Package metadata. Exact versions that are known to work together are in constraints.txt and constraints-py312.txt."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent
 # Read, not imported: the package's dependencies are not there yet.
 VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "psa_jax" / "__init__.py").read_text(), re.M)[1]
 README = ROOT / "README.md"
-JAX_VERSION = "0.10.2"
+# Of each Python, the JAX that is tested: JAX has needed Python 3.12 since 0.11.
+JAX_VERSIONS = {'python_version < "3.12"': "0.10.2", 'python_version >= "3.12"': "0.12.0.1"}
 
 EVAL = ["matplotlib>=3.9,<4"]
 TORCH = ["torch>=2.6,<3", "diffusers>=0.35,<1", "accelerate>=1.0,<2"]
@@ -56,7 +57,7 @@ setup(
     entry_points={"console_scripts": ["psa-jax = psa_jax.cli:main"]},
     install_requires=[
         "array-record>=0.8,<0.9",
-        f"jax>={JAX_VERSION},<0.11",
+        "jax>=0.10.2,<0.13",
         "flax>=0.12,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
@@ -78,7 +79,7 @@ setup(
     ],
     extras_require={
         # One release of jax goes with one libtpu: a newer libtpu is a mismatch, so here jax is exact.
-        "tpu": [f"jax[tpu]=={JAX_VERSION}"],
+        "tpu": [f"jax[tpu]=={version}; {python}" for python, version in JAX_VERSIONS.items()],
         "torch": TORCH,
         "eval": EVAL,
         "playground": PLAYGROUND,
@@ -89,6 +90,8 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

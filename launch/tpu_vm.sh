@@ -6,8 +6,9 @@ usage() {
   cat <<'TEXT'
 usage: launch/tpu_vm.sh --name=TPU --zone=ZONE [options] -- COMMAND [ARGUMENT...]
 
-Copies the project to ~/psa_jax of every worker, installs it there with pip install '.[tpu]' and constraints.txt, and
-runs psa-jax COMMAND ARGUMENT... in that folder. Data and --workdir must be where every worker finds them.
+Copies the project to ~/psa_jax of every worker, installs it there with pip install '.[tpu]' and the constraints
+of its Python, and runs psa-jax COMMAND ARGUMENT... in that folder. Data and --workdir must be where every worker finds
+them.
 
   --name=TPU        name of the TPU VM
   --zone=ZONE       zone of the TPU VM
@@ -94,14 +95,16 @@ if [[ $install == yes ]]; then
     trap 'rm -rf "$folder"' EXIT
   fi
   run tar -czf "$folder/psa_jax.tar.gz" --exclude=__pycache__ -C "$root" \
-    psa_jax configs setup.py pyproject.toml README.md constraints.txt
+    psa_jax configs setup.py pyproject.toml README.md constraints.txt constraints-py312.txt
   run "${tpu[@]}" scp "$folder/psa_jax.tar.gz" "$name:psa_jax.tar.gz" "${where[@]}"
   on_all "set -eu
 mkdir -p psa_jax
 tar -xzf psa_jax.tar.gz -C psa_jax
 cd psa_jax
 $(quoted "$python") -m venv .venv
-.venv/bin/python -m pip install --quiet --constraint constraints.txt '.[tpu]'"
+constraints=constraints-py312.txt
+test ! -d .venv/lib/python3.11 || constraints=constraints.txt
+.venv/bin/python -m pip install --quiet --constraint \$constraints '.[tpu]'"
 fi
 
 start="cd psa_jax && exec .venv/bin/psa-jax $(quoted "$@")"

@@ -102,6 +102,13 @@ def canonical(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement)[0]).lower()
 
 
+def dry_run(*words: str) -> str:
+    """What make would do. A test may itself be run by make, whose settings would travel on."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--dry-run", "--no-print-directory", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path: Path) -> None:
     parts = path.relative_to(PACKAGE).parts
@@ -162,15 +169,41 @@ def test_requirements_of_the_extras() -> None:
     assert all("," in requirement and ">=" in requirement for requirement in requirements[""])  # both bounds
 
 
-def test_constraints_are_exact_and_within_what_is_declared() -> None:
+CONSTRAINTS = {"3.11": "constraints.txt", "3.12": "constraints-py312.txt", "3.13": "constraints-py312.txt"}
+"""The file of each Python."""
+
+
+@pytest.mark.parametrize("python", CONSTRAINTS)
+def test_constraints_are_exact_and_within_what_is_declared(python: str) -> None:
     from packaging.requirements import Requirement
 
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in (ROOT / CONSTRAINTS[python]).read_text().splitlines() if not line.startswith("#")]
     exact = dict(re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups() for line in lines)
     versions = {canonical(name): version for name, version in exact.items()}
-    for requirement in {text for texts in declared().values() for text in texts}:
-        parsed = Requirement(requirement)
-        assert parsed.specifier.contains(versions[canonical(parsed.name)]), requirement
+    requirements = [Requirement(text) for text in {text for texts in declared().values() for text in texts}]
+    here = [one for one in requirements if one.marker is None or one.marker.evaluate({"python_version": python})]
+    for requirement in here:
+        assert requirement.specifier.contains(versions[canonical(requirement.name)]), requirement
+    # libtpu is of one jax, so the extra names it exactly.
+    assert [str(one.specifier) for one in here if one.extras == {"tpu"}] == [f"=={versions['jax']}"]
+
+
+@pytest.mark.parametrize("python", CONSTRAINTS)
+def test_make_takes_the_constraints_of_the_python_it_is_given(python: str, tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\necho {python}\n")
+    fake.chmod(0o755)
+    planned = dry_run("venv", f"PYTHON={fake}", f"VENV={tmp_path / 'new'}")
+    assert set(re.findall(r"--constraint (\S+)", planned)) == {CONSTRAINTS[python]}
+    assert planned.splitlines()[-1] == f"touch {tmp_path}/new/.stamp-{python}"
+
+
+def test_the_workflow_has_every_python_that_is_declared() -> None:
+    import yaml
+
+    said = set(re.findall(r'"Programming Language :: Python :: ([\d.]+)"', (ROOT / "setup.py").read_text()))
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]["tests"]
+    assert set(job["strategy"]["matrix"]["python"]) == said == set(CONSTRAINTS)
 
 
 def test_pyproject_configures_tools_only() -> None:
@@ -181,11 +214,7 @@ def test_the_pipeline_runs_make_lint_and_make_test() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     commands = (ROOT / ".ci" / "run").read_text().splitlines()
     assert [line.removeprefix("exec ") for line in commands if "make" in line] == ["make lint", "make test"]
-    # This test may itself be run by make, whose settings would travel on.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    command = ["make", "--dry-run", "--no-print-directory", "lint", "test"]
-    planned = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
-    *_, check, style, tests = planned.splitlines()
+    *_, check, style, tests = dry_run("lint", "test").splitlines()
     assert (check, style) == (".venv/bin/ruff check .", ".venv/bin/ruff format --check .")
     assert tests.startswith('.venv/bin/python -m pytest -m "not slow"') and tests.endswith("--durations=20")
 

@@ -32,9 +32,10 @@ def test_the_workflow_runs_what_contributors_run():
 
 
 def test_pre_commit_has_the_ruff_of_the_constraints():
-    pinned = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
     (repo,) = read(".pre-commit-config.yaml")["repos"]
-    assert repo["rev"] == f"v{pinned}"
+    for name in ("constraints.txt", "constraints-py312.txt"):
+        pinned = re.search(r"^ruff==(.+)$", (ROOT / name).read_text(), re.M)[1]
+        assert repo["rev"] == f"v{pinned}", name
 
 
 def test_the_citation_is_of_this_version():

@@ -87,30 +87,46 @@ def test_a_dry_run_prints_what_would_be_done_and_does_nothing(worker):
     assert install[0] == start[0] == "ssh" and "--worker=all" in install
     lines = install[-1].removeprefix("--command=").splitlines()
     assert lines[0] == "set -eu"
-    assert shlex.split(lines[-2]) == ["/opt/my python", "-m", "venv", ".venv"]
+    assert shlex.split(lines[-4]) == ["/opt/my python", "-m", "venv", ".venv"]
     assert shlex.split(lines[-1])[1:4] == ["-m", "pip", "install"]
-    assert shlex.split(lines[-1])[-3:] == ["--constraint", "constraints.txt", ".[tpu]"]
+    assert shlex.split(lines[-1])[-3:] == ["--constraint", "$constraints", ".[tpu]"]
     assert shlex.split(start[-1].removeprefix("--command="))[-len(ARRIVED) - 1 :] == [".venv/bin/psa-jax", *ARRIVED]
 
 
-def test_the_archive_holds_what_an_installation_needs(worker):
-    """All but the installation itself: the fake Python stands for it."""
-    python = executable(worker / "python", "#!/bin/sh\nmkdir -p .venv/bin && ln -sf /bin/true .venv/bin/python\n")
+def install(worker: Path, version: str) -> str:
+    """All but the installation itself: a fake Python of that version stands for it. What it is asked to install."""
+    pip = executable(worker / "pip", f'#!/bin/sh\necho "$@" >{worker}/pip.log\n')
+    making = f"#!/bin/sh\nmkdir -p .venv/bin .venv/lib/python{version} && ln -sf {pip} .venv/bin/python\n"
+    python = executable(worker / "python", making)
     kept = worker / "home" / "psa_jax.tar.gz"
     gcloud = (worker / "bin" / "gcloud").read_text()
     copying = f"\nif 'scp' in sys.argv:\n    import shutil; shutil.copy(sys.argv[5], {str(kept)!r})\n"
     (worker / "bin" / "gcloud").write_text(gcloud + copying)
     assert launch(worker, *PLACE, f"--python={python}", "--", "train").returncode == 3
+    return (worker / "pip.log").read_text()
+
+
+def test_the_archive_holds_what_an_installation_needs(worker):
+    install(worker, "3.11")
     home = worker / "home" / "psa_jax"
     for name in (
         "setup.py",
         "constraints.txt",
+        "constraints-py312.txt",
         "configs/sd15.py",
         "psa_jax/cli.py",
         "psa_jax/assets/base_model_metrics.json",
     ):
         assert (home / name).is_file(), name
     assert not any(path.is_dir() and path.name.startswith("psa_jax.") for path in worker.iterdir())  # cleaned up
+
+
+@pytest.mark.parametrize(
+    ("version", "file"),
+    [("3.11", "constraints.txt"), ("3.12", "constraints-py312.txt"), ("3.13", "constraints-py312.txt")],
+)
+def test_a_worker_takes_the_constraints_of_its_python(worker, version, file):
+    assert install(worker, version) == f"-m pip install --quiet --constraint {file} .[tpu]\n"
 
 
 @pytest.mark.parametrize(
