@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from psa_jax.categories import CATEGORIES
+from psa_jax.data.rows import NO_CATEGORY
 from psa_jax.data.shards import RowColumns, open_shards
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.picture_sheet import picture_sheet
@@ -39,7 +40,8 @@ class Samples:
         self._users = run.table.lookup(users)
         self._columns = ["base model", *headings(len(users))]
         self._rows = [
-            f"{prompt} ({CATEGORIES[category]})" for prompt, category in zip(self._prompts, categories, strict=True)
+            prompt if category == NO_CATEGORY else f"{prompt} ({CATEGORIES[category]})"
+            for prompt, category in zip(self._prompts, categories, strict=True)
         ]
         self._banned = [[None, *row] for row in bans_of(shards.columns, users, categories)]
         self._model, self._folder = _on_one_device(run.setup.model), run.workdir / "samples"
@@ -83,9 +85,13 @@ def headings(count: int) -> list[str]:
 
 
 def bans_of(columns: RowColumns, users: list[str], categories: Int[np.ndarray, " n"]) -> list[list[bool | None]]:
-    """[category][user]: whether the user bans the category; None where no row of theirs tells."""
+    """[category][user]: whether the user bans the category; None where no row of theirs tells, or for no category."""
     rows = zip(columns.user_ids, np.asarray(columns.categories), columns.unsafe, columns.banned, strict=True)
-    known = {(str(user), int(category)): bool(banned) for user, category, unsafe, banned in rows if unsafe}
+    known = {
+        (str(user), int(category)): bool(banned)
+        for user, category, unsafe, banned in rows
+        if unsafe and category != NO_CATEGORY  # a ban of one such prompt says nothing of another
+    }
     return [[known.get((user, int(category))) for user in users] for category in categories]
 
 

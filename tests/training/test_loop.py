@@ -1,5 +1,6 @@
 """Whole runs: files, resuming bit for bit, refusing another run's checkpoint."""
 
+import dataclasses
 import json
 import math
 
@@ -152,6 +153,8 @@ def test_samples_say_what_a_column_bans_and_not_whose_it_is():
         users, np.int32([0, 6, 0, 6, 0]), *(np.array(x, bool) for x in ([1, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1] * 5))
     )
     assert bans_of(columns, ["b", "a"], np.int32([6, 0])) == [[None, False], [False, True]]
+    without = dataclasses.replace(columns, categories=np.full_like(columns.categories, -1))
+    assert bans_of(without, ["b", "a"], np.int32([-1])) == [[None, None]]  # own pairs without a category
     assert headings(3) == ["user 1 (bans least)", "user 2", "user 3 (bans most)"]
     assert headings(1) == ["user 1"]
 
