@@ -55,7 +55,7 @@ def base_config(objective: Objective) -> ml_collections.ConfigDict:
 
     # --- what is learned, and from what
     widths = {name: ml_collections.config_dict.placeholder(int) for name in ("qk_dim", "hidden")}
-    config.adapter = dict(kind="text", tokens=4, **widths, gate="attention", mixing=False)
+    config.adapter = dict(kind="text", tokens=4, **widths, gate="attention", mixing=False, pooled=False)
     config.objective = dataclasses.asdict(objective)
     # draws > 0: each pair has this many fixed draws of noise and timestep. Their reference errors are computed once and
     # stored in folder (default: in the workdir), which runs may share; a training step then runs no reference model.
@@ -86,7 +86,9 @@ def edit_by_swap(config: ml_collections.ConfigDict) -> None:
     config.data.update(safe_share=0.05, banned_share=0.9)
 
 
-def experiment_config(arg: str, *, batch_size: int, optimizer: str, accumulate: int) -> ml_collections.ConfigDict:
+def experiment_config(
+    arg: str, *, batch_size: int, optimizer: str, accumulate: int, pooled: bool = False
+) -> ml_collections.ConfigDict:
     """The configuration of a released model in one mode, locked.
 
     Args:
@@ -94,6 +96,7 @@ def experiment_config(arg: str, *, batch_size: int, optimizer: str, accumulate: 
       batch_size: pairs per step, over all devices.
       optimizer: of the published recipe.
       accumulate: parts in which a step is computed; batch_size must be a multiple of it times the number of devices.
+      pooled: whether the base model takes a pooled text, which the default adapter then edits as well.
 
     Raises:
       ValueError: there is no such mode.
@@ -105,7 +108,7 @@ def experiment_config(arg: str, *, batch_size: int, optimizer: str, accumulate: 
     if arg in ("", "smoke"):
         edit_by_swap(config)
         # Captions of SAGE's pairs are free paraphrases: a word's edit depends on the others.
-        config.adapter.mixing = True
+        config.adapter.mixing, config.adapter.pooled = True, pooled
     if arg == "paper":
         config.adapter.kind, config.adapter.tokens = "published", 1
         config.objective.sft_weight, config.objective.text_dropout = 0.0, 0.2

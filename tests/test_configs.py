@@ -68,6 +68,7 @@ def test_released_models(name, mode):
     if mode in ("", "smoke"):
         adapter = config.adapter
         assert (adapter.kind, adapter.gate, adapter.tokens, adapter.mixing) == ("edit", "categories", 0, True)
+        assert adapter.pooled == (name == "sdxl")
         assert (objective.loss, objective.swap_weight) == ("none", tiny.objective.swap_weight)
     elif mode == "dpo":
         assert (config.adapter.kind, config.adapter.tokens) == ("text", 4)
@@ -79,7 +80,7 @@ def test_released_models(name, mode):
 def test_the_published_recipe(name):
     config = read(name, "paper")
     sizes = {"kind": "published", "tokens": 1, "qk_dim": None, "hidden": None, "gate": "attention", "mixing": False}
-    assert config.adapter.to_dict() == sizes
+    assert config.adapter.to_dict() == sizes | {"pooled": False}
     assert (config.objective.beta, config.objective.sft_weight, config.objective.text_dropout) == (5000.0, 0.0, 0.2)
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.schedule) == (5e-6, 500, "constant")

@@ -303,7 +303,8 @@ def _generate(
     batch, dtype = len(text.states), unet.conv_in.kernel.dtype
     contexts = unet.context(text.states) if adapter is None else adapter(unet, text.states, users, scale)
     contexts = jax.tree.map(lambda leaf: leaf.astype(dtype), contexts)  # an adapter is always in float32
-    added = None if text.pooled is None else AddedConditions(text.pooled, size_ids(size, batch))
+    pooled = text.pooled if adapter is None else adapter.edit_pooled(text.pooled, text.states, users, scale)
+    added = None if pooled is None else AddedConditions(pooled, size_ids(size, batch))
 
     def predict(latents, timestep):
         latents = jnp.concatenate([latents, latents]) if guided else latents

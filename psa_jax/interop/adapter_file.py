@@ -17,7 +17,7 @@ from psa_jax.categories import CATEGORIES
 from psa_jax.errors import PSAError
 from psa_jax.files import write
 from psa_jax.json_input import parse_json
-from psa_jax.models.adapter_config import ADDED_SIZES, GATE_HIDDEN, MIXING, AdapterConfig, Layers
+from psa_jax.models.adapter_config import ADDED_SIZES, GATE_HIDDEN, PLAIN, AdapterConfig, Layers
 from psa_jax.tensor_file import MAX_HEADER, all_finite, read_float32, read_header, require_finite
 
 FORMAT = "psa_jax.adapter/1"
@@ -63,6 +63,7 @@ _METADATA = {
     "hidden": _SIZE,
     "gate": _TEXT,
     "mixing": _Rule(lambda value: isinstance(value, bool), "true or false"),
+    "pooled": _SIZE,
     "base_model": _TEXT,
     "family": _TEXT,
     "encoder": _TEXT,
@@ -87,8 +88,7 @@ def tensor_name(parameter: str, index: int, *, before_unet: bool) -> str:
     projection = parameter.removesuffix("_bias")
     what = "weight" if projection == parameter else "bias"
     if before_unet:
-        plain = projection in ("to_out", "hidden", *MIXING)
-        return f"prompt_adapter.{projection if plain else projection + '_user'}.{what}"
+        return f"prompt_adapter.{projection if projection in PLAIN else projection + '_user'}.{what}"
     return f"psa_adapter.{index}.{projection}_user.0.{what}"
 
 

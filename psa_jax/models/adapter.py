@@ -13,9 +13,17 @@ The adapter's kind says how. With o the text attention's output, e the text stat
                 `psa_jax.models.gates`; m is e, or with `mixing` e + W_mo attn(W_mq n, W_mk [n, z], W_mv [n, z]) with
                 n = e of mean 0 and variance 1, so that a token knows the whole prompt
 
+With `pooled`, edit changes SDXL's pooled text q, too, which reaches the UNet through its timestep embedding:
+
+    q + s·g_q·(W_p2 gelu(W_p1 n + b_p1) + b_p2)                n = q with mean 0 and variance 1
+
+g_q is the gate by categories; of the attention's gates, the largest over the tokens, for each head and its part of the
+numbers: what is banned stands in a few tokens of the prompt, and a mean would mostly be that of padding. n and not q,
+since W_p1 is made for numbers of variance 1, and the length of q depends on the text encoder.
+
 The first four write what the user tokens hold; the last two say what stands in the place of a concept, and the user
-decides whether. W_v (W_o, where there is one) starts at zero, so an untrained adapter leaves the base model exactly as
-it is. With a single token, attention is the constant W_v z, and W_q and W_k do not exist.
+decides whether. W_v (W_o and W_p2, where they are) starts at zero, so an untrained adapter leaves the base model
+exactly as it is. With a single token, attention is the constant W_v z, and W_q and W_k do not exist.
 """
 
 from collections.abc import Callable
@@ -25,7 +33,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from psa_jax.models.adapter_config import MIXING, AdapterConfig, Projection
+from psa_jax.errors import PSAError
+from psa_jax.models.adapter_config import MIXING, POOLED, AdapterConfig, Projection
 from psa_jax.models.attention import CrossContext, UserTokens, attend, gelu
 from psa_jax.models.gates import CategoryGate, combine
 from psa_jax.models.unet import UNet
@@ -64,15 +73,15 @@ class UserAttention(nnx.Module):
 
     Args:
       projections: as `AdapterConfig.projections` gives them.
-      zero: name of the projection that starts at zero.
+      zeros: names of the projections that start at zero.
     """
 
-    def __init__(self, projections: dict[str, Projection], zero: str, *, rngs: nnx.Rngs):
+    def __init__(self, projections: dict[str, Projection], zeros: tuple[str, ...], *, rngs: nnx.Rngs):
         def kernel(name):
             if name not in projections:
                 return None
             gain, (inner, outer, _) = QUERY_KEY_GAIN if name in ("to_q", "to_k") else 1.0, projections[name]
-            return AdapterParam(jnp.zeros((inner, outer)) if name == zero else _init(rngs, inner, outer, gain))
+            return AdapterParam(jnp.zeros((inner, outer)) if name in zeros else _init(rngs, inner, outer, gain))
 
         def bias(name):
             has_one = name in projections and projections[name].bias
@@ -82,6 +91,8 @@ class UserAttention(nnx.Module):
         self.hidden = kernel("hidden")
         self.mix_q, self.mix_k, self.mix_v, self.mix_out = map(kernel, MIXING)
         self.hidden_bias, self.to_out_bias = bias("hidden"), bias("to_out")
+        self.pooled_hidden, self.pooled_out = map(kernel, POOLED)
+        self.pooled_hidden_bias, self.pooled_out_bias = map(bias, POOLED)
 
 
 def _init(rngs: nnx.Rngs, fan_in: int, fan_out: int, gain: float = 1.0) -> Float[Array, "i o"]:
@@ -181,7 +192,7 @@ class Adapter(nnx.Module):
         else:
             self.user_proj = UserProjection(config, rngs=rngs)
         self.layers = nnx.List(
-            [UserAttention(config.projections(*site), config.zero_kernel, rngs=rngs) for site in config.adapter_sites]
+            [UserAttention(config.projections(*site), config.zero_kernels, rngs=rngs) for site in config.adapter_sites]
         )
 
     def __repr__(self) -> str:
@@ -202,7 +213,8 @@ class Adapter(nnx.Module):
     ) -> tuple[CrossContext, ...]:
         """Cross-attention contexts of the UNet with the adapter in them. They do not depend on the timestep.
 
-        User tokens are computed in the parameters' type, everything else in the type of `text`.
+        User tokens are computed in the parameters' type, everything else in the type of `text`. An adapter with
+        `config.pooled` changes the pooled text as well: call `edit_pooled`, too.
 
         Args:
           unet: the base model's.
@@ -233,9 +245,7 @@ class Adapter(nnx.Module):
         """
         (layer,), ((_, heads),) = self._layers_like(text), self.config.adapter_sites
         if self.config.by_categories:
-            with jax.named_scope("gate"):
-                # Fitted before the steps, which leave it alone.
-                gates = jax.lax.stop_gradient(combine(self.gate.parts(text, user))).astype(text.dtype)[:, None, None]
+            gates = self._category_gates(text, user)[:, None, None]
             added = gates * _states(layer, _mixed(layer, text, None, heads))
         elif self.config.rewrites:
             added = _rewrite(layer, text, self._tokens(user, text), heads)
@@ -243,10 +253,52 @@ class Adapter(nnx.Module):
             added = _user_attention(layer, text, self._tokens(user, text), heads) @ layer.to_out[...]
         return text + scale.astype(text.dtype)[:, None, None] * added
 
+    @jax.named_scope("adapter/pooled")
+    def edit_pooled(
+        self, pooled: Float[Array, "b p"] | None, text: Float[Array, "b s c"], user: Float[Array, "b d"], scale: Scale
+    ) -> Float[Array, "b p"] | None:
+        """New pooled text, of adapters with `config.pooled`; others give back what they are given.
+
+        Args:
+          pooled: pooled text of each prompt; None for models without one.
+          text: text states as they are without the adapter, which the gate reads.
+          user, scale: as for the adapter itself.
+
+        Raises:
+          PSAError: an adapter for a pooled text, and none or one of another width.
+        """
+        if not self.config.pooled:
+            return pooled
+        if pooled is None or pooled.shape[-1] != self.config.pooled:
+            found = "none" if pooled is None else f"one of {pooled.shape[-1]}"
+            raise PSAError(
+                f"the adapter edits a pooled text of {self.config.pooled} numbers, the base model has {found}"
+            )
+        (layer,) = self._layers_like(pooled)
+        gates = self._pooled_gates(text, user).astype(pooled.dtype)
+        normal = jax.nn.standardize(pooled.astype(jnp.float32), axis=-1, epsilon=LAYER_NORM_EPS, algorithm="stable")
+        hidden = gelu(normal.astype(pooled.dtype) @ layer.pooled_hidden[...] + layer.pooled_hidden_bias[...][None, :])
+        made = hidden @ layer.pooled_out[...] + layer.pooled_out_bias[...][None, :]
+        by_head = made.reshape(len(made), gates.shape[-1], -1)
+        added = (gates[..., None] * by_head).reshape(made.shape)
+        return pooled + scale.astype(pooled.dtype)[:, None] * added
+
+    def _pooled_gates(self, text: Float[Array, "b s c"], user: Float[Array, "b d"]) -> Float[Array, "b h"]:
+        """The gate by categories, or the largest of the attention's gates over the tokens, for each head."""
+        if self.config.by_categories:
+            return self._category_gates(text, user)[:, None]
+        (layer,), ((_, heads),) = self._layers_like(text), self.config.adapter_sites
+        return jnp.max(_user_attention(layer, text, self._tokens(user, text), heads), axis=1)
+
+    def _category_gates(self, text: Float[Array, "b s c"], user: Float[Array, "b d"]) -> Float[Array, " b"]:
+        with jax.named_scope("gate"):
+            # Fitted before the steps, which leave it alone.
+            return jax.lax.stop_gradient(combine(self.gate.parts(text, user))).astype(text.dtype)
+
     def _tokens(self, user: Float[Array, "b d"], text: Float[Array, "b s c"]) -> Float[Array, "b t c"]:
         # User embeddings differ little: W_p and its norm are not rounded to the type of the text.
         with jax.named_scope("user_projection"):
             return self.user_proj(user).astype(text.dtype)
 
-    def _layers_like(self, text: Float[Array, "b s c"]) -> nnx.List:
+    def _layers_like(self, text: Float[Array, "..."]) -> nnx.List:
         return jax.tree.map(lambda leaf: leaf.astype(text.dtype), self.layers)

@@ -93,6 +93,22 @@ def check_mixing(kind: str, mixing: bool) -> None:
         raise PSAError(f"adapter.mixing is true, which the {kind} kind lacks; use it with adapter.kind=edit")
 
 
+def check_pooled(kind: str, pooled: int) -> None:
+    """Checks that a kind has the edit of the pooled text that it is asked for.
+
+    Args:
+      kind: a key of `ADAPTER_KINDS`.
+      pooled: width of the pooled text, or in a configuration whether it is edited; 0 or False for no edit.
+
+    Raises:
+      PSAError: another kind than `edit`.
+    """
+    if pooled and kind != "edit":
+        raise PSAError(
+            f"adapter.pooled is given, which the {kind} kind lacks; set it to false, or use adapter.kind=edit"
+        )
+
+
 def check_gate(kind: str, gate: str, tokens: int, qk_dim: int | None) -> None:
     """Checks a gate, and that the kind has it.
 
@@ -126,6 +142,7 @@ class AdapterConfig:
       hidden: width of the hidden layer of the kinds that rewrite; None for C in a cross-attention, 4·C before the UNet.
       gate: one of GATES, for the kinds that rewrite; `categories` for `edit` alone, which then has no user tokens.
       mixing: a self-attention over text states and user tokens before the hidden layer, for `edit` alone.
+      pooled: width P of SDXL's pooled text, which is edited as well, for `edit` alone; 0 leaves it as it is.
 
     Raises:
       PSAError: an unknown kind or gate, no token, or a width that does not fit.
@@ -140,15 +157,24 @@ class AdapterConfig:
     hidden: int | None = None
     gate: str = "attention"
     mixing: bool = False
+    pooled: int = 0
 
     def __post_init__(self):
         check_kind(self.kind, self.qk_dim, self.hidden)
         check_mixing(self.kind, self.mixing)
+        check_pooled(self.kind, self.pooled)
         check_gate(self.kind, self.gate, self.tokens, self.qk_dim)
         if self.tokens < 1 and self.gate != "categories":
             raise PSAError(f"adapter tokens must be at least 1, got {self.tokens}")
         if self.hidden is not None and self.hidden < 1:
             raise PSAError(f"adapter hidden must be at least 1, got {self.hidden}")
+        if self.pooled < 0:
+            raise PSAError(f"adapter pooled must be at least 0, got {self.pooled}")
+        if self.pooled and self.gate == "attention" and self.pooled % (heads := self.adapter_sites[0][1]):
+            raise PSAError(
+                f"a pooled text of {self.pooled} numbers cannot be divided among the {heads} heads of the gate; use "
+                "adapter.gate=categories, or adapter.pooled=false"
+            )
         if self.qk_dim is None:
             return
         heads = {heads for _, heads in self.adapter_sites}
@@ -169,6 +195,7 @@ class AdapterConfig:
         hidden: int | None = None,
         gate: str = "attention",
         mixing: bool = False,
+        pooled: bool = False,
     ) -> "AdapterConfig":
         """Sizes of an adapter for a UNet.
 
@@ -176,12 +203,15 @@ class AdapterConfig:
           unet: the base model's configuration.
           user_dim: length D of a user embedding.
           kind, tokens, qk_dim, hidden, gate, mixing: as the attributes.
+          pooled: edit the pooled text as well, whose width is the UNet's.
 
         Raises:
-          PSAError: as the constructor.
+          PSAError: as the constructor, or a UNet that takes no pooled text.
         """
         sizes = (tokens, user_dim, unet.cross_attention_dim, unet.cross_attentions, qk_dim, hidden, gate, mixing)
-        return cls(kind, *sizes)
+        if pooled and not unet.pooled_dim:
+            raise PSAError("adapter.pooled is true, but the base model takes no pooled text; set it to false")
+        return cls(kind, *sizes, unet.pooled_dim if pooled else 0)
 
     @property
     def before_unet(self) -> bool:
@@ -194,9 +224,9 @@ class AdapterConfig:
         return ADAPTER_KINDS[self.kind].rewrites
 
     @property
-    def zero_kernel(self) -> str:
-        """Name of the projection that is zero in an untrained adapter."""
-        return "to_out" if self.before_unet or self.rewrites else "to_v"
+    def zero_kernels(self) -> tuple[str, ...]:
+        """Names of the projections that are zero in an untrained adapter."""
+        return ("to_out", "pooled_out") if self.before_unet or self.rewrites else ("to_v",)
 
     @property
     def adapter_sites(self) -> Layers:
@@ -207,7 +237,8 @@ class AdapterConfig:
         """The linear layers at a site of this width and number of heads, by name.
 
         `to_q` and `to_k` are those of the attention to the user tokens, `to_v` its values; for kinds that rewrite, the
-        values are one gate a head, and `hidden` and `to_out` are W₁ and W₂. MIXING are those of the self-attention.
+        values are one gate a head, and `hidden` and `to_out` are W₁ and W₂. MIXING are those of the self-attention,
+        POOLED the W₁ and W₂ of the pooled text.
         """
         qk = width if self.qk_dim is None else self.qk_dim
         found = {"to_v": Projection(self.cross_dim, heads if self.rewrites else width)} if self.tokens else {}
@@ -221,6 +252,10 @@ class AdapterConfig:
             found["hidden"] = Projection(self.cross_dim, hidden, bias=self.before_unet)
             found["to_out"] = Projection(hidden, width, bias=self.before_unet)
             found |= dict.fromkeys(MIXING if self.mixing else (), Projection(self.cross_dim, self.cross_dim))
+            if self.pooled:
+                hidden = self.hidden or 4 * self.pooled
+                both = Projection(self.pooled, hidden, bias=True), Projection(hidden, self.pooled, bias=True)
+                found |= dict(zip(POOLED, both, strict=True))
         elif self.before_unet:
             found["to_out"] = Projection(width, self.cross_dim)
         return found
@@ -238,8 +273,15 @@ class AdapterConfig:
 
 MIXING = ("mix_q", "mix_k", "mix_v", "mix_out")
 """Names of the projections of the self-attention of `AdapterConfig.mixing`."""
-ADDED_SIZES = {"hidden": None, "gate": "attention", "mixing": False}
-"""What a configuration or a file of an earlier version, which lacks these keys, means by that."""
+POOLED = ("pooled_hidden", "pooled_out")
+"""Names of the projections of the edit of the pooled text (`AdapterConfig.pooled`)."""
+PLAIN = ("to_out", "hidden", *MIXING, *POOLED)
+"""Projections of the kinds before the UNet whose names in files have no suffix `_user`."""
+ADDED_SIZES = {"hidden": None, "gate": "attention", "mixing": False, "pooled": False}
+"""What a configuration or a file of an earlier version, which lacks these keys, means by that.
+
+A configuration says whether the pooled text is edited, a file how wide it is; False is 0.
+"""
 
 
 def prompt_heads(cross_dim: int) -> int:

@@ -17,6 +17,8 @@ Config = TypeVar("Config", bound="FromJson")
 MAX_SIZE = 1 << 24
 MAX_LAYERS = 200
 MAX_BLOCKS = 16
+TIME_IDS = 6
+"""Sizes and crop that SDXL is told in `time_ids`, in numbers."""
 _QUANTISED = dict.fromkeys(("quantization_config", "compression_config", "transformers_weights"), (None,))
 
 
@@ -195,6 +197,13 @@ class UNetConfig(FromJson):
                     f"{name} = {value} does not go with addition_embed_type {self.addition_embed_type!r} "
                     "(text_time needs a number, null needs null)"
                 )
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled text that joins the timestep embedding; 0 where none does."""
+        if self.projection_class_embeddings_input_dim is None:
+            return 0
+        return self.projection_class_embeddings_input_dim - TIME_IDS * self.addition_time_embed_dim
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -86,7 +86,7 @@ def pair_losses(
         with jax.named_scope("reference"):
             reference = jax.lax.stop_gradient(_predict(unet, inputs, inputs.contexts))
     with jax.named_scope("policy"):
-        policy = _predict(unet, inputs, adapted)
+        policy = _predict(unet, _with_pooled_edit(adapter, unet, inputs, user), adapted)
 
     each, values = jnp.zeros(pairs), {}
     if compare:
@@ -181,9 +181,13 @@ def compute_reference_errors(model: FrozenModel, batch: Batch, draws: Draws) -> 
 
 
 class _NoisedInputs(NamedTuple):
-    """UNet inputs that policy and reference share; of 2b rows, winners are first. Without losers, n is b."""
+    """UNet inputs that policy and reference share, but for `_with_pooled_edit`; of 2b rows, winners are first.
+
+    Without losers, n is b.
+    """
 
     text: Float[Array, "b s c"]
+    pooled: Float[Array, "b p"] | None  # of SDXL
     contexts: tuple[CrossContext, ...]  # of the base model
     noisy: Float[Array, "n h w c"]
     timesteps: Float[Array, " n"]
@@ -218,7 +222,17 @@ def _noised_inputs(model: FrozenModel, batch: Batch, draws: Draws, both: bool = 
     times = timesteps.astype(jnp.float32)
     prefix = unet.run_prefix(noisy, times, added)
     target = schedule.target(clean, noise, timesteps)
-    return _NoisedInputs(text.states, unet.context(text.states), noisy, times, sizes, prefix, target)
+    return _NoisedInputs(text.states, text.pooled, unet.context(text.states), noisy, times, sizes, prefix, target)
+
+
+def _with_pooled_edit(adapter: Adapter, unet: UNet, inputs: _NoisedInputs, user: Float[Array, "b d"]) -> _NoisedInputs:
+    """The inputs of the policy. Where the adapter edits the pooled text it has a prefix of its own."""
+    if not adapter.config.pooled:
+        return inputs
+    pooled = adapter.edit_pooled(inputs.pooled, inputs.text, user, jnp.ones(len(inputs.text)))
+    sides = len(inputs.noisy) // len(inputs.text)
+    added = AddedConditions(jnp.concatenate([pooled] * sides), inputs.sizes)
+    return inputs._replace(prefix=unet.run_prefix(inputs.noisy, inputs.timesteps, added))
 
 
 def _swap_target(

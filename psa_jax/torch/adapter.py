@@ -11,6 +11,9 @@
                 (`psa_jax.models.gates`); m is e, or with `mixing` e + W_mo attn(W_mq n, W_mk [n, z], W_mv [n, z]) with
                 n = e of mean 0 and variance 1
 
+With `config.pooled`, edit changes SDXL's pooled text q as well: q + s·g_q·(W_p2 gelu(W_p1 n + b_p1) + b_p2), with n = q
+of mean 0 and variance 1. g_q is the gate by categories, or each head's largest gate over the tokens.
+
 o is the text attention's output, e the text states, s the scale. Parameters have the names of the native file.
 """
 
@@ -20,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psa_jax.models.adapter_config import GATE_HIDDEN, MIXING, AdapterConfig
+from psa_jax.errors import PSAError
+from psa_jax.models.adapter_config import GATE_HIDDEN, PLAIN, AdapterConfig
 from psa_jax.profiles.schema import CATEGORIES
 
 
@@ -99,30 +103,42 @@ class UserAdapter(nn.Module):
             self.psa_adapter = nn.ModuleList(places)
         self.requires_grad_(False)
 
-    def forward(self, text: Tensor, user: Tensor, scale: Tensor) -> list[Context] | Tensor:
+    def forward(
+        self, text: Tensor, user: Tensor, scale: Tensor, pooled: Tensor | None = None
+    ) -> list[Context] | Tensor | tuple[list[Context] | Tensor, Tensor]:
         """The user's part of every cross-attention.
 
         Args:
           text: text states e [batch, text, C].
           user: user embeddings [batch, D].
           scale: strengths s [batch]; 0 is the base model.
+          pooled: SDXL's pooled text [batch, P]; adapters that edit it need it.
 
         Returns:
           A `Context` for each cross-attention. The kinds `prompt` and `edit` return new text states [batch, text, C],
-          which any pipeline takes as `prompt_embeds`.
+          which any pipeline takes as `prompt_embeds`. With `pooled` a pair, of this and of the new pooled text, for
+          `pooled_prompt_embeds`; it is the old one unless the adapter edits it.
+
+        Raises:
+          PSAError: an adapter that edits the pooled text, and none or one of another width.
         """
         if self.config.by_categories:
-            return self.edit(text, self.bans(user), scale)
+            return self.edit(text, self.bans(user), scale, pooled)
+        self._check_pooled(pooled)
         z, s = self.user_proj(user), scale[:, None, None]
-        if self.is_prompt:
-            ((_, heads),) = self.config.adapter_sites
-            if self.config.rewrites:
-                return text + s * _rewrite(self.prompt_adapter, text, z, heads)
-            return text + s * self.prompt_adapter["to_out"](_user_attention(self.prompt_adapter, text, z, heads))
-        return [
-            self._context(layer, text, z, s, heads)
-            for layer, (_, heads) in zip(self.psa_adapter, self.config.layers, strict=True)
-        ]
+        if not self.is_prompt:
+            made = [
+                self._context(layer, text, z, s, heads)
+                for layer, (_, heads) in zip(self.psa_adapter, self.config.layers, strict=True)
+            ]
+            return made if pooled is None else (made, pooled)
+        layer, ((_, heads),) = self.prompt_adapter, self.config.adapter_sites
+        attended = _user_attention(layer, text, z, heads)
+        if self.config.rewrites:
+            made = text + s * _gated(attended, _states(layer, _mixed(layer, text, z, heads)))
+        else:
+            made = text + s * layer["to_out"](attended)
+        return made if pooled is None else (made, self._edit_pooled(pooled, attended, scale))
 
     def bans(self, user: Tensor) -> Tensor:
         """b_k [batch, 7]: how sure the gate by categories is that each user bans each category.
@@ -141,18 +157,45 @@ class UserAdapter(nn.Module):
         """
         return torch.sigmoid(torch.logsumexp(self.prompt_gate(text.float()), dim=1)) * bans
 
-    def edit(self, text: Tensor, bans: Tensor, scale: Tensor) -> Tensor:
+    def edit(
+        self, text: Tensor, bans: Tensor, scale: Tensor, pooled: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """New text states [batch, text, C] of an adapter with the gate by categories.
 
         Args:
           text: text states [batch, text, C].
           bans: b_k of each user [batch, 7].
           scale: strengths s [batch].
+          pooled: as for the adapter itself; the result is then a pair.
+
+        Raises:
+          PSAError: as the adapter itself.
         """
+        self._check_pooled(pooled)
         ((_, heads),) = self.config.adapter_sites
         gate = 1 - torch.prod(1 - self.gates(text, bans), dim=-1)
         mixed = _mixed(self.prompt_adapter, text, None, heads)
-        return text + (scale * gate)[:, None, None] * _states(self.prompt_adapter, mixed)
+        made = text + (scale * gate)[:, None, None] * _states(self.prompt_adapter, mixed)
+        return made if pooled is None else (made, self._edit_pooled(pooled, gate[:, None, None], scale))
+
+    def _check_pooled(self, pooled: Tensor | None) -> None:
+        width = self.config.pooled
+        if width and pooled is None:
+            raise PSAError(
+                "the adapter edits the pooled text as well, and none was given; give pooled_prompt_embeds, too, and "
+                "draw with both that come back"
+            )
+        if width and pooled.shape[-1] != width:
+            raise PSAError(f"the adapter edits a pooled text of {width} numbers, this one has {pooled.shape[-1]}")
+
+    def _edit_pooled(self, pooled: Tensor, gates: Tensor, scale: Tensor) -> Tensor:
+        """New pooled text [batch, P] by gates [batch, text or 1, heads or 1]; the old one without an edit."""
+        if not self.config.pooled:
+            return pooled
+        layer = self.prompt_adapter
+        normal = F.layer_norm(pooled.float(), pooled.shape[-1:], eps=1e-5).to(pooled.dtype)
+        made = layer["pooled_out"](F.gelu(layer["pooled_hidden"](normal)))
+        return pooled + scale[:, None] * _gated(gates.amax(dim=1), made)
 
     def _context(self, layer: nn.ModuleDict, text: Tensor, z: Tensor, s: Tensor, heads: int) -> Context:
         if self.config.kind == "text":
@@ -164,23 +207,22 @@ class UserAdapter(nn.Module):
         return Context(value=s * layer["to_v_user"](z), key=key, query=query)
 
 
-_PLAIN = ("to_out", "hidden", *MIXING)
-"""Names without the suffix `_user` in files of the kinds before the UNet."""
-
-
 def _projections(config: AdapterConfig, width: int, heads: int) -> nn.ModuleDict:
     """Projections of one adapter site under the file's names."""
     linear = {name: nn.Linear(p.inner, p.outer, bias=p.bias) for name, p in config.projections(width, heads).items()}
     if config.before_unet:
-        return nn.ModuleDict({name if name in _PLAIN else f"{name}_user": m for name, m in linear.items()})
+        return nn.ModuleDict({name if name in PLAIN else f"{name}_user": m for name, m in linear.items()})
     return nn.ModuleDict({f"{name}_user": nn.Sequential(m) for name, m in linear.items()})
 
 
 def _rewrite(layer: nn.ModuleDict, text: Tensor, z: Tensor, heads: int) -> Tensor:
     """g·(W_o gelu(W_1 m + b_1) + b_o): each head's part of the new states times its gate."""
-    gates = _user_attention(layer, text, z, heads)  # [batch, text or 1, heads]
-    states = _states(layer, _mixed(layer, text, z, heads))
-    return (gates[..., None] * states.unflatten(-1, (heads, -1))).flatten(2)
+    return _gated(_user_attention(layer, text, z, heads), _states(layer, _mixed(layer, text, z, heads)))
+
+
+def _gated(gates: Tensor, states: Tensor) -> Tensor:
+    """Gates [..., heads], each times its head's part of the states [..., width]."""
+    return (gates[..., None] * states.unflatten(-1, (gates.shape[-1], -1))).flatten(-2)
 
 
 def _states(layer: nn.ModuleDict, text: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ def with_adapter(run: Run, state: TrainState, path: Path) -> TrainState:
         )
     adapter = load_adapter(found, unet.cross_attentions, unet.cross_attention_dim)
     wanted, given = setup.adapter.as_json(), adapter.config.as_json()
+    if not (wanted.get("pooled") and given.get("pooled")):  # a key of config.adapter says whether, not how wide
+        wanted, given = ({**one, "pooled": bool(one.get("pooled"))} for one in (wanted, given))
     different = sorted(name for name in wanted | given if wanted.get(name) != given.get(name))
     if different:
         words = ", ".join(f"{name} {given.get(name)} and not {wanted.get(name)}" for name in different)

@@ -24,6 +24,7 @@ from psa_jax.models.adapter_config import (
     check_gate,
     check_kind,
     check_mixing,
+    check_pooled,
 )
 from psa_jax.models.attention import REMAT
 from psa_jax.paths import check_workdir, local_path
@@ -165,6 +166,7 @@ OPTIONAL: dict[str, Rule] = {
     "init_from": PLACE,
     "adapter.hidden": optional(SIZE),
     "adapter.mixing": FLAG,
+    "adapter.pooled": FLAG,
     "adapter.gate": any_of(GATES),
     "data.banned_share": SHARE,
     "evaluate.per_rate.harder": COUNT_OR_NONE,
@@ -214,6 +216,7 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
     adapter = ADDED_SIZES | config.adapter.to_dict()
     check_kind(adapter["kind"], adapter["qk_dim"], adapter["hidden"])
     check_mixing(adapter["kind"], adapter["mixing"])
+    check_pooled(adapter["kind"], adapter["pooled"])
     check_gate(adapter["kind"], adapter["gate"], adapter["tokens"], adapter["qk_dim"])
     if not adapter["tokens"] and adapter["gate"] != "categories":
         raise PSAError(f"adapter.tokens is 0; give {SIZE.wanted}")
@@ -237,7 +240,8 @@ def validate(config: ml_collections.ConfigDict, command: str, workdir: Path | No
         raise PSAError("wandb is asked for and not installed; pip install wandb, or --config.wandb=false")
     base = BaseModel.from_config(config)
     base.check()
-    if config.adapter.qk_dim is not None:  # must suit the heads of the base model, whose weights take long to read
+    # Must suit the base model, whose weights take long to read.
+    if config.adapter.qk_dim is not None or adapter["pooled"]:
         AdapterConfig.for_unet(base.unet_config(), user_dim=1, **config.adapter)
     if command in ("train", "demo"):
         _check_data(config, command)

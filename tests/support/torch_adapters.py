@@ -128,6 +128,39 @@ def prompt_states(
     return text + scale * F.linear(value, tensors["prompt_adapter.to_out.weight"])
 
 
+def gates_of_prompts(tensors: Tensors, text: torch.Tensor, user: torch.Tensor, heads: int) -> torch.Tensor:
+    """The gate of a pooled text: by categories [batch, 1], or each head's largest over the tokens [batch, heads]."""
+    if "user_gate.0.weight" in tensors:
+
+        def half(name, x):
+            hidden = F.gelu(F.linear(x, tensors[f"{name}.0.weight"], tensors[f"{name}.0.bias"]))
+            return F.linear(hidden, tensors[f"{name}.2.weight"], tensors[f"{name}.2.bias"])
+
+        asked = torch.sigmoid(torch.log(torch.exp(half("prompt_gate", text)).sum(1)))
+        return 1 - (1 - asked * torch.sigmoid(half("user_gate", user))).prod(1, keepdim=True)
+    z = user_tokens(tensors, user, text.shape[-1])
+    w = {name: tensors.get(f"prompt_adapter.to_{name}_user.weight") for name in "qkv"}
+    found = []
+    for head, value in enumerate((z @ w["v"].T).unbind(-1)):  # [batch, T], a number for each user token
+        if w["q"] is None:
+            found.append(value[:, 0])
+            continue
+        query, key = ((x @ each.T).chunk(heads, -1)[head] for x, each in ((text, w["q"]), (z, w["k"])))
+        weights = torch.softmax(query @ key.transpose(1, 2) / query.shape[-1] ** 0.5, dim=-1)
+        found.append((weights @ value[..., None])[..., 0].max(dim=1).values)
+    return torch.stack(found, dim=1)
+
+
+def edited_pooled(tensors: Tensors, pooled: torch.Tensor, gates: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """q + s·g·(W_p2 gelu(W_p1 n + b_p1) + b_p2), with each head's g on its part; n is q of mean 0 and variance 1."""
+    w = {name.removeprefix("prompt_adapter.pooled_"): t for name, t in tensors.items() if ".pooled_" in name}
+    centred = pooled - pooled.mean(1, keepdim=True)
+    normal = centred / ((centred**2).mean(1, keepdim=True) + 1e-5).sqrt()
+    made = F.gelu(normal @ w["hidden.weight"].T + w["hidden.bias"]) @ w["out.weight"].T + w["out.bias"]
+    parts = [gates[:, [head]] * part for head, part in enumerate(made.chunk(gates.shape[1], dim=1))]
+    return pooled + scale[:, None] * torch.cat(parts, dim=1)
+
+
 def adapted_unet(
     unet: UNet2DConditionModel, adapter: Adapter, user: torch.Tensor, scale: torch.Tensor
 ) -> UNet2DConditionModel:

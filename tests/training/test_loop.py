@@ -176,7 +176,18 @@ def test_held_out_accuracy(training_config, tmp_path):
         train(training_config(**{"validate.every": 1, "validate.rows": 4000, "validate.batch_size": 4000}), tmp_path)
 
 
-def test_sdxl_trains(training_config, sdxl, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "moves"),
+    [
+        ({}, ["psa_adapter.0.to_v_user.0.weight"]),
+        (
+            {"adapter.kind": "edit", "adapter.tokens": 2, "adapter.pooled": True},
+            [f"prompt_adapter.{name}_out.{what}" for name in ("to", "pooled") for what in ("weight", "bias")],
+        ),
+    ],
+    ids=["text", "edit with pooled text"],
+)
+def test_sdxl_trains(training_config, sdxl, tmp_path, changes, moves):
     """Two text encoders, pooled text and sizes come from shards that `prepare` made."""
     model = load_stable_diffusion(sdxl[0])
     prepare(tmp_path / "data", model, users=1, seed=0, resolution=32, family="sdxl", splits=("train",))
@@ -189,14 +200,23 @@ def test_sdxl_trains(training_config, sdxl, tmp_path):
         "batch_size": 2,
         "optimizer.warmup_steps": 0,
         "optimizer.decay_share": 0.0,
+        **changes,
     }
     config = training_config(**overrides)
     path = train(config, tmp_path / "run")
     (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert abs(row["loss"] - math.log(2)) <= 1e-5
-    moved = load_file(path)["psa_adapter.0.to_v_user.0.weight"]
-    assert np.abs(moved).max() > 0
-    assert read_metadata(path)["layers"] == [list(layer) for layer in model.unet.config.cross_attentions]
+    trained = load_file(path)
+    for name in moves:
+        assert np.abs(trained[name]).max() > 0, name
+    about = read_metadata(path)
+    assert about["layers"] == [list(layer) for layer in model.unet.config.cross_attentions]
+    assert about.get("pooled", 0) == (24 if changes else 0)
+    if changes:  # an adapter of an earlier version is no beginning for one with the edit of the pooled text
+        sizes = AdapterConfig.for_unet(model.unet.config, user_dim=33, kind="edit", tokens=2)
+        save_adapter(random_adapter(sizes), tmp_path / "a.safetensors", {"base_model": model.base_hash})
+        with pytest.raises(PSAError, match="has pooled False and not True; set the keys of config.adapter alike"):
+            train(training_config(**overrides | {"init_from": tmp_path / "a.safetensors"}), tmp_path / "next")
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,7 @@ def complete(tmp_path):
         if name != "tiny":
             config.model, config.data.shards = "tiny", str(tmp_path)
             config.data.table = str(tmp_path / "table.safetensors")
+            config.adapter.pooled = False  # tiny has no pooled text
         return config
 
     return read
@@ -144,6 +145,7 @@ def test_paths_are_of_this_machine(complete, key: str, value: str):
         ("objective.loss=dpo", "objective.loss is 'dpo'; choose sigmoid, "),
         ("adapter.kind=lora", "adapter.kind is 'lora'; give one of published, text, concept, prompt"),
         ("adapter.tokens=0", "adapter.tokens is 0; give a whole number from 1 to 65536"),
+        ("adapter.pooled=true", "adapter.pooled is given, which the text kind lacks; set it to false, or use"),
         ("dtype=float8", "dtype is 'float8'; give one of float32, bfloat16, float16"),
         ("log_every=0", "log_every is 0; give a whole number from 1 to 2147483647"),
         ("checkpoint_every=0", "checkpoint_every is 0; give a whole number from 1 to 2147483647"),
@@ -190,6 +192,7 @@ def test_a_command_says_it_first(no_work, capsys, tmp_path, command: str, settin
         (["sample_every=1", "mesh.fsdp=2", "mesh.frozen=split"], "sample_every = 1 draws on one device, and with "),
         (["accumulate=2", "objective.loss=kto"], "accumulate = 2: kto compares pairs of a batch; set accumulate to 1"),
         (["adapter.kind=published", "adapter.qk_dim=4"], "adapter.qk_dim is 4, which does not apply to the published"),
+        (["adapter.kind=edit", "adapter.pooled=true"], "adapter.pooled is true, but the base model takes no pooled"),
         (["adapter.qk_dim=3"], "qk_dim 3 is no positive multiple of the heads of every layer ([4])"),
         (["reference.draws=1", "objective.loss=mapo"], "reference.draws is 1, but mapo runs no reference; set it to 0"),
     ],
