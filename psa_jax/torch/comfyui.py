@@ -21,6 +21,8 @@ from psa_jax.profiles.user_embedding import user_embedding
 from psa_jax.torch.adapter import UserAdapter
 from psa_jax.torch.files import adapter_file, load_adapter
 
+_POOLED = "pooled_output"
+"""ComfyUI's name of SDXL's pooled text."""
 Conditioning = list[Any]
 """ComfyUI's: for each prompt a list of text states [batch, text, C] and a dict with what else there is."""
 
@@ -69,19 +71,32 @@ class UserConditioning:
         loaded, about = _opened(path, found.st_mtime_ns, found.st_size)
         known = Path(table) if table else None
         embedding = user_embedding(path, about, profile=profile or None, user=user or None, table=known)
-        return ([[self._states(loaded, text, embedding, scale), dict(more)] for text, more in conditioning],)
+        return ([self._adapted(loaded, text, more, embedding, scale) for text, more in conditioning],)
 
     @staticmethod
     @torch.no_grad()
-    def _states(adapter: UserAdapter, text: Tensor, embedding: np.ndarray, scale: float) -> Tensor:
+    def _adapted(
+        adapter: UserAdapter, text: Tensor, more: dict[str, Any], embedding: np.ndarray, scale: float
+    ) -> list[Any]:
+        """One prompt's new text states, and the dict beside them, with the new pooled text where it is edited."""
         wanted = adapter.config.cross_dim
         if text.shape[-1] != wanted:
             raise PSAError(f"the conditioning has width {text.shape[-1]}; the adapter is for a base model of {wanted}")
         users = torch.from_numpy(np.array(embedding)).expand(len(text), -1)
-        new = adapter(text.float().cpu(), users, torch.full((len(text),), float(scale)))
-        if not torch.isfinite(new).all():
+        states, strength = text.float().cpu(), torch.full((len(text),), float(scale))
+        if not adapter.config.pooled:
+            new, edited = adapter(states, users, strength), {}
+        elif (pooled := more.get(_POOLED)) is None:
+            raise PSAError(
+                f"the adapter edits the pooled text as well, and the conditioning has no {_POOLED}; connect the node "
+                "behind a text encoder of SDXL"
+            )
+        else:
+            new, pooled_new = adapter(states, users, strength, pooled.float().cpu())
+            edited = {_POOLED: pooled_new.to(pooled)}
+        if not all(torch.isfinite(one).all() for one in (new, *edited.values())):
             raise PSAError("the new conditioning is not finite; use a smaller scale")
-        return new.to(text)
+        return [new.to(text), more | edited]
 
 
 @functools.lru_cache(maxsize=4)

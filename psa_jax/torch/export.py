@@ -42,13 +42,20 @@ class AdaptedUNet(nn.Module):
           text: text states [batch, text, C].
           user: user embeddings [batch, D].
           scale: strengths [batch]; 0 is the base model.
-          text_embeds: pooled text [batch, P], for SDXL.
+          text_embeds: pooled text [batch, P], for SDXL; edited where the adapter edits it.
           time_ids: [batch, 6], for SDXL.
 
         Returns:
           [batch, 4, h, w].
+
+        Raises:
+          PSAError: an adapter that edits the pooled text, and none or one of another width.
         """
-        made = self.adapter(text.float(), user, scale)
+        if self.adapter.config.pooled and text_embeds is not None:
+            made, edited = self.adapter(text.float(), user, scale, text_embeds.float())
+            text_embeds = edited.to(text_embeds.dtype)
+        else:
+            made = self.adapter(text.float(), user, scale)
         if isinstance(made, Tensor):
             text = made.to(text.dtype)
         else:

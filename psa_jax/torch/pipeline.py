@@ -13,7 +13,6 @@ import functools
 import inspect
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,62 +25,19 @@ from torch import Tensor
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import ADAPTER_FILE
 from psa_jax.models.adapter_config import UNCONDITIONAL
-from psa_jax.models.config import model_family
+from psa_jax.models.config import TIME_IDS, model_family
 from psa_jax.profiles.own_bans import check_table_with_own_bans
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.torch.adapter import Context, UserAdapter
 from psa_jax.torch.files import adapter_file, load_adapter
+from psa_jax.torch.pooled import PooledWatch
 from psa_jax.torch.processors import AGAIN, NOBODY, cross_attentions, installed
+from psa_jax.torch.request import EMBEDS, Request
 from psa_jax.torch.users import Gates, Profiles, Users, bans_of, embeddings_of, profiles_encoded, scales_of
 
 OLDEST_DIFFUSERS = (0, 35)
-_EMBEDS = "prompt_embeds", "negative_prompt_embeds"
-_ENCODES = {*_EMBEDS, "num_images_per_prompt", "do_classifier_free_guidance"}
+_ENCODES = {*EMBEDS[:2], "num_images_per_prompt", "do_classifier_free_guidance"}
 """Parameters that `encode_prompt` of Stable Diffusion's pipelines has."""
-
-
-@dataclass
-class _Request:
-    """State of the current call.
-
-    Attributes:
-      users: embeddings [1 or prompts, D], or what they ban [1 or prompts, 7]; None for the base model without a user.
-      scale: strengths [1 or prompts].
-      unconditional: as in `PSA.applied`.
-      text: text states that the UNet must receive, of both sides of guidance.
-      steps: number of the scheduler's steps so far, each of them checked.
-      adapted: outputs of `encode_prompt` that contain the `prompt` kind's adapter, by parameter.
-      used: whether the pipeline was called.
-      by_bans: whether `users` holds what they ban.
-    """
-
-    users: Tensor | None
-    scale: Tensor
-    unconditional: str
-    text: Tensor | None = None
-    steps: int = 0
-    adapted: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _EMBEDS})
-    used: bool = False
-    by_bans: bool = False
-
-    def has_adapted(self, name: str, given: Tensor | None) -> bool:
-        """Whether given text states already contain the adapter: an earlier output of `encode_prompt`.
-
-        Args:
-          name: parameter of the pipeline.
-          given: its value.
-
-        Raises:
-          PSAError: only some rows contain the adapter.
-        """
-        if given is None or not (answers := self.adapted[name]):
-            return False
-        if any(one.shape == given.shape and torch.equal(one, given.to(one)) for one in answers):
-            return True
-        rows = [row for one in answers for row in one]
-        if any(row.shape == new.shape and torch.equal(row, new.to(row)) for row in rows for new in given):
-            raise PSAError(f"{name} has rows that the adapter is in already; give what encode_prompt gave, whole")
-        return False
 
 
 def load_psa(
@@ -131,6 +87,7 @@ def load_psa(
     family = model_family(unet.config)
     if about.get("family", family) != family:
         raise PSAError(f"{path}: the adapter is for {about['family']}, this pipeline is {family}")
+    _check_pooled(path, loaded.config.pooled, pipe, unet)
     table = EmbeddingTable.load(table) if isinstance(table, (str, Path)) else table
     if table is not None:
         _check_table(path, about, loaded.config.user_dim, table)
@@ -143,6 +100,20 @@ def _unet(pipe: DiffusionPipeline) -> torch.nn.Module | None:
     while hasattr(unet, "_orig_mod"):  # it may be compiled twice
         unet = unet._orig_mod
     return unet
+
+
+def _check_pooled(path: Path, width: int, pipe: DiffusionPipeline, unet: UNet2DConditionModel) -> None:
+    """Raises PSAError for an adapter that edits a pooled text, and a pipeline without one of that width."""
+    if not width:
+        return
+    config = unet.config
+    if config.addition_embed_type != "text_time":
+        raise PSAError(f"{path}: the adapter edits a pooled text of {width} numbers, which this pipeline has not")
+    own = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
+    if own != width:
+        raise PSAError(f"{path}: the adapter edits a pooled text of {width} numbers, this pipeline's has {own}")
+    if not inspect.signature(pipe.encode_prompt).parameters.keys() >= {*EMBEDS}:
+        raise PSAError(f"{type(pipe).__name__}: its encode_prompt gives no pooled text, which the adapter edits")
 
 
 def _check_table(path: Path, about: dict[str, Any], user_dim: int, table: EmbeddingTable) -> None:
@@ -205,12 +176,13 @@ class PSA:
     ):
         self.pipe, self.adapter, self.table = pipe, adapter, table
         self._path, self._about, self._device = path, about, device
-        self._request: _Request | None = None
+        self._request: Request | None = None
         self._encode_prompt = pipe.encode_prompt
         self._signature = inspect.signature(pipe.encode_prompt)
         self._installed = installed(unet)
         self._installed.check()
         self._installed.add_pipeline(self)
+        self._pooled = PooledWatch(unet, adapter.config.pooled) if adapter.config.pooled else None
         self._hook: _Hidden | None = _Hidden(pipe, "encode_prompt", self._encode)
         self._watched: _Hidden | None = None  # the scheduler's step
         pipe.psa = self
@@ -285,7 +257,7 @@ class PSA:
         try:
             self._unwatch()  # a copy made during a call still has its watch
             self._check()
-            request = self._request = _Request(users, scales, unconditional, by_bans=gates is not None)
+            request = self._request = Request(users, scales, unconditional, by_bans=gates is not None)
             if users is None:
                 self._installed.leave_unprotected()
             yield
@@ -302,6 +274,8 @@ class PSA:
             return
         self._hook.restore()
         self._hook = None
+        if self._pooled is not None:
+            self._pooled.remove()
         self._installed.remove_pipeline(self)
         self.pipe.psa = None
 
@@ -351,12 +325,17 @@ class PSA:
         """Whether the adapter is loaded and `unet` is the pipeline's UNet."""
         return self._hook is not None and _unet(self.pipe) is unet
 
-    def _check_steps(self, request: _Request) -> None:
+    def _check_steps(self, request: Request) -> None:
         """Raises PSAError if the UNet ran since the last check with other text states, also for another pipeline."""
         if request.text is not None and self._installed.were_run():
-            self._installed.check_run(request.text)
+            self._check_run(request)
 
-    def _finish(self, request: _Request) -> None:
+    def _check_run(self, request: Request) -> None:
+        self._installed.check_run(request.text)
+        if self._pooled is not None:
+            self._pooled.check_run(request.pooled)
+
+    def _finish(self, request: Request) -> None:
         """Raises PSAError if pictures generated in `applied` were not generated for its users."""
         self._check()
         if not request.used:
@@ -367,7 +346,7 @@ class PSA:
             )
         self._check_steps(request)  # of loops that call the UNet themselves
 
-    def _watch(self, request: _Request) -> None:
+    def _watch(self, request: Request) -> None:
         """Checks the processors before every following step of the scheduler."""
         scheduler = self.pipe.scheduler
         if self._watches(scheduler):
@@ -377,7 +356,7 @@ class PSA:
 
         @functools.wraps(step)  # pipelines look at its parameters
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self._installed.check_run(request.text)
+            self._check_run(request)
             request.steps += 1
             predicted = args[0] if args else kwargs["model_output"]
             if not torch.isfinite(predicted).all():
@@ -411,33 +390,33 @@ class PSA:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         images, guided = (bound.arguments[n] for n in ("num_images_per_prompt", "do_classifier_free_guidance"))
-        # The unconditional side comes first.
-        sides = dict(zip(_EMBEDS[::-1], encoded[1::-1], strict=True)) if guided else {_EMBEDS[0]: encoded[0]}
-        with_prompt = encoded[0]
-        users, scale = self._rows(request, len(with_prompt), images, with_prompt.device)
+        sides = (1, 0) if guided else (0,)  # in the order of EMBEDS; the unconditional side comes first
+        users, scale = self._rows(request, len(encoded[0]), images, encoded[0].device)
         if guided:
             users = torch.cat([torch.zeros_like(users) if request.unconditional == "zeros" else users, users])
             scale = torch.cat([torch.zeros_like(scale) if request.unconditional == "off" else scale, scale])
-        text = torch.cat(list(sides.values()))
+        joined = self._joined(encoded, sides)
         adapt = self.adapter.edit if request.by_bans else self.adapter
-        made = adapt(text.to(users), users, scale)
-        if isinstance(made, Tensor):
-            parts = zip(list(sides), made.to(text).chunk(len(sides)), scale.chunk(len(sides)), strict=True)
-            for name, new, strength in parts:
-                if not request.has_adapted(name, bound.arguments[name]):
-                    sides[name] = new
-                if strength.any():
-                    request.adapted[name].append(sides[name])
-            text = torch.cat(list(sides.values()))
-            encoded = (sides[_EMBEDS[0]], sides.get(_EMBEDS[1], encoded[1]), *encoded[2:])
+        made = adapt(joined[0].to(users), users, scale, *(one.to(users) for one in joined[1:]))
+        if self.adapter.is_prompt:
+            made = (made,) if isinstance(made, Tensor) else made
+            encoded = request.with_edits(encoded, sides, made, scale, bound.arguments)
+            joined = self._joined(encoded, sides)
             made = [Context()] * self._installed.count
+        text, *pooled = joined
         ready = [[None if p is None else p.to(text.device, self._installed.unet.dtype) for p in one] for one in made]
         self._installed.begin([Context(*parts) for parts in ready])
-        request.text = text
+        request.text, request.pooled = text, pooled[0] if pooled else None
+        if self._pooled is not None:
+            self._pooled.seen = None
         self._watch(request)
         return encoded
 
-    def _rows(self, request: _Request, rows: int, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _joined(self, encoded: tuple, sides: tuple[int, ...]) -> list[Tensor]:
+        """Text states of all sides and, where the adapter edits it, their pooled text."""
+        return [torch.cat([encoded[side + start] for side in sides]) for start in (0, 2)[: 1 + bool(self._pooled)]]
+
+    def _rows(self, request: Request, rows: int, images: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Users [rows, D] and scales [rows] on the adapter's device: those of a prompt for each of its images."""
         self.adapter.to(self._device or device)
         prompts, spread = rows // images, []

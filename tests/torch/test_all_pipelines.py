@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, LCMScheduler, T2IAdapter, UNet2DConditionModel
+from support.torch_adapters import random_adapter
 from support.torch_models import randomise
-from support.torch_runtime import IDS, difference
+from support.torch_runtime import ENCODER, IDS, difference
 
 from psa_jax.errors import PSAError
+from psa_jax.interop.native import save_adapter
+from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.torch import load_psa
+from psa_jax.torch.processors import cross_attentions
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -128,6 +132,28 @@ def test_it_draws_for_users(models, table, name):
     assert difference(draw(psa, user=IDS[0], scale=0.0), base) <= 1e-5
     with pytest.raises(PSAError, match="no user was given"):
         draw(pipe)
+    psa.unload()
+    assert difference(draw(pipe), base) == 0
+
+
+@pytest.fixture(scope="module")
+def with_pooled_text(models, tmp_path_factory):
+    """SDXL's pipeline, and an adapter that edits its pooled text as well."""
+    pipe, path = models["sdxl"][0], tmp_path_factory.mktemp("pooled") / "a.safetensors"
+    layers = tuple((a.inner_dim, a.heads) for a in cross_attentions(pipe.unet).values())
+    config = AdapterConfig("edit", 4, ENCODER.dim, pipe.unet.config.cross_attention_dim, layers, pooled=24)
+    save_adapter(random_adapter(config), path, {"family": "sdxl"})
+    return {"sdxl": (pipe, path)}
+
+
+@pytest.mark.parametrize("name", [name for name in WORKS if "XL" in name])
+def test_it_draws_with_the_pooled_text_edited(with_pooled_text, table, name):
+    pipe, path, draw = make(with_pooled_text, name, WORKS[name])
+    base = draw(pipe)
+    psa = load_psa(pipe, path, table=table)
+    first, second = (draw(psa, user=user) for user in IDS)
+    assert difference(first, second) > 0.01
+    assert difference(draw(psa, user=IDS[0], scale=0.0), base) <= 1e-5
     psa.unload()
     assert difference(draw(pipe), base) == 0
 

@@ -43,7 +43,8 @@ print("jax" in sys.modules, "flax" in sys.modules)
 
 
 def save(path: Path, folder: Path, kind: str, tokens: int = 4) -> Path:
-    config = AdapterConfig.for_unet(load_unet(folder).config, user_dim=7, kind=kind, tokens=tokens)
+    kind, pooled = kind.removesuffix("-pooled"), kind.endswith("-pooled")
+    config = AdapterConfig.for_unet(load_unet(folder).config, user_dim=7, kind=kind, tokens=tokens, pooled=pooled)
     save_adapter(random_adapter(config), path, {})
     return path
 
@@ -63,6 +64,7 @@ def test_compiled_in_one_graph_that_serves_every_user(sd1, tmp_path, kind):
     [
         ("sd1", "text"),
         pytest.param("sdxl", "concept", marks=pytest.mark.slow),
+        pytest.param("sdxl", "edit-pooled", marks=pytest.mark.slow),
         pytest.param("sd1", "prompt", marks=pytest.mark.slow),
     ],
 )
