@@ -14,10 +14,12 @@ from psa_jax.errors import PSAError
 from psa_jax.evaluation.protocol import Case
 from psa_jax.files import read_bytes, write
 from psa_jax.json_input import parse_json, read_json
-from psa_jax.mini.comparison import RESULT_FILE, Method, Result, result_of
+from psa_jax.mini.comparison import ADAPTERS, OBJECTIVES, RESULT_FILE, Method, Result, result_of
 from psa_jax.mini.protocol import MiniCase, cases_hash
 
 FORMAT = "psa_jax.comparison/1"
+METHODS = frozenset(f"{adapter}-{objective}" for adapter in ADAPTERS for objective in OBJECTIVES)
+"""Names of methods, without their steps."""
 
 
 def write_record(path: Path, folders: Iterable[Path], cases: Mapping[str, Sequence[MiniCase]]) -> None:
@@ -55,6 +57,8 @@ def read_record(path: Path) -> tuple[dict[str, list[Case]], list[dict[str, Any]]
     first, *runs = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(_lines(path), start=1)]
     if first.get("format") != FORMAT:
         raise PSAError(f"{path}: no record of a comparison ({FORMAT}); give one that psa-jax compare wrote")
+    for run in runs:
+        _check_method(path, run)
     cases = {}
     for name, group in first["cases"].items():
         unsafe, banned = (_unpacked(group[field]) for field in ("unsafe", "banned"))
@@ -93,6 +97,14 @@ def unpack_record(path: Path, workdir: Path) -> int:
 def run_folder(workdir: Path, method: Method, seed: int) -> Path:
     """The folder of a run."""
     return workdir / f"{method.name}-seed{seed}"
+
+
+def _check_method(path: Path, run: Mapping[str, Any]) -> None:
+    """Refuses a run whose method is none of this version: it becomes the name of a folder."""
+    method, seed = run.get("method"), run.get("seed")
+    known = isinstance(method, dict) and method.keys() == set(Method._fields) and type(seed) is int and seed >= 0
+    if not known or type(method["steps"]) is not int or f"{method['adapter']}-{method['objective']}" not in METHODS:
+        raise PSAError(f"{path}: a run of no method that psa-jax compare has; give a record that it wrote")
 
 
 def _lines(path: Path) -> list[str]:

@@ -48,6 +48,17 @@ def test_a_comparison_goes_on_elsewhere(record, tmp_path):
         assert json.loads((folder / "verdicts.json").read_text()) == json.loads((first / "verdicts.json").read_text())
 
 
+@pytest.mark.parametrize("change", [{"adapter": "../../edit"}, {"steps": "5/../../x"}, {"objective": "x"}])
+def test_a_record_names_no_folder_of_its_own(record, tmp_path, change):
+    first, run, _ = record.read_text().splitlines()
+    bad = json.loads(run)
+    bad["method"] |= change
+    record.write_text(f"{first}\n{json.dumps(bad)}\n")
+    with pytest.raises(PSAError, match="a run of no method that psa-jax compare has"):
+        unpack_record(record, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
 @pytest.mark.parametrize("text", ["", "{}\n", '{"format": "psa_jax.comparison/9"}\n', "runs\n"])
 def test_what_is_no_record_is_refused(tmp_path, text):
     (tmp_path / "record.jsonl").write_text(text)
