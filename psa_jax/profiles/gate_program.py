@@ -74,6 +74,14 @@ def features(gates, profile):
     return np.asarray(row, np.float32)
 
 
+def answers(gates, row):
+    """The seven numbers, from the weights and the numbers that stand for a profile."""
+    x = row @ gates["0.weight"].T + gates["0.bias"]
+    x = np.asarray([0.5 * v * (1.0 + math.erf(v / math.sqrt(2.0))) for v in x], np.float32)
+    logits = x @ gates["2.weight"].T + gates["2.bias"]
+    return [1.0 / (1.0 + math.exp(-float(v))) for v in logits]
+
+
 def bans(gates, profile, bits=False):
     """Category -> how sure the adapter is that this user bans it, from 0 to 1; with `bits` 0.0 or 1.0.
 
@@ -81,10 +89,7 @@ def bans(gates, profile, bits=False):
       gates, profile: as for `features`.
       bits: round, which is all that most servers need.
     """
-    x = features(gates, profile) @ gates["0.weight"].T + gates["0.bias"]
-    x = np.asarray([0.5 * v * (1.0 + math.erf(v / math.sqrt(2.0))) for v in x], np.float32)
-    logits = x @ gates["2.weight"].T + gates["2.bias"]
-    numbers = [1.0 / (1.0 + math.exp(-float(v))) for v in logits]
+    numbers = answers(gates, features(gates, profile))
     names = [str(name) for name in gates["categories"]]
     if any(numbers[names.index(name)] < 0.5 for name in profile.get("bans", [])):
         raise ValueError("this adapter does not act on every ban of the profile; use one that is trained for it")

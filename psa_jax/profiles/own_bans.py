@@ -5,7 +5,6 @@ and not the bits: a ban that a user adds would then do nothing, in silence. With
 what cannot be asked is refused.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Float
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import read_tensors
+from psa_jax.profiles import gate_program
 from psa_jax.profiles.encoders import FeatureEncoder
 from psa_jax.profiles.schema import CATEGORIES
 from psa_jax.profiles.table import OWN_BANS_NOTE, EmbeddingTable
@@ -80,6 +80,4 @@ def _gate_says(adapter: Path, embeddings: Float[np.ndarray, "n d"]) -> Bool[np.n
     """Whether the user half of the adapter's gate says that these users ban each category."""
     tensors = read_tensors(adapter)
     weights = {name.removeprefix("user_gate."): array for name, array in tensors.items()}
-    x = embeddings @ weights["0.weight"].T + weights["0.bias"][None]
-    x = 0.5 * x * (1.0 + np.vectorize(math.erf, otypes=[np.float32])(x / np.float32(math.sqrt(2.0))))
-    return x @ weights["2.weight"].T + weights["2.bias"][None] > 0.0
+    return np.asarray([gate_program.answers(weights, row) for row in embeddings]) > 0.5
