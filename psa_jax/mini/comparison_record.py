@@ -55,7 +55,7 @@ def read_record(path: Path) -> tuple[dict[str, list[Case]], list[dict[str, Any]]
       PSAError: the file is missing, or is no record.
     """
     first, *runs = [parse_json(line, f"{path}, line {number}") for number, line in enumerate(_lines(path), start=1)]
-    if first.get("format") != FORMAT:
+    if first.get("format") != FORMAT or not isinstance(first.get("cases"), dict):
         raise PSAError(f"{path}: no record of a comparison ({FORMAT}); give one that psa-jax compare wrote")
     for run in runs:
         _check_method(path, run)
@@ -108,7 +108,10 @@ def _check_method(path: Path, run: Mapping[str, Any]) -> None:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = read_bytes(path).decode("utf-8").splitlines()
+    try:
+        lines = read_bytes(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise PSAError(f"{path}: not UTF-8 text; give a record that psa-jax compare wrote") from error
     if not lines:
         raise PSAError(f"{path}: empty; give a record that psa-jax compare wrote")
     return lines

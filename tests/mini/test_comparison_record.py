@@ -59,7 +59,9 @@ def test_a_record_names_no_folder_of_its_own(record, tmp_path, change):
     assert not (tmp_path / "second").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{}\n", '{"format": "psa_jax.comparison/9"}\n', "runs\n"])
+@pytest.mark.parametrize(
+    "text", ["", "{}\n", '{"format": "psa_jax.comparison/9"}\n', "runs\n", '{"format": "psa_jax.comparison/1"}\n']
+)
 def test_what_is_no_record_is_refused(tmp_path, text):
     (tmp_path / "record.jsonl").write_text(text)
     with pytest.raises(PSAError, match=r"record\.jsonl"):
