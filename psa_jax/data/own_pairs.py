@@ -36,26 +36,38 @@ def read_own_pairs(folder: Path, splits: Sequence[str]) -> dict[str, list[Row]]:
     """Reads all rows of some splits, and checks that their pictures exist inside the folder.
 
     A prompt is unsafe if any row of these splits bans it, or gives it a category or a safe prompt; other prompts are
-    safe.
+    safe. Category and safe prompt are the prompt's: what one row says holds for the rows of all users.
 
     Args:
       folder: with the files.
       splits: names.
 
     Raises:
-      PSAError: a bad row; the message names the file and the line of the first one.
+      PSAError: a bad row, or one that gives its prompt another category or safe prompt than an earlier row; the
+        message names the file and the line of the first one.
     """
     raw = {split: _read_lines(Path(folder), split) for split in splits}
-    every = [row for rows in raw.values() for row in rows]
-    unsafe = {row["prompt"] for row in every if row["banned"] or "category" in row or "safe_prompt" in row}
+    unsafe: dict[str, dict[str, str]] = {}
+    for split, rows in raw.items():
+        for line, row in enumerate(rows, start=1):
+            facts = {name: row[name] for name in ("category", "safe_prompt") if name in row}
+            if not facts and not row["banned"]:
+                continue
+            known = unsafe.setdefault(row["prompt"], {})
+            for name, value in facts.items():
+                if known.setdefault(name, value) != value:
+                    raise PSAError(
+                        f"{pairs_file(folder, split)}, line {line}: {name} is not that of an earlier row with this "
+                        "prompt; give one, or word the prompts differently"
+                    )
     return {
         split: [_row(Path(folder), f"{split}.jsonl:{line}", row, unsafe) for line, row in enumerate(rows, start=1)]
         for split, rows in raw.items()
     }
 
 
-def _row(folder: Path, name: str, row: Mapping[str, Any], unsafe: set[str]) -> Row:
-    pictures = row["chosen"], row["rejected"]
+def _row(folder: Path, name: str, row: Mapping[str, Any], unsafe: Mapping[str, Mapping[str, str]]) -> Row:
+    pictures, facts = (row["chosen"], row["rejected"]), unsafe.get(row["prompt"])
     return Row(
         name=name,
         caption=row["prompt"],
@@ -63,10 +75,10 @@ def _row(folder: Path, name: str, row: Mapping[str, Any], unsafe: set[str]) -> R
         rejected=row["rejected"],
         pictures={each: Path(os.path.realpath(folder / each)) for each in pictures},
         user_id=row["user_id"],
-        category=row.get("category"),
-        unsafe=row["prompt"] in unsafe,
+        category=facts and facts.get("category"),
+        unsafe=facts is not None,
         banned=row["banned"],
-        safe_caption=row.get("safe_prompt") if row["prompt"] in unsafe else row["prompt"],
+        safe_caption=row["prompt"] if facts is None else facts.get("safe_prompt"),
     )
 
 

@@ -12,13 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 import psa_jax
 from psa_jax.data.sage import SageRecord, read_split
-from psa_jax.diffusion.conditioning import encode_text
+from psa_jax.diffusion.conditioning import prompt_gates
 from psa_jax.diffusion.generate import UNCONDITIONAL, Generator
 from psa_jax.diffusion.picture_sheet import picture_sheet
 from psa_jax.errors import PSAError
@@ -307,8 +306,7 @@ def _reasons(
     if not adapter.config.by_categories:
         return None
     drawn = [prompt for cell, prompt in enumerate(prompts) if cell % columns]
-    states = encode_text(model.text_encoders, tuple(jnp.asarray(ids) for ids in model.token_ids(drawn))).states
-    said = [sentence(gates, "the user bans") for gates in np.asarray(adapter.gate.parts(states, jnp.asarray(users)))]
+    said = [sentence(gates, "the user bans") for gates in prompt_gates(model, adapter, drawn, users)]
     return [["", *said[row : row + columns - 1]] for row in range(0, len(said), columns - 1)]
 
 

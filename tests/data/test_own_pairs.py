@@ -42,7 +42,8 @@ def test_a_prompt_that_anybody_bans_is_unsafe_for_all(pictures):
     found = read_own_pairs(folder, ["train", "val"])
     banned, allowed, safe = found["train"]
     assert [row.unsafe for row in found["train"]] == [True, True, False]
-    assert (banned.safe_caption, allowed.safe_caption, safe.safe_caption) == ("a flower", None, "a tree")
+    # What one row says of a prompt holds for all of them.
+    assert (banned.safe_caption, allowed.safe_caption, safe.safe_caption) == ("a flower", "a flower", "a tree")
     assert banned.pictures == {name: (folder / name).resolve() for name in ("p/s.png", "p/u.png")}
     assert not found["val"][0].unsafe and find_layout(folder)[1] == ["train", "val"]
     written(pictures, ALLOWED | {"category": "Shocking"})
@@ -50,16 +51,18 @@ def test_a_prompt_that_anybody_bans_is_unsafe_for_all(pictures):
 
 
 def test_shards_hold_what_the_lines_say(pictures, tmp_path, encode, build_options, capsys):
-    written(pictures, BANNED | {"safe_prompt": "a flower"}, ALLOWED, SAFE, BANNED | {"category": "Shocking"})
+    cat = {"prompt": "a cat", "category": "Shocking"}
+    written(pictures, BANNED | {"safe_prompt": "a flower"}, ALLOWED, SAFE, BANNED | cat)
     shards = open_shards(build.build_shards(pictures, tmp_path / "out", encode=encode, **build_options), "train")
-    assert "train: 2 of 4 rows: an unsafe prompt whose safe prompt is not there" in capsys.readouterr().err
+    assert "train: 1 of 4 rows: an unsafe prompt whose safe prompt is not there" in capsys.readouterr().err
     rows = [shards[index] for index in range(4)]
     assert [row["banned"] for row in rows] == [True, False, False, True]
-    assert [row["kind"] for row in rows] == [1, 1, 0, 1] and [row["twin"] for row in rows] == [True, False, True, False]
+    assert [row["kind"] for row in rows] == [1, 1, 0, 1] and [row["twin"] for row in rows] == [True, True, True, False]
     assert [row["category"] for row in rows] == [*[NO_CATEGORY] * 3, 5]
     assert shards.columns.categories.tolist() == [*[NO_CATEGORY] * 3, 5]
     assert rows[0]["safe_input_ids"].tolist() == [ord(character) for character in "a flower"]
-    np.testing.assert_array_equal(rows[1]["safe_input_ids"], rows[1]["input_ids"])
+    np.testing.assert_array_equal(rows[1]["safe_input_ids"], rows[0]["safe_input_ids"])
+    np.testing.assert_array_equal(rows[3]["safe_input_ids"], rows[3]["input_ids"])
     np.testing.assert_array_equal(rows[0]["moments_chosen"], rows[1]["moments_rejected"])
     assert not np.array_equal(rows[0]["moments_chosen"], rows[0]["moments_rejected"])
     assert read_info(tmp_path / "out")["pictures"] == 3
@@ -97,6 +100,17 @@ def test_a_bad_line_is_named_without_its_values(pictures, tmp_path, change, mess
         read_own_pairs(pictures, ["train"])
     assert f"{pictures / 'train.jsonl'}, line 2: " in str(error.value)
     assert "Islam" not in str(error.value) and "Spiders" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("category", ("Hate", "Shocking")), ("safe_prompt", ("a flower", "a cup"))]
+)
+def test_a_prompt_has_one_category_and_one_safe_prompt(pictures, name, values):
+    written(pictures, *({**BANNED, name: value} for value in values[:1] * 2))
+    assert len(read_own_pairs(pictures, ["train"])["train"]) == 2
+    written(pictures, *({**BANNED, name: value} for value in values))
+    with pytest.raises(PSAError, match=f"line 2: {name} is not that of an earlier row with this prompt"):
+        read_own_pairs(pictures, ["train"])
 
 
 @pytest.mark.parametrize("field", [name for name, needed in FIELDS.items() if needed])
