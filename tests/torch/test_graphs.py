@@ -1,7 +1,5 @@
 """What compilers make of the runtime: no graph breaks, nothing compiled again, one graph to take away; and no JAX."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,37 +7,13 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from support.torch_adapters import random_adapter
 from support.torch_models import tensor
+from support.torch_runtime import run_compiled
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_unet
 from psa_jax.interop.native import save_adapter
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.torch import AdaptedUNet, UserAdapter, export_unet, load_adapter
-
-ROOT = Path(__file__).resolve().parents[2]
-
-# In a process of its own: here every function of psa_jax is wrapped to check its annotations.
-COMPILED = """
-import sys
-import torch
-from diffusers import StableDiffusionPipeline
-from psa_jax.torch import load_psa
-
-pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
-pipe.set_progress_bar_config(disable=True)
-call = dict(num_inference_steps=2, output_type="pt", latents=torch.randn(1, 4, 8, 8))
-users = torch.randn(2, 7)
-psa = load_psa(pipe, sys.argv[2])
-expected = [psa("a cat", user=user, **call).images for user in users]
-assert (expected[0] - expected[1]).abs().max() > 0.01
-pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
-drawn = [psa("a cat", user=users[0], **call).images]
-torch._dynamo.config.error_on_recompile = True
-drawn.append(psa("a cat", user=users[1], **call).images)
-for a, b in zip(drawn, expected):
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-print("jax" in sys.modules, "flax" in sys.modules)
-"""
 
 
 def save(path: Path, folder: Path, kind: str, tokens: int = 4) -> Path:
@@ -52,10 +26,9 @@ def save(path: Path, folder: Path, kind: str, tokens: int = 4) -> Path:
 @pytest.mark.parametrize("kind", ["text", pytest.param("concept", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph_that_serves_every_user(sd1, tmp_path, kind):
     path = save(tmp_path / "a.safetensors", sd1[0], kind)
-    command = [sys.executable, "-W", "ignore", "-c", COMPILED, str(sd1[0]), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "False False"
+    then = "assert (expected[0] - expected[1]).abs().max() > 0.01\nprint('jax' in sys.modules, 'flax' in sys.modules)"
+    said = run_compiled("StableDiffusionPipeline", sd1[0], path, then)
+    assert said == "False False"
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.export about its own future
