@@ -35,7 +35,7 @@ demo: $(STAMP)
 	XLA_FLAGS="$(XLA_CPU) $$XLA_FLAGS" $(BIN)/psa-jax demo --workdir=runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=20
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --durations=20
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -s
