@@ -13,6 +13,8 @@ let begun = false; // whether a set was ever asked for: only then a change draws
 const cards = () => [...$("users").querySelectorAll(".user")];
 const field = (card, name) => card.querySelector(`[data-field="${name}"]`);
 const attributes = () => Object.keys(Object.values(presets)[0]);
+const boxes = (card) => [...card.querySelectorAll(".bans input")];
+const bans = (card) => boxes(card).filter((box) => box.checked).map((box) => box.value);
 
 // --- users
 
@@ -25,7 +27,7 @@ function addUser(preset) {
   card.setAttribute("aria-labelledby", title.id);
   for (const control of card.querySelectorAll("[data-field]")) {
     control.id = `${id}-${control.dataset.field}`;
-    control.previousElementSibling.htmlFor = control.id;
+    if (!control.matches(".bans")) control.previousElementSibling.htmlFor = control.id;
     control.setAttribute("aria-describedby", error.id);
   }
   const choose = field(card, "preset");
@@ -56,6 +58,8 @@ function removeUser(card) {
 function number() {
   cards().forEach((card, index) => {
     const preset = field(card, "preset").value;
+    const own = card.querySelector(".bans summary span");
+    if (own) own.textContent = bans(card).join(", ") || "none";
     card.querySelector("h2").textContent = preset ? `${index + 1}. ${preset}` : `${index + 1}. Own profile`;
     card.querySelector(".remove").setAttribute("aria-label", `Remove user ${index + 1}`);
   });
@@ -64,19 +68,25 @@ function number() {
 
 function fill(card, preset) {
   for (const [name, value] of Object.entries(presets[preset])) field(card, name).value = value;
+  for (const box of boxes(card)) box.checked = false;
 }
 
 function presetOf(card) {
   const same = (profile) => Object.entries(profile).every(([name, value]) => field(card, name).value === String(value));
+  if (bans(card).length) return ""; // no preset has bans of its own
   return Object.keys(presets).find((name) => same(presets[name])) ?? "";
 }
 
 // --- asking for a set
 
+function profile(card) {
+  return { ...Object.fromEntries(attributes().map((name) => [name, field(card, name).value])), bans: bans(card) };
+}
+
 function collect() {
   return {
     prompt: $("prompt").value,
-    users: cards().map((card) => Object.fromEntries(attributes().map((name) => [name, field(card, name).value]))),
+    users: cards().map(profile),
     seed: $("seed").value.trim(), // as text: numbers end at 2^53 here
     steps: $("steps").valueAsNumber,
     guidance: $("guidance").valueAsNumber,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from psa_jax.categories import CATEGORIES
 from psa_jax.evaluation.curves import render
 from psa_jax.playground.asked import LEAST_SCALE, MOST_PROMPT, MOST_USERS, RULES
 from psa_jax.profiles.schema import ATTRIBUTES, MAX_AGE
@@ -55,6 +56,7 @@ def render_page(nonce: str, **about: Any) -> str:
         attributes=attributes,
         settings=settings,
         max_age=MAX_AGE,
+        categories=CATEGORIES,
         most_prompt=MOST_PROMPT,
         least_scale=0 if about["allow_unprotected"] else LEAST_SCALE,
         wanted={name: rule.wanted for name, rule in RULES.items()},

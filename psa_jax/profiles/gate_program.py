@@ -79,7 +79,7 @@ def answers(gates, row):
     x = row @ gates["0.weight"].T + gates["0.bias"]
     x = np.asarray([0.5 * v * (1.0 + math.erf(v / math.sqrt(2.0))) for v in x], np.float32)
     logits = x @ gates["2.weight"].T + gates["2.bias"]
-    return [1.0 / (1.0 + math.exp(-float(v))) for v in logits]
+    return [1.0 / (1.0 + math.exp(min(-float(v), 700.0))) for v in logits]  # of 710 exp has no float
 
 
 def bans(gates, profile, bits=False):
@@ -91,7 +91,7 @@ def bans(gates, profile, bits=False):
     """
     numbers = answers(gates, features(gates, profile))
     names = [str(name) for name in gates["categories"]]
-    if any(numbers[names.index(name)] < 0.5 for name in profile.get("bans", [])):
+    if any(numbers[names.index(name)] <= 0.5 for name in profile.get("bans", [])):
         raise ValueError("this adapter does not act on every ban of the profile; use one that is trained for it")
     return {name: float(round(b)) if bits else b for name, b in zip(names, numbers, strict=True)}
 

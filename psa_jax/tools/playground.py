@@ -53,6 +53,7 @@ def run(args: Namespace) -> int:
             "size": min(args.size or pipe.model.picture_size),
             "examples": EXAMPLES if args.model == EMBEDDED else (),
             "allow_unprotected": args.allow_unprotected,
+            "own_bans": pipe.adapter.config.by_categories,
         }
         port = listening.getsockname()[1]
         app = server.make_app(studio.draw, lambda nonce: render_page(nonce, **about), args.allow_unprotected, port)

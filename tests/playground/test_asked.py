@@ -26,6 +26,7 @@ def test_a_request_is_read():
     assert found.prompt == " a cat " and found.seed == 2**64 - 1 and found.base is False
     assert (found.steps, found.guidance, found.scale) == (20, 0.0, 1.0) and type(found.guidance) is float
     assert found.users == (UserProfile.from_mapping(FULL),)
+    assert read({"users": [FULL | {"bans": ["Hate"]}]}).users[0].bans == ("Hate",)
     assert "female" not in repr(found) and "100" not in repr(found)
     assert read({"base": True, "scale": 0}, allow_unprotected=True).base is True
 
@@ -60,7 +61,8 @@ def test_the_longest_request_fits():
         ({"users": [FULL] * 5}, "users"),
         ({"users": [FULL, "x"]}, "users.1"),
         ({"users": [FULL | {"nick": "x"}]}, "users.0"),
-        *(({"users": [FULL | {name: "secret"}]}, f"users.0.{name}") for name in ("age", *ATTRIBUTES)),
+        *(({"users": [FULL | {name: "secret"}]}, f"users.0.{name}") for name in ("age", "bans", *ATTRIBUTES)),
+        ({"users": [FULL | {"bans": ["secret"]}]}, "users.0.bans"),
     ],
 )
 def test_what_is_refused_names_its_control_and_no_value(changed, where):

@@ -93,14 +93,14 @@ def test_by_keyboard_alone(opened, served):
     first = drawn(page)
     assert len(set(first)) == len(FIRST) == 3
     order = []
-    for _ in range(50):
+    for _ in range(60):
         page.keyboard.press("Tab")
         order.append(focused(page))
         ring = page.evaluate("getComputedStyle(document.activeElement).outline")
         assert "3px" in ring and "solid" in ring, order
         if order[-1] == "add":
             break
-    one = ["plain remove", "", "", *CONTROLS]  # two summaries: the gate, the profile
+    one = ["plain remove", "", "", *CONTROLS, ""]  # summaries: the gate, the profile, its own bans
     assert order == [
         "draw",
         "plain example",
@@ -158,6 +158,26 @@ def test_users_come_and_go(opened, served):
     for _ in range(MOST_USERS - 1):
         page.click("#add")
     assert page.is_disabled("#add") and page.locator(".user").count() == MOST_USERS
+
+
+def test_a_ban_of_ones_own_changes_the_picture(opened, served_bits):
+    page = opened(served_bits)
+    page.fill("#prompt", "a cat")
+    page.keyboard.press("Enter")
+    first = drawn(page)
+    adult = page.locator(".user:nth-child(2)")
+    adult.locator(".bans summary").press("Enter")
+    adult.locator(".bans input[value=Violence]").press("Space")
+    second = drawn(page, first)
+    assert [one == other for one, other in zip(first, second, strict=True)] == [True, False, True]
+    assert adult.locator(".bans summary").text_content() == "Own bans: Violence"
+    assert adult.locator("h2").text_content() == "2. Own profile"
+    assert adult.locator(".gates dt").first.text_content() == "Violence"
+    adult.locator(".bans input[value=Hate]").press("Space")  # which this gate does not act on
+    page.wait_for_selector("#status.failed")
+    assert "not sure to act on the bans" in page.text_content("#status") and pictures(page) == []
+    adult.locator("[data-field=preset]").select_option("Adult")  # a preset has no bans of its own
+    assert drawn(page) == first and adult.locator(".bans :checked").count() == 0
 
 
 def test_the_base_model_is_labelled(opened, served_open):
@@ -223,5 +243,6 @@ def test_the_presets_are_profiles():
     assert {name: UserProfile.from_mapping(profile).age for name, profile in PRESETS.items()}["Child"] == 9
     assert set(FIRST) < set(PRESETS)
     about = {"facts": {}, "steps": 20, "guidance": 7.5, "size": 512, "examples": (), "allow_unprotected": False}
-    page = render_page("n", **about)
+    page = render_page("n", **about, own_bans=False)
+    assert "Own bans" not in page and "Own bans" in render_page("n", **about, own_bans=True)
     assert not any(example in page for example in EXAMPLES) and 'min="0.05"' in page and 'class="users "' in page

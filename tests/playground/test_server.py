@@ -74,6 +74,16 @@ def test_a_prompt_that_is_too_long_is_said_on_the_page_only(served, caplog, capf
     assert reply.status == 200 and "does not read the end of this prompt: “cat" in reply.found["notes"][0]
 
 
+def test_bans_of_ones_own_are_acted_on_or_refused(served_bits):
+    user = {"age": 34, "gender": "male"}
+    for own in ([], ["Violence"]):
+        gates = served_bits.post(ASKED | {"users": [user | {"bans": own}]}).found["users"][0]["gates"]
+        assert [name for name, value in gates.items() if value > 0] == own
+    reply = served_bits.post(ASKED | {"users": [user | {"bans": ["Hate"]}]})
+    assert reply.status == 400 and "not sure to act on the bans that the profile states" in reply.found["error"]
+    assert "Hate" not in reply.found["error"]
+
+
 # --- what is refused
 
 

@@ -74,6 +74,13 @@ def test_bans_of_ones_own_count_on_the_device(exported):
         gate_program.features(gates | {"fields": fields}, profile)
 
 
+@pytest.mark.parametrize("logit", [-1e4, -800.0, -30.0, 0.0, 30.0, 1e4])
+def test_a_gate_that_is_very_sure(logit):
+    weights = {"0.weight": np.zeros((2, 3)), "0.bias": np.zeros(2), "2.weight": np.zeros((7, 2))}
+    found = gate_program.answers(weights | {"2.bias": np.full(7, logit)}, np.ones(3))
+    np.testing.assert_allclose(found, jax.nn.sigmoid(jnp.full(7, logit)), rtol=1e-6, atol=1e-37)
+
+
 def test_the_folder_works_with_numpy_alone(exported, tmp_path):
     """In a Python that can import neither psa_jax nor JAX nor torch; it holds no more than the user half."""
     adapter, _, out = exported

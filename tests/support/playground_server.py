@@ -55,7 +55,7 @@ class Served(NamedTuple):
 @contextlib.contextmanager
 def serving(draw: Callable, allow_unprotected: bool = False) -> Iterator[Served]:
     """Runs a server that draws with `draw`."""
-    about = {**ABOUT, "allow_unprotected": allow_unprotected}
+    about = {**ABOUT, "allow_unprotected": allow_unprotected, "own_bans": True}
     with server.bound(0) as listening:
         port = listening.getsockname()[1]
         app = server.make_app(draw, lambda nonce: render_page(nonce, **about), allow_unprotected, port)
