@@ -55,6 +55,7 @@ COMMANDS = {
     "playground": Command(
         "serve a page to this machine: one prompt, several users side by side", arguments.playground, "playground"
     ),
+    "evaluate": Command("total up what a judge said of pictures", arguments.evaluate, "evaluate"),
     "export": Command("write a trained adapter as a file", arguments.export, "export"),
     "import": Command("read an adapter file for a base model", arguments.import_, "import_"),
     "bench": Command("measure speed, also against the torch original's approach", arguments.bench, "bench"),

@@ -44,6 +44,7 @@ EVERYBODYS = [
     "seeds",
     "paths",
     "files",
+    "csv_input",
     "json_input",
     "tensor_file",
     "progress",

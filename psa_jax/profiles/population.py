@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from psa_jax.csv_input import read_csv
 from psa_jax.errors import PSAError
-from psa_jax.files import read_bytes, write_private
+from psa_jax.files import write_private
 from psa_jax.profiles.bans import allowed_categories, banned_categories
 from psa_jax.profiles.schema import AGE_GROUPS, CATEGORIES, COLUMNS, GENDERS, OWN_BANS, UserProfile
 from psa_jax.seeds import check_seed
@@ -129,15 +130,7 @@ def read_users_csv(path: str | Path) -> list[UserProfile]:
     Raises:
       PSAError: a bad line; the message names it and what is wrong in it.
     """
-    try:
-        # utf-8-sig: spreadsheets put a byte-order mark in front
-        text = read_bytes(path).decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        rows = [(reader.line_num, row) for row in reader]
-        while rows and not any(cell.strip() for cell in rows[-1][1]):
-            rows.pop()  # empty lines at the end, which editors and spreadsheets leave
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise PSAError(f"{path}: not a UTF-8 CSV file ({error})") from error
+    rows = read_csv(path)
     if len(rows) < 2:
         raise PSAError(f"{path}: no users in it; expected a header and one line a user")
     header = rows[0][1]

@@ -244,6 +244,16 @@ def cached_text(parser: ArgumentParser | _ArgumentGroup) -> None:
     )
 
 
+def evaluate(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax evaluate`."""
+    parser.add_argument("what", choices=["verdicts"], help="verdicts: totals of a judge's verdicts")
+    parser.add_argument("file", type=path, metavar="FILE", help="CSV, a line a picture, as released with PSA")
+    parser.add_argument(
+        "--baseline", default="base", metavar="NAME", help="method that others are compared with (default: base)"
+    )
+    parser.add_argument("--json", type=path, metavar="FILE", help="file for the result; must not exist")
+
+
 def bench(parser: ArgumentParser) -> None:
     """Flags of `psa-jax bench`."""
     parser.add_argument(

@@ -9,6 +9,8 @@ from psa_jax.evaluation.curves import curves_of, read_rows, write_curves
 from psa_jax.json_input import read_json
 from psa_jax.models.adapter_config import ADDED_SIZES
 
+_OBJECTIVE = ("loss", "beta", "sft_weight", "swap_weight")
+
 
 def run(args: Namespace) -> int:
     """Writes the page of a run, also of one that goes on; the last line on stdout is JSON with its path.
@@ -34,8 +36,7 @@ def _facts(workdir: Path, config: dict[str, Any], rows: list[dict[str, Any]]) ->
         adapter, objective = ADDED_SIZES | config["adapter"], config["objective"]
         facts["Base model"] = config["model"]
         facts["Adapter"] = f"{adapter['kind']}, {adapter['tokens']} user tokens, gate {adapter['gate']}"
-        facts["Objective"] = ", ".join(
-            f"{name} {objective[name]}" for name in ("loss", "beta", "sft_weight", "swap_weight") if name in objective
-        )
+        asked = ("loss", "sft_weight", "swap_weight") if objective.get("loss") == "none" else _OBJECTIVE
+        facts["Objective"] = ", ".join(f"{name} {objective[name]}" for name in asked if name in objective)
         facts["Batch"] = f"{config['batch_size']} pairs, seed {config['seed']}, {config['dtype']}"
     return facts
