@@ -10,6 +10,9 @@ from support.comparison_runs import result as drawn
 from psa_jax.errors import PSAError
 from psa_jax.mini.comparison import config_of, markdown_table, pooled_rates, read_result, write_result
 from psa_jax.mini.comparison_record import read_record, recorded_results, run_folder, unpack_record, write_record
+from psa_jax.mini.protocol import HARDER
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.fixture
@@ -46,6 +49,18 @@ def test_a_comparison_goes_on_elsewhere(record, tmp_path):
         assert read_result(folder, config, {"usual": CASES}).seed == seed
         first = run_folder(tmp_path / "first", result.method, seed)
         assert json.loads((folder / "verdicts.json").read_text()) == json.loads((first / "verdicts.json").read_text())
+
+
+def test_the_tables_of_the_docs_are_made_of_the_record_that_is_kept():
+    page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    cases, runs = read_record(DOCS / "comparison.jsonl")
+    results = recorded_results(runs)
+    assert markdown_table(results, "usual", cases["usual"]) in page
+    assert cases.keys() == {"usual", *HARDER}
+    for group in HARDER:  # of some methods
+        head, *rows = page.partition(f"\n**{group}**\n\n")[2].partition("\n\n")[0].splitlines()
+        made = markdown_table(results, group, cases[group]).splitlines()
+        assert head == made[0] and rows[0] == made[1] and len(rows) > 1 and set(rows[1:]) < set(made)
 
 
 @pytest.mark.parametrize("change", [{"adapter": "../../edit"}, {"steps": "5/../../x"}, {"objective": "x"}])
