@@ -177,6 +177,7 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         scale: float | Sequence[float] = 1.0,
         negative: str | None = None,
+        sld_concept: str | Sequence[str] | None = None,
         allow_unprotected: bool = False,
         **settings: Any,
     ) -> Image.Image | list[Image.Image]:
@@ -189,8 +190,10 @@ class Pipeline:
           seed: of the initial noise, 0 to 2^64 − 1. One seed gives all prompts the same noise.
           scale: strength of the adapter, 0 being the base model; one for all prompts, or one for each.
           negative: negative prompt.
+          sld_concept: what the setting `sld` leads away from, in words; one for all prompts, or one for each.
           allow_unprotected: draws with the base model where there is no user.
-          settings: of `Generator`: steps, guidance, rescale, sampler, eta, karras, unconditional, size, batch_size.
+          settings: of `Generator`: steps, guidance, rescale, sampler, eta, karras, unconditional, size, batch_size and
+            sld.
 
         Returns:
           A picture for a prompt that is one text, else a list.
@@ -201,6 +204,7 @@ class Pipeline:
         prompts = _prompts(prompt)
         if not isinstance(negative, str | None):
             raise PSAError("negative must be a text")
+        concepts = sld_concept if isinstance(sld_concept, str | None) else list(sld_concept)
         users = self._users(len(prompts), profile, user, allow_unprotected)
         seeds = list(seed) if isinstance(seed, list | tuple) else [seed] * len(prompts)
         if self.adapter is not None and users is None:  # the base model is the adapter at scale 0
@@ -208,7 +212,7 @@ class Pipeline:
         # Numbers of prompts share programs: 5 to 8 are drawn by one.
         batch = min(32, 1 << (len(prompts) - 1).bit_length())
         generator = self._generator({"batch_size": batch} | settings)
-        pictures = generator(prompts, seeds, users, negative=negative, scale=_scales(scale))
+        pictures = generator(prompts, seeds, users, negative=negative, scale=_scales(scale), concept=concepts)
         images = [Image.fromarray(pixels) for pixels in pictures]
         return images[0] if isinstance(prompt, str) else images
 

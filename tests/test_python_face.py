@@ -1,6 +1,7 @@
 """The package's Python face: the same pictures as the command, in one line, and refusals in one line."""
 
 import inspect
+import json
 import subprocess
 import sys
 
@@ -52,6 +53,25 @@ def test_one_picture_is_that_of_the_command(pipe, sources, tmp_path):
     ours = pipe.generate("a cat", profile=CHILD, seed=3, **FEW)
     with Image.open(tmp_path / "out" / "00000_3.png") as theirs:
         np.testing.assert_array_equal(pixels(ours), pixels(theirs))
+
+
+def test_safe_latent_diffusion_is_that_of_the_command(sources, pipe, tmp_path):
+    words = [f"--model={sources[0]}", "--prompt=a cat", "--seed=3", "--steps=2", "--guidance=3"]
+    assert main(["generate", *words, "--sld=max", "--sld-concept=a mat", f"--out={tmp_path / 'out'}"]) == 0
+    base = psa_jax.load(sources[0])
+    ours, plain = (
+        base.generate("a cat", seed=3, **FEW, **more) for more in ({"sld": "max", "sld_concept": "a mat"}, {})
+    )
+    with Image.open(tmp_path / "out" / "00000_3.png") as theirs:
+        np.testing.assert_array_equal(pixels(ours), pixels(theirs))
+        assert {"sld": "max", "sld_concept": "a mat"}.items() <= json.loads(theirs.text["psa_jax"]).items()
+    assert (pixels(ours) != pixels(plain)).any()
+    each = base.generate(["a cat"] * 2, seed=3, sld="max", sld_concept=["a mat", "cat"], **FEW)
+    assert (pixels(each[0]) != pixels(each[1])).any()
+    with pytest.raises(PSAError, match="leave out the adapter, or sld"):
+        pipe.generate("a cat", profile=CHILD, sld="max", **FEW)
+    with pytest.raises(PSAError, match="give sld, such as 'strong', or leave it out"):
+        base.generate("a cat", sld_concept="a mat", **FEW)
 
 
 def test_users_by_id_and_a_picture_for_each_prompt(pipe):

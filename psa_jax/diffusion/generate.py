@@ -14,8 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from psa_jax.diffusion.conditioning import encode_text, size_ids
 from psa_jax.diffusion.pixels import to_bytes
-from psa_jax.diffusion.samplers import Sampler, guide, sample
+from psa_jax.diffusion.safe_latent_diffusion import guide_safely, no_memory
+from psa_jax.diffusion.samplers import Sampler, guide, sample_with_memory
 from psa_jax.diffusion.scheduler_config import sampler_from_config
+from psa_jax.diffusion.sld_strengths import CONCEPT, STRENGTHS, Strength
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter import Adapter
@@ -82,6 +84,7 @@ class Generator:
       unconditional: adapter on the ε_∅ side: "off", "zeros" (an embedding of zeros), "same" (the user's embedding).
       size: height and width in pixels; None for the model's own.
       batch_size: prompts a call. The last batch is padded, so that one compilation serves all.
+      sld: strength of Safe Latent Diffusion (`sld_strengths.STRENGTHS`), for the base model alone; None: without.
 
     Attributes:
       size: height and width of pictures in pixels.
@@ -107,11 +110,14 @@ class Generator:
         unconditional: str = "off",
         size: tuple[int, int] | None = None,
         batch_size: int = 32,
+        sld: str | None = None,
     ):
         if batch_size < 1:
             raise PSAError(f"batch size {batch_size}: give a number from 1 up")
         if unconditional not in UNCONDITIONAL:
             raise PSAError(f"unconditional {unconditional!r} is unknown; use one of {', '.join(UNCONDITIONAL)}")
+        if sld is not None:
+            _check_sld(sld, adapter, guidance)
         factor = model.vae.config.downscale
         height, width = model.picture_size if size is None else size
         if height % factor or width % factor or min(height, width) <= 0:
@@ -124,6 +130,7 @@ class Generator:
             model.scheduler_config, steps, sampler, eta=eta, karras=karras, where=f"{model.folder}: scheduler"
         )
         self._guidance, self.guided = (jnp.float32(guidance), jnp.float32(rescale)), guidance > 1.0
+        self._safe = sld is not None
         self._told: set[str] = set()
         vae = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.vae)
         self._parts = (model.unet, vae, model.text_encoders)
@@ -136,6 +143,7 @@ class Generator:
                 size=(height, width),
                 guided=self.guided,
                 unconditional=unconditional,
+                strength=None if sld is None else STRENGTHS[sld],
             )
         )
 
@@ -177,6 +185,7 @@ class Generator:
         negative: str | list[str | None] | None = None,
         scale: float | Float[np.ndarray, " n"] = 1.0,
         latents: Float[np.ndarray, "n h w c"] | None = None,
+        concept: str | list[str] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> UInt8[np.ndarray, "n height width 3"]:
         """Pictures as bytes; arguments and errors as `pixels`.
@@ -184,7 +193,7 @@ class Generator:
         Raises:
           PSAError: also a picture that is not finite.
         """
-        options = {"negative": negative, "scale": scale, "latents": latents, "on_batch": on_batch}
+        options = {"negative": negative, "scale": scale, "latents": latents, "concept": concept, "on_batch": on_batch}
         return to_bytes(self.pixels(prompts, seeds, users, **options))
 
     def pixels(
@@ -196,6 +205,7 @@ class Generator:
         negative: str | list[str | None] | None = None,
         scale: float | Float[np.ndarray, " n"] = 1.0,
         latents: Float[np.ndarray, "n h w c"] | None = None,
+        concept: str | list[str] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Float[np.ndarray, "n height width 3"]:
         """Pictures as pixels in [−1, 1], not clipped.
@@ -209,6 +219,8 @@ class Generator:
             where SDXL's folder says so.
           scale: strength s of the adapter, for all pictures or for each; 0 is the base model.
           latents: standard normal noise in place of the seeds'.
+          concept: what Safe Latent Diffusion leads away from, in words, for all pictures or one for each; None is its
+            authors' (`sld_strengths.CONCEPT`).
           on_batch: called after every batch with the number of its pictures.
 
         Returns:
@@ -222,11 +234,13 @@ class Generator:
         negatives = negative if isinstance(negative, list) else [negative] * count
         if len(negatives) != count:
             raise PSAError(f"{len(negatives)} negative prompts for {count} prompts: give one, or one for each")
+        concepts = self._concepts(concept, count)
         zeros = np.array([n is None and self._model.force_zeros_for_empty_prompt for n in negatives])
-        for line in self.truncated([*prompts, *(n for n in negatives if n)]):
+        for line in self.truncated([*prompts, *(n for n in negatives if n), *concepts]):
             _log.warning(line)
         scales = np.broadcast_to(np.asarray(scale, np.float32), (count,))
         ids, negative_ids = self._model.token_ids(prompts), self._model.token_ids([n or "" for n in negatives])
+        concept_ids = self._model.token_ids(concepts) if concepts else None
         pictures = []
         for start in range(0, count, self._batch):
             rows = np.arange(start, start + self._batch).clip(max=count - 1)
@@ -236,6 +250,7 @@ class Generator:
                 self._sampler,
                 tuple(jnp.asarray(tokens[rows]) for tokens in ids),
                 tuple(jnp.asarray(tokens[rows]) for tokens in negative_ids),
+                concept_ids and tuple(jnp.asarray(tokens[rows]) for tokens in concept_ids),
                 jnp.asarray(zeros[rows]),
                 initial_latents(chosen, self.latent_shape) if latents is None else jnp.asarray(latents[rows]),
                 picture_keys(chosen),
@@ -255,6 +270,15 @@ class Generator:
         lost = zip(fresh, self._model.truncated(fresh), strict=True) if fresh else ()
         length = self._model.text_encoder.config.max_position_embeddings
         return [truncation("prompt", prompt, length, part) for prompt, part in lost if part]
+
+    def _concepts(self, concept: str | list[str] | None, count: int) -> list[str]:
+        if concept is not None and not self._safe:
+            raise PSAError("a concept is what sld leads away from; give sld, such as 'strong', or leave it out")
+        given = CONCEPT if concept is None else concept
+        concepts = given if isinstance(given, list) else [given] * (count if self._safe else 0)
+        if self._safe and (len(concepts) != count or not all(each.strip() for each in concepts)):
+            raise PSAError(f"concepts for {count} prompts: give one text that says something, or one for each")
+        return concepts
 
     def _check(self, prompts, seeds, users, scale, latents) -> None:
         count = len(prompts)
@@ -277,6 +301,7 @@ def _generate(
     sampler: Sampler,
     ids: tuple[Int[Array, "b s"], ...],
     negative_ids: tuple[Int[Array, "b s"], ...],
+    concept_ids: tuple[Int[Array, "b s"], ...] | None,
     zeros: Bool[Array, " b"],
     noise: Float[Array, "b h w c"],
     keys: Key[Array, " b"],
@@ -289,14 +314,16 @@ def _generate(
     size: tuple[int, int],
     guided: bool,
     unconditional: str,
+    strength: Strength | None,
 ) -> Float[Array, "b height width 3"]:
     unet, vae, encoders, adapter = nnx.merge(graph, params)
     unet.compute = ComputeOptions(attend=attend)
-    if guided:  # the unconditional half comes first, as in diffusers
-        ids = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), negative_ids, ids)
+    if guided:  # the unconditional part comes first, as in diffusers
+        parts = [negative_ids, ids] if concept_ids is None else [negative_ids, ids, concept_ids]
+        ids = jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
     text = encode_text(encoders, ids)
     if guided:
-        text = text.without(jnp.concatenate([zeros, jnp.zeros_like(zeros)]))
+        text = text.without(jnp.concatenate([zeros, *[jnp.zeros_like(zeros)] * (len(parts) - 1)]))
         if users is not None:
             users = jnp.concatenate([jnp.zeros_like(users) if unconditional == "zeros" else users, users])
         scale = jnp.concatenate([jnp.zeros_like(scale) if unconditional == "off" else scale, scale])
@@ -306,10 +333,23 @@ def _generate(
     pooled = text.pooled if adapter is None else adapter.edit_pooled(text.pooled, text.states, users, scale)
     added = None if pooled is None else AddedConditions(pooled, size_ids(size, batch))
 
-    def predict(latents, timestep):
-        latents = jnp.concatenate([latents, latents]) if guided else latents
+    def predict(latents, timestep, memory):
+        latents = jnp.tile(latents, (batch // len(latents), 1, 1, 1))
         output = unet(latents.astype(dtype), jnp.full((batch,), timestep), contexts, added).astype(jnp.float32)
-        return guide(*jnp.split(output, 2), *guidance) if guided else output
+        if strength is not None:
+            return guide_safely(*jnp.split(output, 3), *guidance, strength, memory)
+        return (guide(*jnp.split(output, 2), *guidance) if guided else output), None
 
-    clean = sample(sampler, predict, noise, keys)
+    clean = sample_with_memory(sampler, predict, noise, None if strength is None else no_memory(noise), keys)
     return vae.decode(clean / vae.config.scaling_factor)
+
+
+def _check_sld(name: str, adapter: Adapter | None, guidance: float) -> None:
+    if name not in STRENGTHS:
+        raise PSAError(f"sld {name!r} is unknown; use one of {', '.join(STRENGTHS)}")
+    if adapter is not None:
+        raise PSAError("sld is guidance of the base model, alike for every user; leave out the adapter, or sld")
+    if guidance <= 1.0:
+        raise PSAError(
+            f"sld is part of guidance, and guidance {guidance} is none; give guidance above 1, or leave out sld"
+        )

@@ -11,9 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from psa_jax.errors import PSAError
+
+Memory = PyTree[Array] | None
+"""What a model hands from one call to the next."""
 
 
 class Row(NamedTuple):
@@ -155,15 +158,36 @@ def sample(
     Raises:
       PSAError: a stochastic sampler without keys.
     """
+    return sample_with_memory(sampler, lambda x, timestep, _: (model(x, timestep), None), noise, None, keys)
+
+
+def sample_with_memory(
+    sampler: Sampler,
+    model: Callable[[Float[Array, "b h w c"], Float[Array, ""], Memory], tuple[Float[Array, "b h w c"], Memory]],
+    noise: Float[Array, "b h w c"],
+    memory: Memory,
+    keys: Key[Array, " b"] | None = None,
+) -> Float[Array, "b h w c"]:
+    """Clean latents, with a model that hands something from one call to the next.
+
+    Args:
+      model: (scaled latents, timestep, memory) -> prediction, guidance included, and the next memory.
+      noise, keys: as for `sample`.
+      memory: before the first call.
+
+    Raises:
+      PSAError: as `sample`.
+    """
     if keys is None and sampler.stochastic:
         raise PSAError("this sampler is stochastic: give one key a picture")
 
-    def call(state: State, _: None) -> tuple[State, None]:
-        output = model(*model_input(sampler, state))
+    def call(carry: tuple[State, Memory], _: None) -> tuple[tuple[State, Memory], None]:
+        state, memory = carry
+        output, memory = model(*model_input(sampler, state), memory)
         fresh = step_noise(keys, state.index, noise.shape[1:]) if sampler.stochastic else None
-        return step(sampler, state, output, fresh), None
+        return (step(sampler, state, output, fresh), memory), None
 
-    return jax.lax.scan(call, start(sampler, noise), None, length=sampler.calls)[0].latents
+    return jax.lax.scan(call, (start(sampler, noise), memory), None, length=sampler.calls)[0][0].latents
 
 
 def guide(
@@ -182,7 +206,13 @@ def guide(
 
     Source: arXiv 2207.12598, equation 6; arXiv 2305.08891, section 3.4.
     """
-    guided = without + guidance * (with_prompt - without)
+    return rescaled(without + guidance * (with_prompt - without), with_prompt, rescale)
+
+
+def rescaled(
+    guided: Float[Array, "b h w c"], with_prompt: Float[Array, "b h w c"], rescale: float | Float[Array, ""]
+) -> Float[Array, "b h w c"]:
+    """φ·g·std(ε)/std(g) + (1 − φ)·g for a guided output g, the output ε for the prompt and φ = `rescale`."""
     axes = (1, 2, 3)
     ratio = with_prompt.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
     return guided * (rescale * ratio + (1.0 - rescale))

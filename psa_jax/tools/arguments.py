@@ -4,6 +4,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, _ArgumentGroup
 from pathlib import Path
 
 from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras
+from psa_jax.diffusion.sld_strengths import STRENGTHS
 from psa_jax.models.adapter_config import UNCONDITIONAL
 from psa_jax.profiles import schema
 from psa_jax.profiles.encoder_registry import ENCODERS
@@ -393,6 +394,10 @@ def generate(parser: ArgumentParser) -> None:
     prompt.add_argument("--images", type=count, default=1, metavar="N", help="pictures per prompt (default: 1)")
     how = _sampling(parser)
     how.add_argument("--batch-size", type=count, default=8, metavar="N", help="pictures per batch (default: 8)")
+    how.add_argument(
+        "--sld", choices=list(STRENGTHS), help="Safe Latent Diffusion of this strength, for the base model alone"
+    )
+    how.add_argument("--sld-concept", metavar="TEXT", help="what it leads away from (default: its authors' words)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the PNG files")
 
 

@@ -15,6 +15,7 @@ from psa_jax.data.fingerprints import vae_fingerprint
 from psa_jax.data.preprocess import Preprocess
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
+from psa_jax.diffusion.sld_strengths import CONCEPT
 from psa_jax.errors import PSAError
 from psa_jax.files import replacing, write_private
 from psa_jax.interop.adapter_file import adapter_hash, find_adapter, read_metadata
@@ -45,6 +46,9 @@ def run(args: Namespace) -> int:
             "--profile, --user, --table, --scale and --unconditional need --adapter; the base model alone "
             "generates the same pictures for every user"
         )
+    if args.sld_concept is not None and (args.sld is None or not args.sld_concept.strip()):
+        raise PSAError("--sld-concept is a text that says something, and needs --sld, such as --sld=strong")
+    check_text(args.sld_concept or "", "--sld-concept", "the terminal must send UTF-8")
     trained = None if args.adapter is None else find_adapter(args.adapter)
     # Before the weights are read, which takes long: the user may be wrong.
     user = None
@@ -68,6 +72,7 @@ def run(args: Namespace) -> int:
         unconditional=args.unconditional,
         size=args.size,
         batch_size=batch,
+        sld=args.sld,
     )
     settings = {
         "sampler": args.sampler or sampler_name(model.scheduler_config),
@@ -75,6 +80,8 @@ def run(args: Namespace) -> int:
         "size": generator.size,
         "version": psa_jax.__version__,
     }
+    if args.sld:
+        settings |= {"sld": args.sld, "sld_concept": args.sld_concept or CONCEPT}
     _claim(args, settings | _contents(args, model, adapter), user)
     cut = generator.truncated([text for picture in wanted for text in (picture.prompt, picture.negative or "")])
     for line in cut:
@@ -91,6 +98,7 @@ def run(args: Namespace) -> int:
                 None if user is None else np.tile(user, (len(part), 1)),
                 negative=[picture.negative for picture in part],
                 scale=args.scale,
+                concept=args.sld_concept,
             )
             for pixels, picture in zip(pictures, part, strict=True):
                 _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})

@@ -12,6 +12,7 @@ from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.tools import arguments, export, flags
 
 TEXT = {"forget", "methods", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
+TEXT |= {"baseline", "sld_concept"}
 """What is neither a path nor a number."""
 PATHS = (flags.path, flags.place)
 NO_PATHS = {
@@ -72,11 +73,12 @@ def run(monkeypatch, tmp_path, capsys):
     return main
 
 
-def words(action: argparse.Action, value: str) -> list[str]:
-    """Nothing else that the command needs: what is read first is said first."""
+def words(command: str, action: argparse.Action, value: str) -> list[str]:
+    """Nothing else that the command needs but what comes before: what is read first is said first."""
     if action.option_strings:
         return [f"{action.option_strings[0]}={value}"]
-    return [value]
+    before = cli._command_parser(command)._get_positional_actions()
+    return [each.choices[0] for each in before if each.choices] + [value]
 
 
 def test_every_flag_is_a_path_or_a_number_or_listed_here():
@@ -88,7 +90,7 @@ def test_every_flag_is_a_path_or_a_number_or_listed_here():
 @pytest.mark.parametrize(("command", "action"), cases(paths=True))
 @pytest.mark.parametrize("value", NO_PATHS)
 def test_what_is_no_path_here(run, command: str, action: argparse.Action, value: str):
-    code, lines = run(command, *words(action, value))
+    code, lines = run(command, *words(command, action, value))
     assert code == 1 and len(lines) == 1
     name = action.option_strings[0] if action.option_strings else action.metavar
     assert lines[0].startswith(f"psa-jax: error: {name}: ") and NO_PATHS[value] in lines[0]
@@ -97,7 +99,7 @@ def test_what_is_no_path_here(run, command: str, action: argparse.Action, value:
 @pytest.mark.parametrize(("command", "action"), cases(paths=False))
 def test_numbers(run, command: str, action: argparse.Action):
     for value in NUMBERS:
-        code, lines = run(command, *words(action, value))
+        code, lines = run(command, *words(command, action, value))
         if code == 2:  # taken, without what else the command needs
             assert lines[0].startswith("usage: ")
             assert value in TAKEN.get(action.dest, set())
