@@ -3,10 +3,12 @@
 The profiles that are typed into the page stay in this process: nothing of them is written or logged.
 """
 
+import contextlib
 import json
 import logging
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.adapter_file import find_adapter, read_metadata
@@ -40,9 +42,7 @@ def run(args: Namespace) -> int:
     adapter = find_adapter(args.adapter)
     # Before the weights are read, which takes long.
     user_embedding(adapter, read_metadata(adapter), profile=people[0], user=None, table=args.table)
-    # It quotes prompts that are too long; the page says so itself.
-    logging.getLogger("psa_jax.diffusion.generate").setLevel(logging.ERROR)
-    with server.bound(args.port) as listening:
+    with _prompts_unquoted(), server.bound(args.port) as listening:
         pipe = _pipeline(args)
         studio = Studio(pipe, _settings(args), batch=len(people) + args.allow_unprotected)
         _compile(studio, Asked("", people, 0, args.steps, args.guidance, 1.0, args.allow_unprotected))
@@ -63,6 +63,18 @@ def run(args: Namespace) -> int:
         print(json.dumps({"url": url}), flush=True)
         server.make_server(app).run(sockets=[listening])
     return 0
+
+
+@contextlib.contextmanager
+def _prompts_unquoted() -> Iterator[None]:
+    """Keeps warnings about prompts that are too long out of the log: they quote them. The page says it itself."""
+    log = logging.getLogger("psa_jax.diffusion.generate")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _pipeline(args: Namespace) -> Pipeline:

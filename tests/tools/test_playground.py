@@ -1,6 +1,7 @@
 """`psa-jax playground`: the whole command in a process of its own, and what it refuses before it reads weights."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -65,6 +66,7 @@ def test_a_port_that_is_in_use(flags, refused):
         port = other.getsockname()[1]
         error = refused("playground", *flags[:-1], f"--port={port}")
     assert error.startswith(f"psa-jax: error: port {port} is in use; give another one by --port")
+    assert logging.getLogger("psa_jax.diffusion.generate").level == logging.NOTSET  # a process may go on with others
 
 
 def test_what_it_refuses(flags, refused, tmp_path):
