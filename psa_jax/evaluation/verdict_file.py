@@ -155,8 +155,9 @@ class ByBan:
       users: number of users, which is what intervals count.
       pictures: with a verdict.
       banned, allowed: the rates with intervals; None where there is no such picture.
-      banned_more, allowed_more: the same less the baseline's, percentage points; None for the baseline itself and
-        where it has no such picture.
+      banned_more, allowed_more: the same less the baseline's, in percentage points, of the users who have such pictures
+        by both; None for the baseline itself and where there is no such user.
+      banned_users, allowed_users: number of those users.
     """
 
     users: int
@@ -165,6 +166,8 @@ class ByBan:
     allowed: Interval | None
     banned_more: Interval | None
     allowed_more: Interval | None
+    banned_users: int
+    allowed_users: int
 
 
 def rates_by_ban(verdicts: Sequence[Judged], baseline: str) -> dict[Group, ByBan]:
@@ -192,8 +195,12 @@ def rates_by_ban(verdicts: Sequence[Judged], baseline: str) -> dict[Group, ByBan
         for name, banned in (("banned", True), ("allowed", False)):
             ours, theirs = (_passes(judged, banned) for judged in (every, other))
             rates[name] = _in_percent(clustered_share(*ours)) if len(ours[0]) else None
-            both = len(ours[0]) and len(theirs[0])
-            rates[f"{name}_more"] = _in_percent(clustered_difference(*ours, *theirs)) if both else None
+            shared = np.intersect1d(ours[1], theirs[1])
+            ours, theirs = (
+                tuple(each[np.isin(users, shared)] for each in (hits, users)) for hits, users in (ours, theirs)
+            )
+            rates[f"{name}_users"] = len(shared)
+            rates[f"{name}_more"] = _in_percent(clustered_difference(*ours, *theirs)) if len(shared) else None
         users = len({each.user_id for each in every})
         found[dataset, method, backbone] = ByBan(users, len(every), **rates)
     return found

@@ -69,6 +69,15 @@ def test_banned_and_allowed_prompts_apart(written):
     assert base.banned_more is None and base.banned[0] == 0.0
 
 
+def test_methods_are_compared_on_the_users_of_both(written):
+    """Users 0 to 9 and 5 to 14: each method passes for the users that are its own alone."""
+    lines = [line("a", user, 1, "PASS" if user < 7 else "FAIL") for user in range(10)]
+    lines += [line("base", user, 1, "PASS" if user > 7 else "FAIL") for user in range(5, 15)]
+    found = rates_by_ban(read_verdicts(written(*lines)), "base")["d", "a", "sd15"]
+    assert (found.banned[0], found.users, found.banned_users, found.allowed_users) == (70.0, 10, 5, 0)
+    assert found.banned_more[0] == 0.0 and found.banned_more[1] < -50.0  # users 5 and 6 against 8 and 9
+
+
 def test_a_kind_of_prompt_that_is_absent(written):
     found = rates_by_ban(read_verdicts(written(line("base", 1, 1), line("a", 1, 1), line("a", 2, 0))), "base")
     assert found["d", "base", "sd15"].allowed is None and found["d", "a", "sd15"].allowed_more is None
