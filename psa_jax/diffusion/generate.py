@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from psa_jax.diffusion.conditioning import encode_text, size_ids
 from psa_jax.diffusion.pixels import to_bytes
 from psa_jax.diffusion.safe_latent_diffusion import guide_safely, no_memory
-from psa_jax.diffusion.samplers import Sampler, guide, sample_with_memory
+from psa_jax.diffusion.samplers import Sampler, guide, sample
 from psa_jax.diffusion.scheduler_config import sampler_from_config
 from psa_jax.diffusion.sld_strengths import CONCEPT, STRENGTHS, Strength
 from psa_jax.errors import PSAError
@@ -340,7 +340,7 @@ def _generate(
             return guide_safely(*jnp.split(output, 3), *guidance, strength, memory)
         return (guide(*jnp.split(output, 2), *guidance) if guided else output), None
 
-    clean = sample_with_memory(sampler, predict, noise, None if strength is None else no_memory(noise), keys)
+    clean = sample(sampler, predict, noise, keys, None if strength is None else no_memory(noise))
     return vae.decode(clean / vae.config.scaling_factor)
 
 

@@ -144,39 +144,21 @@ def step_noise(keys: Key[Array, " b"], index: Int[Array, ""], shape: tuple[int, 
 
 def sample(
     sampler: Sampler,
-    model: Callable[[Float[Array, "b h w c"], Float[Array, ""]], Float[Array, "b h w c"]],
+    model: Callable[[Float[Array, "b h w c"], Float[Array, ""], Memory], tuple[Float[Array, "b h w c"], Memory]],
     noise: Float[Array, "b h w c"],
     keys: Key[Array, " b"] | None = None,
+    memory: Memory = None,
 ) -> Float[Array, "b h w c"]:
     """Clean latents, sampled from standard normal noise.
 
     Args:
-      model: (scaled latents, timestep) -> prediction, guidance included.
+      model: (scaled latents, timestep, memory) -> prediction, guidance included, and the memory for the next call.
       noise: standard normal; scaled here to the sampler's first noise level.
       keys: one a picture, for a stochastic sampler. The key of `noise` itself can be used.
+      memory: before the first call; None for a model that hands nothing on.
 
     Raises:
       PSAError: a stochastic sampler without keys.
-    """
-    return sample_with_memory(sampler, lambda x, timestep, _: (model(x, timestep), None), noise, None, keys)
-
-
-def sample_with_memory(
-    sampler: Sampler,
-    model: Callable[[Float[Array, "b h w c"], Float[Array, ""], Memory], tuple[Float[Array, "b h w c"], Memory]],
-    noise: Float[Array, "b h w c"],
-    memory: Memory,
-    keys: Key[Array, " b"] | None = None,
-) -> Float[Array, "b h w c"]:
-    """Clean latents, with a model that hands something from one call to the next.
-
-    Args:
-      model: (scaled latents, timestep, memory) -> prediction, guidance included, and the next memory.
-      noise, keys: as for `sample`.
-      memory: before the first call.
-
-    Raises:
-      PSAError: as `sample`.
     """
     if keys is None and sampler.stochastic:
         raise PSAError("this sampler is stochastic: give one key a picture")

@@ -160,7 +160,7 @@ def test_one_step_of_a_turbo_model_is_its_clean_prediction():
     noise = jnp.asarray(normal(*SHAPE, seed=0).numpy())
     sigma = float(sampler.init_scale)
     assert sigma == pytest.approx(14.6146, abs=1e-4)
-    drawn = sample(sampler, lambda x, t: jnp.tanh(x) + t / 999, noise)
+    drawn = sample(sampler, lambda x, t, m: (jnp.tanh(x) + t / 999, m), noise)
     inputs = sigma * np.asarray(noise) / np.sqrt(sigma**2 + 1)
     np.testing.assert_allclose(drawn, sigma * np.asarray(noise) - sigma * (np.tanh(inputs) + 1), atol=2e-5)
 
@@ -185,7 +185,7 @@ def test_the_loop_with_a_model(monkeypatch, case):
         output = torch.tanh(2 * scheduler.scale_model_input(latents, t)) + t / 1000
         latents = scheduler.step(output, t, latents, return_dict=False)[0]
 
-    drawn = sample(sampler, lambda x, t: jnp.tanh(2 * x) + t / 1000, jnp.asarray(noise.numpy()), keys)
+    drawn = sample(sampler, lambda x, t, m: (jnp.tanh(2 * x) + t / 1000, m), jnp.asarray(noise.numpy()), keys)
     np.testing.assert_allclose(drawn, latents.numpy(), rtol=0, atol=1e-4)
 
 
@@ -195,7 +195,7 @@ def test_a_picture_does_not_depend_on_its_batch(name, eta):
     assert sampler.stochastic
     keys = jnp.stack([jax.random.key(seed) for seed in (5, 6, 5)])
     noise = jnp.stack([jax.random.normal(key, SHAPE[1:]) for key in keys])
-    draw = jax.jit(lambda noise, keys: sample(sampler, lambda x, t: jnp.tanh(x), noise, keys))
+    draw = jax.jit(lambda noise, keys: sample(sampler, lambda x, t, m: (jnp.tanh(x), m), noise, keys))
     together = np.asarray(draw(noise, keys))
     np.testing.assert_array_equal(together[0], together[2])
     np.testing.assert_allclose(draw(noise[1:2], keys[1:2])[0], together[1], rtol=0, atol=1e-6)
@@ -215,7 +215,7 @@ def test_a_stochastic_sampler_needs_keys_and_noise():
     sampler = sampler_from_config(TURBO, 2, "euler-ancestral")
     noise = jnp.zeros(SHAPE)
     with pytest.raises(PSAError, match="one key a picture"):
-        sample(sampler, lambda x, t: x, noise)
+        sample(sampler, lambda x, t, m: (x, m), noise)
     with pytest.raises(PSAError, match="give noise"):
         step(sampler, start(sampler, noise), noise)
 
