@@ -8,6 +8,7 @@ Who may read a file follows one rule, by whether its content is about a person:
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -21,6 +22,9 @@ PRIVATE = 0o600
 
 PUBLIC = 0o666
 """The mode of a file for everyone whom the umask allows."""
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Of a disk, of an owner's share of it, of one file."""
 
 
 @contextlib.contextmanager
@@ -54,9 +58,8 @@ def replacing(path: str | Path, mode: int = PUBLIC) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise PSAError(
-            f"{path}: cannot be written ({error.strerror or error}); choose a file in an existing folder"
-        ) from error
+        advice = "make room and run again" if error.errno in _NO_ROOM else "choose a file in an existing folder"
+        raise PSAError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
 
 
 def write(path: str | Path, content: bytes | str, mode: int = PUBLIC) -> None:

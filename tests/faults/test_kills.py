@@ -24,6 +24,14 @@ def runs(run_inputs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def slow(runs, run_inputs):
+    """The same with a second a step: a signal after the first reaches the run before the last."""
+    slow = Runs(runs.folder, *run_inputs, cheap=True, pause=1.0, **SETTINGS)
+    yield slow
+    slow.end()
+
+
+@pytest.fixture(scope="module")
 def undisturbed(runs):
     return whole_run(runs)
 
@@ -90,8 +98,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(runs, run_inputs, tmp_path):
     assert (tmp_path / "nonfinite_2.json").read_text() == f'{{"step": 2, "rows": {second["row"].tolist()}}}\n'
 
 
-def test_a_signal_ends_a_run_with_a_checkpoint(runs, undisturbed, tmp_path):
-    run = runs.start(tmp_path, checkpoint_every=1000)
+def test_a_signal_ends_a_run_with_a_checkpoint(runs, slow, undisturbed, tmp_path):
+    run = slow.start(tmp_path, checkpoint_every=1000)
     run.wait_for_rows(2)
     run.process.terminate()
     assert run.code() == 75
@@ -102,9 +110,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint(runs, undisturbed, tmp_path):
     assert rows(tmp_path) == rows(undisturbed[0]) and adapter(tmp_path) == adapter(undisturbed[0])
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(runs, undisturbed, tmp_path):
+def test_a_full_disk_is_one_line_and_loses_nothing(runs, slow, undisturbed, tmp_path):
     """A limit on the size of files stands for it: metrics fit into the room that there is, arrays do not."""
-    first = runs.start(tmp_path, checkpoint_every=1000)
+    first = slow.start(tmp_path, checkpoint_every=1000)
     first.wait_for_rows(1)
     first.process.terminate()
     assert first.code() == 75
