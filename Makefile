@@ -6,6 +6,8 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints.txt,constraints-py312.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(VERSION)
+# One process more than there are cores, since tests wait for processes of their own; each takes 5 GB.
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + len(os.sched_getaffinity(0))))')
 # On a CPU, the XLA of jax 0.10 is faster here without YNNPACK; that of 0.12 leaves it out by itself.
 XLA_CPU := --xla_cpu_experimental_ynn_fusion_type=
 
@@ -35,7 +37,7 @@ demo: $(STAMP)
 	XLA_FLAGS="$(XLA_CPU) $$XLA_FLAGS" $(BIN)/psa-jax demo --workdir=runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --durations=20
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=20
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -s

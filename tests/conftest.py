@@ -1,6 +1,7 @@
 """Shared set-up: annotations are checked at run time, dtypes and ranks are strict, real data is found or skipped."""
 
 import functools
+import gc
 import os
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,17 @@ LONGEST = ("multiprocess/test_processes.py", "tools/test_demo.py", "training/tes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; the order of all others stays."""
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what all tests share, such as modules, out of Python's garbage collections, and makes these rarer.
+
+    Each that walks through the million objects of JAX, torch and diffusers takes a third of a second: a tenth of the
+    whole run.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)

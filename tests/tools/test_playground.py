@@ -32,12 +32,18 @@ def flags(smallest_pipeline, tmp_path_factory):
     return [f"--model={model.folder}", f"--adapter={path}", "--steps=2", "--guidance=3", "--port=0"]
 
 
+# What a shell has started in the background inherits a Ctrl-C that is ignored.
+_LISTENING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 def test_from_the_command_to_ctrl_c(flags):
-    command = [sys.executable, "-m", "psa_jax", "playground", *flags]
+    command = [sys.executable, "-c", _LISTENING, "-m", "psa_jax", "playground", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, restore_signals=True
-    )
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         url = json.loads(running.stdout.readline())["url"]
         there = Served(int(url.removesuffix("/").rpartition(":")[2]))
