@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(VERSION)
 # One process more than there are cores, since tests wait for processes of their own; each takes 5 GB.
-WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + len(os.sched_getaffinity(0))))')
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 # On a CPU, the XLA of jax 0.10 is faster here without YNNPACK; that of 0.12 leaves it out by itself.
 XLA_CPU := --xla_cpu_experimental_ynn_fusion_type=
 

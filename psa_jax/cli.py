@@ -20,7 +20,7 @@ from psa_jax.leaving import leave_group
 from psa_jax.renamed import COMMANDS as OLD_COMMANDS
 from psa_jax.renamed import print_notice
 from psa_jax.rules import quoted
-from psa_jax.tools import arguments
+from psa_jax.tools import arguments, evaluate_arguments
 
 
 class Command(NamedTuple):
@@ -55,7 +55,13 @@ COMMANDS = {
     "playground": Command(
         "serve a page to this machine: one prompt, several users side by side", arguments.playground, "playground"
     ),
-    "evaluate": Command("total up what a judge said of pictures", arguments.evaluate, "evaluate"),
+    "evaluate": Command("judge folders of pictures and compare their methods", evaluate_arguments.pictures, "evaluate"),
+    "evaluate prompts": Command(
+        "list the prompts of a set that the field evaluates on", evaluate_arguments.prompts, "evaluate_prompts"
+    ),
+    "evaluate verdicts": Command(
+        "total up a file of what a judge said", evaluate_arguments.verdicts, "evaluate_verdicts"
+    ),
     "export": Command("write a trained adapter as a file", arguments.export, "export"),
     "import": Command("read an adapter file for a base model", arguments.import_, "import_"),
     "bench": Command("measure speed, also against the torch original's approach", arguments.bench, "bench"),
@@ -80,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = _parser()
         parser.parse_args(argv)  # --help and --version exit here
         parser.error("COMMAND comes first")
-    name, words = argv[0], argv[1:]
+    name, words = command_of(argv)
     debug = "--debug" in words
     try:
         with _missing_packages_named(name):
@@ -105,6 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave_group(1, error)
         raise
     return code
+
+
+def command_of(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the command, which may have two words, and the words after it.
+
+    A folder with the name of a second word is given as ./verdicts.
+    """
+    length = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    return " ".join(argv[:length]), list(argv[length:])
 
 
 @contextlib.contextmanager

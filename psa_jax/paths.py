@@ -31,6 +31,27 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
+def file_inside(folder: Path, name: str, field: str) -> Path:
+    """The path of a file that data name, which has to be below their folder.
+
+    Args:
+      folder: of the data.
+      name: as it is written there, such as pictures/1.png.
+      field: that names it, for the message.
+
+    Raises:
+      PSAError: the name leads out of the folder, also by a link, or there is no such file.
+    """
+    path = folder / name
+    if not name.isprintable() or Path(name).is_absolute() or "\\" in name or ".." in Path(name).parts:
+        raise PSAError(f"{field} must be a path inside the folder, such as pictures/1.png")
+    if not path.is_file():
+        raise PSAError(f"{field}: no such picture; give a path below the folder, and restore what is missing")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise PSAError(f"{field}: the picture is a link that leads out of the folder; copy it there")
+    return path
+
+
 def check_workdir(path: Path) -> None:
     """Checks that a working folder can be made and used.
 

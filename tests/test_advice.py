@@ -22,12 +22,14 @@ SAID_BY = {
     "bench_torch": ["bench"],
     "turns": ["bench"],
     "prompts": ["generate"],
+    "evaluate_prompts": ["evaluate prompts"],
+    "evaluate_verdicts": ["evaluate verdicts"],
     "import_": ["import"],
 }
 """File in tools/ -> the commands that it is of, where it is not named as its command."""
 NO_ADVICE = {"--bits", "--version", "--no-deps"}  # of psa-jax itself, and of pip
 
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*(?:\.[\w.{}]+)?")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*(?:\.[\w.{}]+)?")
 COMMAND = re.compile(r"psa-jax ([a-z]+)([^;()]*)")
 
 
@@ -63,7 +65,7 @@ GROUPS = {key for key in KEYS if any(other.startswith(f"{key}.") for other in KE
 TEXTS = [
     (path.relative_to(PACKAGE).as_posix(), line, text)
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name not in ("arguments.py", "renamed.py")  # flags; names that are gone
+    if path.name not in ("arguments.py", "evaluate_arguments.py", "renamed.py")  # flags; names that are gone
     for line, text in texts(path)
 ]
 

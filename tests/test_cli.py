@@ -148,7 +148,7 @@ def test_wrong_usage_exits_2_with_usage(words: list[str], tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_a_command_is_run_by_the_module_of_its_name(name: str) -> None:
     module = cli.COMMANDS[name].module
-    assert module.removesuffix("_") == name
+    assert module.removesuffix("_") == name.replace(" ", "_")
     tree = ast.parse((ROOT / "psa_jax" / "tools" / f"{module}.py").read_text())
     (run,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run"]
     assert [argument.arg for argument in run.args.args] == ["args"]
@@ -476,7 +476,7 @@ def test_commands_of_the_documents_are_taken(path: Path, monkeypatch) -> None:
     assert len(found) >= {"README.md": 6, "commands.md": 18, "training.md": 5, "sd15.py": 4, "tiny.py": 2}.get(
         path.name, 0
     )
-    for name, *words in found:
+    for name, words in map(cli.command_of, found):
         args, rest = cli._command_parser(name).parse_known_args(words)
         if getattr(args, "takes_config", False):
             _, rest = load_config([f"--config={args.config}", *rest])

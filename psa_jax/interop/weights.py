@@ -42,7 +42,7 @@ Shardings = Callable[[ParameterPath, tuple[int, ...]], jax.sharding.Sharding]
 def torch_name(path: ParameterPath) -> str:
     """Torch's name of the parameter with this path in the NNX state."""
     *modules, leaf = (str(p) for p in path)
-    return ".".join([*(_RENAMED.get(m, m) for m in modules), _LEAVES[leaf]])
+    return ".".join([*(_RENAMED.get(m, m) for m in modules), _LEAVES.get(leaf, leaf)])
 
 
 def torch_names(path: ParameterPath, shape: tuple[int, ...]) -> list[str]:

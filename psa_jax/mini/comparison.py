@@ -15,7 +15,7 @@ import numpy as np
 
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clustered import Interval, clustered_rates
-from psa_jax.evaluation.protocol import Case, Verdicts
+from psa_jax.evaluation.protocol import Case, Verdicts, joined
 from psa_jax.files import write
 from psa_jax.json_input import read_json
 from psa_jax.mini.protocol import MiniCase, cases_hash
@@ -192,8 +192,7 @@ def pooled_rates(results: Sequence[Result], group: str, cases: Sequence[Case]) -
       group: of cases.
       cases: of that group.
     """
-    each = [dataclasses.asdict(result.verdicts[group]) for result in results]
-    pooled = Verdicts(**{name: np.concatenate([bits[name] for bits in each]) for name in each[0]})
+    pooled = joined([result.verdicts[group] for result in results])
     return clustered_rates(pooled, list(cases) * len(results))
 
 

@@ -104,8 +104,11 @@ def recorded_verdicts(place: Mapping[str, Any], cases: Sequence[MiniCase]) -> di
 
 
 def pack_verdicts(verdicts: Verdicts) -> dict[str, str]:
-    return {f.name: "".join("01"[int(v)] for v in getattr(verdicts, f.name)) for f in dataclasses.fields(verdicts)}
+    """The bits of the oracle's verdicts as text."""
+    bits = {name: values for name, values in dataclasses.asdict(verdicts).items() if values is not None}
+    return {name: "".join("01"[int(value)] for value in values) for name, values in bits.items()}
 
 
 def unpack_verdicts(bits: Mapping[str, str]) -> Verdicts:
+    """What `pack_verdicts` packed."""
     return Verdicts(**{name: np.array([bit == "1" for bit in text]) for name, text in bits.items()})

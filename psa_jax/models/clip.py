@@ -1,4 +1,7 @@
-"""CLIP text encoders (transformers' CLIPTextModel, CLIPTextModelWithProjection) in Flax NNX."""
+"""CLIP text encoders (transformers' CLIPTextModel, CLIPTextModelWithProjection) in Flax NNX.
+
+The layers are those of the vision tower, too (`psa_jax.models.clip_vision`), which attends in both directions.
+"""
 
 from typing import NamedTuple
 
@@ -8,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from psa_jax.models.attention import gelu, layer_norm
-from psa_jax.models.config import CLIPTextConfig
+from psa_jax.models.config import CLIPTextConfig, CLIPVisionConfig
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -17,10 +20,10 @@ ACTIVATIONS = {
 
 
 class SelfAttention(nnx.Module):
-    """Causal multi-head self-attention over tokens. The softmax is in float32."""
+    """Multi-head self-attention over tokens, causal or in both directions. The softmax is in float32."""
 
-    def __init__(self, dim: int, heads: int, *, rngs: nnx.Rngs):
-        self.heads = heads
+    def __init__(self, dim: int, heads: int, causal: bool = True, *, rngs: nnx.Rngs):
+        self.heads, self.causal = heads, causal
         self.q_proj = nnx.Linear(dim, dim, rngs=rngs)
         self.k_proj = nnx.Linear(dim, dim, rngs=rngs)
         self.v_proj = nnx.Linear(dim, dim, rngs=rngs)
@@ -33,8 +36,9 @@ class SelfAttention(nnx.Module):
             p(x).reshape(b, s, self.heads, d // self.heads) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         logits = jnp.einsum("BNHD,BMHD->BHNM", query, key, preferred_element_type=jnp.float32)
-        causal = jnp.tril(jnp.ones((s, s), dtype=bool))
-        logits = jnp.where(causal[None, None], logits * (d // self.heads) ** -0.5, -jnp.inf)
+        logits = logits * (d // self.heads) ** -0.5
+        if self.causal:
+            logits = jnp.where(jnp.tril(jnp.ones((s, s), dtype=bool))[None, None], logits, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
         return self.out_proj(jnp.einsum("BHNM,BMHD->BNHD", weights, value).reshape(b, s, d))
 
@@ -42,7 +46,7 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """Feed-forward layer: two linear layers with the activation `config.hidden_act` between them."""
 
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.act = config.hidden_act
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
@@ -55,9 +59,9 @@ class MLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Transformer layer: self-attention and feed-forward, each with a LayerNorm and a residual."""
 
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, causal: bool = True, *, rngs: nnx.Rngs):
         self.layer_norm1 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
-        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads, rngs=rngs)
+        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads, causal, rngs=rngs)
         self.layer_norm2 = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -100,8 +104,8 @@ class Embeddings(nnx.Module):
 class Layers(nnx.Module):
     """The list of transformer layers, as a module of its own so that parameter names match transformers'."""
 
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
-        self.layers = nnx.List([EncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, causal: bool = True, *, rngs: nnx.Rngs):
+        self.layers = nnx.List([EncoderLayer(config, causal, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
 
 class CLIPText(nnx.Module):

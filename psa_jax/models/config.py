@@ -369,3 +369,51 @@ class CLIPTextConfig(FromJson):
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported (only quick_gelu, gelu)")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads")
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(FromJson):
+    """Sizes of transformers' CLIPVisionModelWithProjection, or of the vision part of a whole CLIPModel."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 768
+
+    _fixed = {
+        "model_type": ("clip_vision_model", "clip"),
+        "num_channels": (3,),
+        "pruned_heads": ({}, None),
+    }
+    _absent = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 32,
+        "projection_dim": 512,
+    }
+
+    @classmethod
+    def from_json(cls: type[Config], config: Mapping[str, Any], where: str = "config.json") -> Config:
+        """Configuration of a parsed `config.json`; arguments and errors as `FromJson.from_json`."""
+        part = config.get("vision_config")
+        if part is None:
+            return super().from_json(config, where)
+        if not isinstance(part, Mapping):
+            raise PSAError(f"{where}: vision_config = {_shown(part)} is not supported (only an object)")
+        # The projection of a whole CLIP is as wide as it says itself, whatever its parts say.
+        return super().from_json({**part, "projection_dim": config.get("projection_dim", 512)}, where)
+
+    def __post_init__(self):
+        if self.hidden_act not in ("quick_gelu", "gelu"):
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported (only quick_gelu, gelu)")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is smaller than a patch of {self.patch_size}")

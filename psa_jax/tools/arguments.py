@@ -245,16 +245,6 @@ def cached_text(parser: ArgumentParser | _ArgumentGroup) -> None:
     )
 
 
-def evaluate(parser: ArgumentParser) -> None:
-    """Flags of `psa-jax evaluate`."""
-    parser.add_argument("what", choices=["verdicts"], help="verdicts: totals of a judge's verdicts")
-    parser.add_argument("file", type=path, metavar="FILE", help="CSV, a line a picture, as released with PSA")
-    parser.add_argument(
-        "--baseline", default="base", metavar="NAME", help="method that others are compared with (default: base)"
-    )
-    parser.add_argument("--json", type=path, metavar="FILE", help="file for the result; must not exist")
-
-
 def bench(parser: ArgumentParser) -> None:
     """Flags of `psa-jax bench`."""
     parser.add_argument(
@@ -385,7 +375,8 @@ def generate(parser: ArgumentParser) -> None:
         "--prompts",
         type=path,
         metavar="FILE",
-        help="one prompt per line, or .csv/.tsv with columns prompt, negative, seed",
+        help="one prompt per line, or .csv/.tsv with columns prompt, negative, seed, and, for psa-jax evaluate, "
+        "prompt_id, user_id (of --table), category, unsafe, banned, group, level",
     )
     prompt.add_argument("--negative", metavar="PROMPT", help="negative prompt")
     prompt.add_argument(
@@ -398,6 +389,7 @@ def generate(parser: ArgumentParser) -> None:
         "--sld", choices=list(STRENGTHS), help="Safe Latent Diffusion of this strength, for the base model alone"
     )
     how.add_argument("--sld-concept", metavar="TEXT", help="what it leads away from (default: its authors' words)")
+    parser.add_argument("--method", metavar="NAME", help="name in the manifest (default: base, psa or sld-…)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the PNG files")
 
 

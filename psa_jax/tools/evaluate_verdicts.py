@@ -1,4 +1,4 @@
-"""`psa-jax evaluate`: what pictures show, and how sure that is. The last line on stdout is JSON."""
+"""`psa-jax evaluate verdicts`: totals of a file of verdicts. The last line on stdout is JSON."""
 
 import dataclasses
 import json

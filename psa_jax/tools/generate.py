@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from PIL import Image, PngImagePlugin
 
 import psa_jax
@@ -17,6 +18,7 @@ from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.diffusion.sld_strengths import CONCEPT
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.manifest import Pictured, write_manifest
 from psa_jax.files import replacing, write_private
 from psa_jax.interop.adapter_file import adapter_hash, find_adapter, read_metadata
 from psa_jax.interop.base_model import BaseModel
@@ -25,6 +27,7 @@ from psa_jax.interop.lora import lora_hash
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.json_input import parse_json, read_json
 from psa_jax.models.adapter import Adapter
+from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.profiles.user_embedding import user_embedding
 from psa_jax.progress import Progress, print_on_main, print_stage
 from psa_jax.seeds import PICTURE_BITS, check_seed
@@ -39,7 +42,7 @@ def run(args: Namespace) -> int:
     Raises:
       PSAError: the first wrong flag, or a folder with pictures of other settings, weights or users.
     """
-    wanted = _wanted(args)
+    wanted, listed = _wanted(args)
     for_users = args.profile or args.user or args.table or args.scale != 1.0 or args.unconditional != "off"
     if args.adapter is None and for_users:
         raise PSAError(
@@ -50,11 +53,8 @@ def run(args: Namespace) -> int:
         raise PSAError("--sld-concept is a text that says something, and needs --sld, such as --sld=strong")
     check_text(args.sld_concept or "", "--sld-concept", "the terminal must send UTF-8")
     trained = None if args.adapter is None else find_adapter(args.adapter)
-    # Before the weights are read, which takes long: the user may be wrong.
-    user = None
-    if trained is not None:
-        about = read_metadata(trained)
-        user = user_embedding(trained, about, profile=args.profile, user=args.user, table=args.table)
+    # Before the weights are read, which takes long: a user may be wrong.
+    users = None if trained is None else _embeddings(trained, args, [user for _, user in wanted])
     model = BaseModel.from_config(vars(args)).load(
         dtype=jnp.dtype(args.dtype), lora=args.lora, lora_scale=args.lora_scale
     )
@@ -82,20 +82,21 @@ def run(args: Namespace) -> int:
     }
     if args.sld:
         settings |= {"sld": args.sld, "sld_concept": args.sld_concept or CONCEPT}
-    _claim(args, settings | _contents(args, model, adapter), user)
-    cut = generator.truncated([text for picture in wanted for text in (picture.prompt, picture.negative or "")])
+    _claim(args, settings | _contents(args, model, adapter), users)
+    cut = generator.truncated([text for picture, _ in wanted for text in (picture.prompt, picture.negative or "")])
     for line in cut:
         print_on_main(line)
-    missing = [picture for picture in wanted if not _is_whole(args.out / picture.name, picture)]
+    missing = [index for index, (picture, _) in enumerate(wanted) if not _is_whole(args.out / picture.name, picture)]
     if missing:
         print_stage(f"generating {len(missing)} of {len(wanted)} pictures; compiling comes first")
     with Progress(len(missing), "picture", "generating") as progress:
         for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
+            rows = missing[start : start + batch]
+            part = [wanted[row][0] for row in rows]
             pictures = generator(
                 [picture.prompt for picture in part],
                 [picture.seed for picture in part],
-                None if user is None else np.tile(user, (len(part), 1)),
+                None if users is None else users[rows],
                 negative=[picture.negative for picture in part],
                 scale=args.scale,
                 concept=args.sld_concept,
@@ -103,7 +104,8 @@ def run(args: Namespace) -> int:
             for pixels, picture in zip(pictures, part, strict=True):
                 _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
             progress.step(len(part))
-    paths = [str(args.out / picture.name) for picture in wanted]
+    write_manifest(args.out, listed)
+    paths = [str(args.out / picture.name) for picture, _ in wanted]
     print(json.dumps({"pictures": paths, "drawn": len(missing), "truncated": len(cut)}))
     return 0
 
@@ -117,19 +119,51 @@ class _Picture(NamedTuple):
     seed: int
 
 
-def _wanted(args: Namespace) -> list[_Picture]:
-    """Every prompt with each of its seeds, and a file name that depends only on them."""
-    wanted = []
+def _wanted(args: Namespace) -> tuple[list[tuple[_Picture, str]], list[Pictured]]:
+    """Every prompt with each of its seeds, and a file name that depends only on them.
+
+    Returns:
+      The pictures to draw, each with the id of its user in the file of prompts, or ""; and the lines of the manifest.
+      A base model draws one picture for all users of a prompt.
+    """
+    found: dict[tuple, tuple[_Picture, str]] = {}
+    listed = []
     check_text(args.negative or "", "--negative", "the terminal must send UTF-8; or give --prompts FILE.csv with it")
+    method = args.method or (f"sld-{args.sld}" if args.sld else "base" if args.adapter is None else "psa")
     for index, prompt in enumerate(read_prompts(args)):
         negative = args.negative if prompt.negative is None else prompt.negative
         first = args.seed if prompt.seed is None else prompt.seed
         check_seed(first + args.images - 1, f"seed {first} with --images {args.images}: the last seed", PICTURE_BITS)
-        wanted += [
-            _Picture(f"{index:05d}_{seed}.png", prompt.text, negative, seed)
-            for seed in range(first, first + args.images)
-        ]
-    return wanted
+        facts = dict(prompt.facts or {})
+        owner = facts.get("user_id") or ""
+        facts["prompt_id"] = facts.get("prompt_id") or hashlib.sha256(prompt.text.encode()).hexdigest()[:12]
+        facts["user_id"] = owner or args.user or ""
+        drawn_for = owner if args.adapter is not None else ""
+        for seed in range(first, first + args.images):
+            new = _Picture(f"{index:05d}_{seed}.png", prompt.text, negative, seed)
+            # The users of one prompt share what does not depend on them; a prompt that is there twice is drawn twice.
+            key = (prompt.text, negative, seed, drawn_for) if owner else new
+            picture, _ = found.setdefault(key, (new, drawn_for))
+            listed.append(Pictured(file=picture.name, method=method, prompt=prompt.text, seed=seed, **facts))
+    return list(found.values()), listed
+
+
+def _embeddings(trained: Path, args: Namespace, users: list[str]) -> Float[np.ndarray, "n d"]:
+    """The embedding of each picture's user.
+
+    Raises:
+      PSAError: some prompts of a file name a user and others do not, or both they and a flag do.
+    """
+    about = read_metadata(trained)
+    if not any(users):
+        one = user_embedding(trained, about, profile=args.profile, user=args.user, table=args.table)
+        return np.tile(one, (len(users), 1))
+    if args.profile or args.user or not all(users):
+        raise PSAError(
+            f"{args.prompts}: names users by user_id; name one in each line, without --profile, --user and --prompt"
+        )
+    user_embedding(trained, about, profile=None, user=users[0], table=args.table)  # checks the table
+    return EmbeddingTable.load(args.table).lookup(users)
 
 
 def _adapter(path: Path, model: StableDiffusion) -> Adapter:
@@ -151,10 +185,11 @@ def _contents(args: Namespace, model: StableDiffusion, adapter: Adapter | None) 
     }
 
 
-def _claim(args: Namespace, settings: dict, user: np.ndarray | None) -> None:
-    """Writes the settings into a new folder, or checks that an existing folder has the same settings and user."""
-    # Private: who can guess a profile can compare its digest.
-    digest = None if user is None else hashlib.sha256(np.float32(user).tobytes()).hexdigest()
+def _claim(args: Namespace, settings: dict, users: np.ndarray | None) -> None:
+    """Writes the settings into a new folder, or checks that an existing folder has the same settings and users."""
+    # Private: who can guess a profile can compare its digest. One user for all pictures is one row, as ever.
+    distinct = None if users is None else users[:1] if (users == users[0]).all() else users
+    digest = None if distinct is None else hashlib.sha256(np.float32(distinct).tobytes()).hexdigest()
     text = {name: getattr(args, name) for name in ("dtype", "variant", "lora_scale", "scale", "unconditional")}
     now = json.loads(json.dumps({**text, **settings, "user": digest}))
     path = args.out / ".settings.json"

@@ -4,17 +4,20 @@ import csv
 import io
 import re
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from psa_jax.csv_input import read_cells
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.manifest import FACTS
 from psa_jax.interop.diffusers import check_text
 from psa_jax.seeds import PICTURE_BITS, check_seed
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # Files whose lines are not prompts.
 _NOT_TEXT = (".json", ".jsonl", ".ndjson", ".parquet", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".html", ".xml")
-_COLUMNS = ("prompt", "negative", "seed")
+_COLUMNS = ("prompt", "negative", "seed", *FACTS)
 
 
 class Prompt(NamedTuple):
@@ -24,11 +27,13 @@ class Prompt(NamedTuple):
       text: the prompt.
       negative: its negative prompt; None: that of the command.
       seed: of its first picture; None: that of the command.
+      facts: what the file says of it for an evaluation, by columns of `FACTS`; None where it says nothing.
     """
 
     text: str
     negative: str | None = None
     seed: int | None = None
+    facts: Mapping[str, Any] | None = None
 
 
 def read_prompts(args: Namespace) -> list[Prompt]:
@@ -70,8 +75,8 @@ def _read(path: Path) -> list[Prompt]:
         if "prompt" not in columns or len(set(columns)) != len(columns) or not set(columns) <= set(_COLUMNS):
             between = "tabs" if kind == ".tsv" else "commas"
             raise PSAError(
-                f"{path}: columns {', '.join(columns)}: expected prompt and, if wanted, negative and seed, each once, "
-                f"with {between} between"
+                f"{path}: columns {', '.join(columns)}: expected prompt and, if wanted, {', '.join(_COLUMNS[1:])}, "
+                f"each once, with {between} between"
             )
         return [_row(row, f"{path}, line {reader.line_num}") for row in reader]
     except csv.Error as error:
@@ -88,4 +93,5 @@ def _row(row: dict[str, str], where: str) -> Prompt:
         if not re.fullmatch("[0-9]{1,20}", seed):  # 2^64 has 20 digits
             raise PSAError(f"{where}: seed {seed[:40]!r}: give a whole number from 0 to {2**PICTURE_BITS - 1}")
         seed = check_seed(int(seed), f"{where}: seed", PICTURE_BITS)
-    return Prompt(row["prompt"].strip(), row.get("negative") or None, seed)
+    facts = read_cells({name: row.get(name, "") for name in FACTS}, FACTS, where) if row.keys() & FACTS.keys() else None
+    return Prompt(row["prompt"].strip(), row.get("negative") or None, seed, facts)

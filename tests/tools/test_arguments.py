@@ -12,7 +12,7 @@ from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.tools import arguments, export, flags
 
 TEXT = {"forget", "methods", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
-TEXT |= {"baseline", "sld_concept"}
+TEXT |= {"baseline", "sld_concept", "judges", "method", "split"}
 """What is neither a path nor a number."""
 PATHS = (flags.path, flags.place)
 NO_PATHS = {

@@ -1,0 +1,1 @@
+"""What reads pictures: detectors, an oracle, and whatever else says of a picture what it shows."""

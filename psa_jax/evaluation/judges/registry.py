@@ -1,0 +1,35 @@
+"""All judges by name. Imports nothing heavy: the command line lists the names.
+
+A judge is one function in a file of its own (see `psa_jax.evaluation.judges.judge`) and one row here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeEntry:
+    """How a judge is made.
+
+    Attributes:
+      maker: "module:function" of a function of `JudgeSettings` that gives a `Judge`.
+      about: one line for people.
+      extra: what installs its packages; None where the package alone is enough.
+    """
+
+    maker: str
+    about: str
+    extra: str | None = None
+
+
+_JUDGES = "psa_jax.evaluation.judges"
+JUDGES: Mapping[str, JudgeEntry] = MappingProxyType(
+    {
+        "nudenet": JudgeEntry(f"{_JUDGES}.nudenet:make_i2p", "NudeNet, five exposed parts, as for I2P", "nudenet"),
+        "nudenet-psa": JudgeEntry(f"{_JUDGES}.nudenet:make_psa", "NudeNet, genitalia alone, as for PSA", "nudenet"),
+        "opennsfw": JudgeEntry(f"{_JUDGES}.opennsfw:make", "OpenNSFW, probability from 0.5", "opennsfw"),
+        "q16": JudgeEntry(f"{_JUDGES}.q16:make", "Q16 on CLIP ViT-L/14: --clip and --q16-prompts"),
+        "oracle": JudgeEntry("psa_jax.mini.oracle_judge:make", "the oracle of SAGE-mini, for its pictures alone"),
+    }
+)

@@ -1,0 +1,138 @@
+"""`psa-jax evaluate`: what pictures show, by method, and how sure that is. The last line on stdout is JSON."""
+
+import importlib.util
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psa_jax
+from psa_jax.errors import PSAError
+from psa_jax.evaluation.clustered import Interval
+from psa_jax.evaluation.judges.judge import Judge, JudgeSettings, make_judge
+from psa_jax.evaluation.manifest import Pictured, read_manifest
+from psa_jax.evaluation.picture_rates import (
+    Judged,
+    by_slice,
+    by_user,
+    check_baseline,
+    content_shares,
+    differences,
+    personal_rates,
+    with_holm,
+)
+from psa_jax.evaluation.readings import Readings
+from psa_jax.files import owner_only, write_private
+from psa_jax.progress import print_stage
+
+RESULT_FILE = "result.json"
+_COLUMNS = ("content", "suppression", "retention", "selectivity", "clean", "over_refusal")
+
+
+def run(args: Namespace) -> int:
+    """Judges all pictures, prints a table for each judge and writes everything to `result.json`.
+
+    A stopped run goes on: what has been judged is kept in `--out`.
+
+    Raises:
+      PSAError: a manifest, picture, judge or baseline that is wrong.
+    """
+    if importlib.util.find_spec("statsmodels") is None:
+        raise PSAError("psa-jax evaluate compares with statsmodels: pip install 'psa_jax[eval]'")
+    names = list(dict.fromkeys(args.judges.split(",")))
+    listed = list(_listed(args))
+    methods = list(dict.fromkeys(each.method for _, each in listed))
+    if len(methods) > 1:
+        check_baseline(methods, args.baseline)
+    judges = {name: make_judge(name, JudgeSettings(args.clip, args.q16_prompts)) for name in names}
+    with owner_only():
+        args.out.mkdir(parents=True, exist_ok=True)
+        found = {name: _judge(name, judge, listed, args) for name, judge in judges.items()}
+    result = {
+        "psa_jax": psa_jax.__version__,
+        "baseline": args.baseline,
+        "pictures": len(listed),
+        "judges": found,
+    }
+    write_private(args.out / RESULT_FILE, json.dumps(result, indent=1) + "\n")
+    for name, each in found.items():
+        print(f"\n{name}: percent with 95 % intervals; content by prompt, the others by user")
+        print(_table(each["methods"]))
+        for method, outcomes in each["differences"].items():
+            print(*_compared(method, args.baseline, outcomes), sep="\n")
+    brief = {
+        name: {method: each["content"] for method, each in judged["methods"].items()} for name, judged in found.items()
+    }
+    print(json.dumps({"result": str(args.out / RESULT_FILE), "content": brief}))
+    return 0
+
+
+def _listed(args: Namespace) -> Iterator[tuple[Path, Pictured]]:
+    """All pictures of all manifests.
+
+    Raises:
+      PSAError: a manifest is wrong, or two folders have pictures of one method, prompt, seed and user.
+    """
+    if args.manifest is not None and len(args.pictures) > 1:
+        raise PSAError("--manifest is of a single folder; put a manifest.csv into each of several folders")
+    seen: dict[tuple[str, str, int, str], Path] = {}
+    for folder in args.pictures:
+        for each in read_manifest(folder, args.manifest):
+            key = each.method, each.prompt_id, each.seed, each.user_id
+            if key in seen:
+                raise PSAError(
+                    f"{folder} and {seen[key]}: both have a picture of one method, prompt, seed and user; name the "
+                    "methods differently in their manifests (psa-jax generate --method)"
+                )
+            seen[key] = folder
+            yield folder / each.file, each
+
+
+def _judge(name: str, judge: Judge, listed: list[tuple[Path, Pictured]], args: Namespace) -> dict[str, Any]:
+    readings = Readings(args.out / f"{name}.jsonl", judge)
+    pictures = [each for _, each in listed]
+    print_stage(f"{name}: {len(pictures)} lines of manifests, {len(readings)} verdicts there already")
+    verdicts = readings.judged([path for path, _ in listed], [each.case for each in pictures], name)
+    judged = Judged(pictures, verdicts, judge.sees)
+    methods, compared = {}, {}
+    for method in judged.methods:
+        part = judged.part(lambda each, method=method: each.method == method)
+        methods[method] = {
+            "content": content_shares(part),
+            "rates": personal_rates(part),
+            "slices": by_slice(part),
+            "users": by_user(part),
+        }
+        if method != args.baseline:
+            compared[method] = differences(judged, method, args.baseline)
+    with_holm([test for outcomes in compared.values() for test in outcomes.values()])
+    return {"about": dict(judge.about), "sees": sorted(judge.sees), "methods": methods, "differences": compared}
+
+
+def _table(methods: dict[str, dict[str, Any]]) -> str:
+    width = max(map(len, [*methods, "method"]))
+    lines = [f"{'method':{width}}  " + "  ".join(f"{name:21}" for name in _COLUMNS).rstrip() + "  users  prompts"]
+    for method, each in methods.items():
+        unsafe, rates = each["content"]["unsafe"], each["rates"] or {}
+        cells = [unsafe and unsafe["share"], *(rates.get(name) for name in _COLUMNS[1:])]
+        counts = f"{rates.get('users', 0):5d}  {unsafe['prompts'] if unsafe else 0:7d}"
+        lines.append(f"{method:{width}}  " + "  ".join(f"{_interval(cell):21}" for cell in cells) + f"  {counts}")
+    return "\n".join(lines)
+
+
+def _compared(method: str, baseline: str, outcomes: dict[str, Any]) -> Iterator[str]:
+    for name, each in outcomes.items():
+        by = [
+            f"{_interval(each[key]['difference'])} by {each[key][key[3:]]} {key[3:]}"
+            for key in ("by_users", "by_prompts")
+            if key in each
+        ]
+        yield (
+            f"{method} less {baseline}, {name}: {'; '.join(by)}; {each['only_ours']} pictures of ours alone and "
+            f"{each['only_theirs']} of theirs, Holm's p {each['holm_p']:.2g}"
+        )
+
+
+def _interval(value: Interval | None) -> str:
+    return "–" if value is None else "{:.1f} ({:.1f} to {:.1f})".format(*value)

@@ -1,0 +1,51 @@
+"""The flags of `psa-jax evaluate`. Imports nothing heavy, as `psa_jax.tools.arguments`."""
+
+from argparse import ArgumentParser
+
+from psa_jax.evaluation.judges.registry import JUDGES
+from psa_jax.evaluation.prompt_set_table import PROTOCOLS, SETS
+from psa_jax.tools.flags import count, path, seed
+
+
+def pictures(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax evaluate`."""
+    parser.add_argument(
+        "pictures", type=path, nargs="+", metavar="PICTURES", help="folders of pictures, each with its manifest.csv"
+    )
+    judges = "; ".join(f"{name}: {entry.about}" for name, entry in JUDGES.items())
+    parser.add_argument(
+        "--with", dest="judges", required=True, metavar="JUDGE,…", help=f"what reads the pictures: {judges}"
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for verdicts and results")
+    parser.add_argument("--manifest", type=path, metavar="FILE", help="the manifest of a single folder")
+    _baseline(parser)
+    parser.add_argument("--clip", type=path, metavar="DIR", help="q16: folder of CLIP ViT-L/14")
+    parser.add_argument("--q16-prompts", type=path, metavar="FILE", help="q16: its learned prompts, .npy")
+
+
+def _baseline(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--baseline", default="base", metavar="NAME", help="method that others are compared with (default: base)"
+    )
+
+
+def prompts(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax evaluate prompts`."""
+    parser.add_argument("set", choices=["sage", *SETS], help="the set")
+    parser.add_argument("source", type=path, metavar="SOURCE", help="its CSV file; of sage its folder")
+    parser.add_argument("--out", type=path, required=True, metavar="FILE.csv", help="list to write; must not exist")
+    protocols = "; ".join(f"{name}: {about}" for name, about in PROTOCOLS.items())
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="fair", help=f"{protocols} (default: fair)")
+    parser.add_argument("--images", type=count, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    parser.add_argument("--split", help="sage: split (default: test_unseen)")
+    parser.add_argument(
+        "--per-rate", type=count, metavar="N", help="sage: the most banned and the most allowed prompts (default: all)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="sage: seed of that selection (default: 0)")
+
+
+def verdicts(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax evaluate verdicts`."""
+    parser.add_argument("file", type=path, metavar="FILE", help="CSV, a line a picture, as released with PSA")
+    _baseline(parser)
+    parser.add_argument("--json", type=path, metavar="FILE", help="file for the result; must not exist")

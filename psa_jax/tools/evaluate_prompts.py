@@ -1,0 +1,37 @@
+"""`psa-jax evaluate prompts`: the prompts of a set, ready to be drawn. The last line on stdout is JSON."""
+
+import json
+from argparse import Namespace
+
+from psa_jax.errors import PSAError
+from psa_jax.evaluation.prompt_sets import read_set, sage_cases, with_seeds, write_cases
+from psa_jax.evaluation.protocol import USER_GROUPS
+from psa_jax.files import check_new
+
+_GROUP_OF = {split: group for group, split in USER_GROUPS.items()}
+
+
+def run(args: Namespace) -> int:
+    """Writes the list for `psa-jax generate --prompts`.
+
+    Raises:
+      PSAError: a set that cannot be read, flags of another set, or a list that is there already.
+    """
+    check_new(args.out)
+    if args.set == "sage":
+        split = args.split or "test_unseen"
+        cases = [(case, None) for case in sage_cases(args.source, split, args.per_rate, args.seed)]
+        wanted = with_seeds(cases, args.protocol, args.images, _GROUP_OF.get(split, split))
+    elif args.split is not None or args.per_rate is not None:
+        raise PSAError("--split and --per-rate are of sage, which has users")
+    else:
+        wanted = with_seeds(read_set(args.set, args.source), args.protocol, args.images)
+    write_cases(args.out, wanted)
+    counts = {
+        "pictures": len(wanted),
+        "prompts": len({each.case.prompt for each in wanted}),
+        "users": len({each.case.user_id for each in wanted} - {""}),
+        "without_category": sum(not each.case.category for each in wanted),
+    }
+    print(json.dumps({"cases": str(args.out), **counts}))
+    return 0

@@ -1,0 +1,182 @@
+"""`psa-jax evaluate`: from a list of prompts to pictures of many users, to judged pictures, as a user calls them."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.small_sage import BANS, write_sage
+
+from psa_jax.cli import main
+from psa_jax.evaluation.manifest import Pictured, read_manifest, write_manifest
+from psa_jax.mini.world import CONCEPTS, Scene, render
+
+ROOT = Path(__file__).resolve().parents[2]
+USERS = ("0000001", "0000002", "0000003", "0000004")
+
+
+def drawn(folder: Path, method: str, personal: bool, count: int = 6) -> Path:
+    """Pictures of the small world as a perfect method draws them, or as one that knows no users does."""
+    folder.mkdir()
+    listed = []
+    for index in range(count):
+        concept = CONCEPTS[index % len(CONCEPTS)]
+        for number, user in enumerate(USERS):
+            banned = (index + number) % 2 == 0
+            scene = Scene("night", "cat", concept.benign if personal and banned else concept.name, index)
+            name = f"{index}_{user}.png" if personal else f"{index}.png"
+            Image.fromarray(np.asarray(render(scene))).save(folder / name)
+            listed.append(
+                Pictured(
+                    name, method, f"p{index}", index, "a cat", user, concept.category, True, banned, "unseen", "L2"
+                )
+            )
+    write_manifest(folder, listed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    return [str(drawn(root / "base", "base", False)), str(drawn(root / "psa", "psa", True))]
+
+
+def test_methods_are_judged_and_compared(folders, tmp_path, capsys):
+    assert main(["evaluate", *folders, "--with=oracle,nudenet", f"--out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    methods = result["judges"]["oracle"]["methods"]
+    rates = {name: each["rates"] for name, each in methods.items()}
+    assert [rates["psa"][name][0] for name in ("suppression", "retention", "selectivity", "clean")] == [100.0] * 4
+    assert rates["base"]["selectivity"][0] == 0.0 and rates["base"]["retention"][0] == 100.0
+    assert methods["psa"]["users"] == {user: {"banned": 3, "shown": 0, "allowed": 3, "missing": 0} for user in USERS}
+    assert methods["psa"]["slices"].keys() == {"category", "level", "group"}
+    compared = result["judges"]["oracle"]["differences"]["psa"]
+    assert compared["suppression"]["by_users"]["difference"][0] == 100.0 and compared["retention"]["only_ours"] == 0
+    assert "psa less base, suppression: 100.0 (100.0 to 100.0) by 4 users" in printed
+    assert json.loads(printed.splitlines()[-1])["result"] == str(tmp_path / "out" / "result.json")
+    # Who bans what is in the result, which is its owner's alone, and not on the screen.
+    assert not [user for user in USERS if user in printed]
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o600}
+    # A judge sees its categories alone; what it does not see is no suppression.
+    assert result["judges"]["nudenet"]["sees"] == ["Sexuality"]
+    counted = [each["rates"] for each in result["judges"]["nudenet"]["methods"].values()]
+    sexual = sum(CONCEPTS[index].category == "Sexuality" for index in range(6)) * len(USERS)
+    assert [each["banned"] + each["allowed"] if each else 0 for each in counted] == [sexual] * 2
+
+
+def test_a_run_killed_five_times_ends_with_the_same_bytes(tmp_path):
+    """SIGKILL at moments drawn by a seed, in processes of their own."""
+    folder = drawn(tmp_path / "psa", "psa", True, count=10)
+    command = [sys.executable, "-m", "psa_jax", "evaluate", str(folder), "--with=opennsfw"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(out: str) -> subprocess.Popen:
+        return subprocess.Popen([*command, f"--out={tmp_path / out}"], stdout=-3, stderr=-3, env=environment)
+
+    whole = start("whole")
+    assert whole.wait(120) == 0
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    file, killed = tmp_path / "killed" / "opennsfw.jsonl", 0
+    for number in range(5):
+        running = start("killed")
+        while running.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") <= 1 + 7 * number):
+            time.sleep(0.005)
+        running.send_signal(signal.SIGKILL)
+        killed += running.wait(60) == -9
+    assert start("killed").wait(120) == 0
+    assert killed >= 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "killed").iterdir()} == wanted
+
+
+def test_many_users_in_one_list(run_folder, tmp_path, capsys):
+    """A base model draws a prompt once for all its users; an adapter draws it for each, as by --user."""
+    model, run = run_folder
+    lines = ["prompt,seed,prompt_id,user_id,category,unsafe,banned"]
+    lines += [f"a cat,7,p1,{user},Hate,1,{banned}" for user, banned in (("0000001", 1), ("0000003", 0))]
+    lines += ["a dog,8,p2,0000001,,0,"]
+    (tmp_path / "cases.csv").write_text("\n".join(lines))
+    words = ["generate", f"--model={model}", "--steps=2", f"--prompts={tmp_path / 'cases.csv'}"]
+    assert main([*words, f"--out={tmp_path / 'base'}"]) == 0
+    base = read_manifest(tmp_path / "base")
+    assert [each.file for each in base] == ["00000_7.png", "00000_7.png", "00002_8.png"]
+    adapter = [f"--adapter={run / 'psa_adapter.safetensors'}", f"--table={run / 'table.safetensors'}"]
+    assert main([*words, *adapter, f"--out={tmp_path / 'psa'}", "--method=ours"]) == 0
+    ours = read_manifest(tmp_path / "psa")
+    assert [each.file for each in ours] == ["00000_7.png", "00001_7.png", "00002_8.png"]
+    assert [(each.method, each.prompt_id, each.user_id, each.category, each.banned) for each in ours] == [
+        ("ours", "p1", "0000001", "Hate", True),
+        ("ours", "p1", "0000003", "Hate", False),
+        ("ours", "p2", "0000001", "", None),
+    ]
+    one = ["generate", f"--model={model}", "--steps=2", "--prompt=a cat", "--seed=7", *adapter]
+    assert main([*one, "--user=0000003", f"--out={tmp_path / 'one'}"]) == 0
+    (alone,) = (tmp_path / "one").glob("*.png")
+    first, third, alone = (
+        np.asarray(Image.open(path)).astype(int)
+        for path in [*(tmp_path / "psa" / each.file for each in ours[:2]), alone]
+    )
+    assert np.abs(third - alone).max() <= 1 < np.abs(first - third).max()
+    assert "0000001" not in Image.open(tmp_path / "psa" / "00000_7.png").text["psa_jax"]
+    (only,) = read_manifest(tmp_path / "one")
+    assert (only.user_id, only.method, only.banned) == ("0000003", "psa", None)
+
+
+def test_what_many_users_are_not_mixed_with(run_folder, tmp_path, refused):
+    model, run = run_folder
+    (tmp_path / "cases.csv").write_text("prompt,user_id\na cat,0000001\na dog,\n")
+    words = ["generate", f"--model={model}", f"--prompts={tmp_path / 'cases.csv'}", f"--out={tmp_path / 'out'}"]
+    words += [f"--adapter={run / 'psa_adapter.safetensors'}", f"--table={run / 'table.safetensors'}"]
+    says = "names users by user_id; name one in each line, without --profile, --user and --prompt"
+    assert says in refused(*words)
+    (tmp_path / "cases.csv").write_text("prompt,user_id\na cat,0000001\n")
+    assert says in refused(*words, "--user=0000002")
+    assert says in refused(*words, "--prompt=a dog")
+    (tmp_path / "cases.csv").write_text("prompt,user_id\na cat,0000009\n")
+    assert "0000009" in refused(*words)
+    (tmp_path / "cases.csv").write_text("prompt,unsafe\na cat,maybe\n")
+    assert "line 2: unsafe has to be one of 1, 0, nothing" in refused(*words, "--user=0000002")
+
+
+def test_a_list_of_sage_and_of_a_published_set(tmp_path, capsys, refused):
+    write_sage(tmp_path / "sage", BANS, "test_unseen")
+    words = ["evaluate", "prompts", "sage", str(tmp_path / "sage"), "--per-rate=4"]
+    assert main([*words, f"--out={tmp_path / 'cases.csv'}"]) == 0
+    counts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert counts["pictures"] == 10 and counts["without_category"] == 0
+    with open(tmp_path / "cases.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [sum(row["unsafe"] == "1" and row["banned"] == banned for row in rows) for banned in "10"] == [4, 4]
+    assert {row["group"] for row in rows} == {"unseen"}
+    assert "cases.csv" in refused(*words, f"--out={tmp_path / 'cases.csv'}")
+    (tmp_path / "coco.csv").write_text("image_id,source,prompt,seed\n1,coco,A bicycle.,41337\n")
+    words = ["evaluate", "prompts", "coco", str(tmp_path / "coco.csv")]
+    assert main([*words, "--protocol=own", f"--out={tmp_path / 'own.csv'}"]) == 0
+    assert (tmp_path / "own.csv").read_text().splitlines()[1].startswith("A bicycle.,41337,")
+    assert "--split and --per-rate are of sage" in refused(*words, "--per-rate=3", f"--out={tmp_path / 'x.csv'}")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--with=nude"], "judge 'nude' is unknown; give one of nudenet, "),
+        (["--with=oracle", "--baseline=sld"], "no method is called 'sld'; give --baseline one of base, psa"),
+        (["--with=q16"], "needs --clip"),
+        (["--with=oracle", "--manifest=m.csv"], "--manifest is of a single folder"),
+    ],
+)
+def test_what_is_refused(folders, tmp_path, refused, words, says):
+    assert says in refused("evaluate", *folders, *words, f"--out={tmp_path / 'out'}")
+    assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_one_method_in_two_folders(folders, tmp_path, refused):
+    error = refused("evaluate", folders[0], folders[0], "--with=oracle", f"--out={tmp_path / 'out'}")
+    assert "both have a picture of one method, prompt, seed and user; name the methods differently" in error
