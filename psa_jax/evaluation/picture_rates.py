@@ -57,6 +57,13 @@ class Judged:
         """Their methods, in the order of the manifests."""
         return list(dict.fromkeys(each.method for each in self.pictures))
 
+    def said(self) -> "Judged":
+        """The pictures of which the judge said something."""
+        if self.verdicts.missing is None:
+            return self
+        there = {id(each) for each, gone in zip(self.pictures, self.verdicts.missing, strict=True) if not gone}
+        return self.part(lambda each: id(each) in there)
+
     def personal(self) -> "Judged":
         """The pictures that say for suppression and retention, and for benign fidelity."""
         return self.part(

@@ -148,12 +148,14 @@ class Verdicts:
       clean: a picture without unsafe content that is not merely broken.
       faithful: what the safe prompt asks for.
       scores: the numbers from which `has_content` follows, higher for content.
+      missing: cases of which the judge said nothing; the other values mean nothing there. None where there are none.
     """
 
     has_content: Bool[np.ndarray, " n"]
     clean: Bool[np.ndarray, " n"] | None = None
     faithful: Bool[np.ndarray, " n"] | None = None
     scores: Float[np.ndarray, " n"] | None = None
+    missing: Bool[np.ndarray, " n"] | None = None
 
     def passes(self, cases: Sequence[Case]) -> Bool[np.ndarray, " n"]:
         """For each case, whether its content is suppressed if banned and shown if allowed."""

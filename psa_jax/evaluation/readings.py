@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from psa_jax.data.images import open_image
+from psa_jax.data.images import image_size, open_image
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.judges.judge import Judge
+from psa_jax.evaluation.judges.judge import Judge, PaidJudge
 from psa_jax.evaluation.protocol import Case, Verdicts
 from psa_jax.files import read_bytes
 from psa_jax.json_input import parse_json
@@ -71,15 +71,18 @@ class Readings:
         first: dict[str, int] = {}
         for index, key in enumerate(keys):
             first.setdefault(key, index)
-        order, size = list(first), self._judge.batch
+        order, size, paid = list(first), self._judge.batch, isinstance(self._judge, PaidJudge)
+        if paid:
+            self._judge.expect([image_size(paths[index]) for key, index in first.items() if key not in self._found])
         with Progress(len(order), "picture", name) as progress, self._path.open("a", encoding="utf-8") as file:
             for start in range(0, len(order), size):
                 # A batch is made of the same pictures, however often the run was stopped: sums depend on it.
                 part = [first[key] for key in order[start : start + size]]
                 missing = [index for index in part if keys[index] not in self._found]
                 if missing:
-                    rows = self._rows([paths[index] for index in part], [cases[index] for index in part])
-                    self._found |= {keys[i]: {"key": keys[i], **rows[part.index(i)]} for i in missing}
+                    asked = missing if paid else part
+                    rows = self._rows([paths[index] for index in asked], [cases[index] for index in asked])
+                    self._found |= {keys[i]: {"key": keys[i], **rows[asked.index(i)]} for i in missing}
                     file.writelines(json.dumps(self._found[keys[index]]) + "\n" for index in missing)
                     file.flush()
                     os.fsync(file.fileno())
@@ -99,7 +102,8 @@ class Readings:
             raise PSAError(f"{paths[0]}{' and what follows it' if len(paths) > 1 else ''}: {error}") from error
         rows = []
         for index in range(len(paths)):
-            row: dict[str, Any] = {"content": bool(verdicts.has_content[index])}
+            said = verdicts.missing is None or not verdicts.missing[index]
+            row: dict[str, Any] = {"content": bool(verdicts.has_content[index]) if said else None}
             for name in _BITS:
                 values = getattr(verdicts, name)
                 row[name] = None if values is None else bool(values[index])
@@ -116,7 +120,11 @@ def _check_header(path: Path, header: Mapping[str, Any], found: Mapping[str, Any
 
 
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> Verdicts:
-    columns = {name: [row[name] for row in rows] for name in ("content", *_BITS, "score")}
-    clean, faithful = (None if None in columns[name] else np.array(columns[name], bool) for name in _BITS)
-    scores = None if None in columns["score"] else np.array(columns["score"], np.float64)
-    return Verdicts(np.array(columns["content"], bool), clean, faithful, scores)
+    said = [row for row in rows if row["content"] is not None]
+    columns: dict[str, np.ndarray | None] = {}
+    for name, kind in {"clean": bool, "faithful": bool, "score": np.float64}.items():
+        known = bool(said) and said[0][name] is not None
+        columns[name] = np.array([row[name] or 0 for row in rows], kind) if known else None
+    content = np.array([bool(row["content"]) for row in rows], bool)
+    missing = np.array([row["content"] is None for row in rows]) if len(said) < len(rows) else None
+    return Verdicts(content, columns["clean"], columns["faithful"], columns["score"], missing)

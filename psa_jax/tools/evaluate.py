@@ -45,7 +45,16 @@ def run(args: Namespace) -> int:
     methods = list(dict.fromkeys(each.method for _, each in listed))
     if len(methods) > 1:
         check_baseline(methods, args.baseline)
-    judges = {name: make_judge(name, JudgeSettings(args.clip, args.q16_prompts)) for name in names}
+    settings = JudgeSettings(
+        args.clip,
+        args.q16_prompts,
+        args.judge_model,
+        args.requests,
+        args.per_minute,
+        args.judge_timeout,
+        args.judge_workers,
+    )
+    judges = {name: make_judge(name, settings) for name in names}
     with owner_only():
         args.out.mkdir(parents=True, exist_ok=True)
         found = {name: _judge(name, judge, listed, args) for name, judge in judges.items()}
@@ -57,6 +66,9 @@ def run(args: Namespace) -> int:
     }
     write_private(args.out / RESULT_FILE, json.dumps(result, indent=1) + "\n")
     for name, each in found.items():
+        refused = {method: one["refused"] for method, one in each["methods"].items() if one["refused"]}
+        if refused:
+            print(f"\n{name}: no verdict on {', '.join(f'{n} pictures of {m}' for m, n in refused.items())}: left out")
         print(f"\n{name}: percent with 95 % intervals; content by prompt, the others by user")
         print(_table(each["methods"]))
         for method, outcomes in each["differences"].items():
@@ -94,15 +106,17 @@ def _judge(name: str, judge: Judge, listed: list[tuple[Path, Pictured]], args: N
     pictures = [each for _, each in listed]
     print_stage(f"{name}: {len(pictures)} lines of manifests, {len(readings)} verdicts there already")
     verdicts = readings.judged([path for path, _ in listed], [each.case for each in pictures], name)
-    judged = Judged(pictures, verdicts, judge.sees)
+    whole = Judged(pictures, verdicts, judge.sees)
+    judged = whole.said()
     methods, compared = {}, {}
-    for method in judged.methods:
+    for method in whole.methods:
         part = judged.part(lambda each, method=method: each.method == method)
         methods[method] = {
             "content": content_shares(part),
             "rates": personal_rates(part),
             "slices": by_slice(part),
             "users": by_user(part),
+            "refused": sum(each.method == method for each in pictures) - len(part.pictures),
         }
         if method != args.baseline:
             compared[method] = differences(judged, method, args.baseline)

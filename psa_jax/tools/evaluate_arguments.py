@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 from psa_jax.evaluation.judges.registry import JUDGES
 from psa_jax.evaluation.prompt_set_table import PROTOCOLS, SETS
-from psa_jax.tools.flags import count, path, seed
+from psa_jax.tools.flags import count, index, path, rate, seed
 
 
 def pictures(parser: ArgumentParser) -> None:
@@ -21,6 +21,20 @@ def pictures(parser: ArgumentParser) -> None:
     _baseline(parser)
     parser.add_argument("--clip", type=path, metavar="DIR", help="q16: folder of CLIP ViT-L/14")
     parser.add_argument("--q16-prompts", type=path, metavar="FILE", help="q16: its learned prompts, .npy")
+    chat = parser.add_argument_group(
+        "judge", "OPENAI_BASE_URL and OPENAI_API_KEY say where it is; pictures and prompts go there, no user does"
+    )
+    chat.add_argument("--judge-model", metavar="NAME", help="the vision-language model")
+    chat.add_argument(
+        "--requests",
+        type=index,
+        default=0,
+        metavar="N",
+        help="the most requests to make (default: 0, and it says how many are needed)",
+    )
+    chat.add_argument("--per-minute", type=count, metavar="N", help="the most requests a minute (default: no limit)")
+    chat.add_argument("--judge-timeout", type=rate, default=60.0, metavar="S", help="seconds for one (default: 60)")
+    chat.add_argument("--judge-workers", type=count, default=4, metavar="N", help="how many at once (default: 4)")
 
 
 def _baseline(parser: ArgumentParser) -> None:

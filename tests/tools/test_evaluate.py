@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.chat_server import ChatServer
 from support.small_sage import BANS, write_sage
 
 from psa_jax.cli import main
@@ -180,3 +182,27 @@ def test_what_is_refused(folders, tmp_path, refused, words, says):
 def test_one_method_in_two_folders(folders, tmp_path, refused):
     error = refused("evaluate", folders[0], folders[0], "--with=oracle", f"--out={tmp_path / 'out'}")
     assert "both have a picture of one method, prompt, seed and user; name the methods differently" in error
+
+
+def test_a_model_behind_an_endpoint(folders, tmp_path, monkeypatch, capsys):
+    """It says how many requests it needs, and makes them once they are allowed; a refusal is counted and left out."""
+
+    def answer(pictures, text):
+        return {"categories": [], "broken": False, "as_asked": True}
+
+    with ChatServer(answer, ["ok", "refusal"]).running() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "key")
+        words = ["evaluate", *folders, "--with=judge", "--judge-model=looker", f"--out={tmp_path / 'out'}"]
+        capsys.readouterr()
+        assert main(words) == 1
+        needed = re.search(r"--requests=(\d+)", capsys.readouterr().err)[0]
+        assert server.requests == []
+        assert main([*words, needed, "--judge-workers=1"]) == 0
+    printed = capsys.readouterr().out
+    # One picture: of the base model for all four users, and of ours, byte for byte, for the two who allow it.
+    assert "judge: no verdict on 4 pictures of base, 2 pictures of psa: left out" in printed
+    methods = json.loads((tmp_path / "out" / "result.json").read_text())["judges"]["judge"]["methods"]
+    assert (methods["base"]["refused"], methods["psa"]["refused"]) == (4, 2)
+    assert methods["psa"]["rates"]["suppression"][0] == 100.0 and methods["psa"]["rates"]["retention"][0] == 0.0
+    assert len(server.requests) == int(needed.partition("=")[2])

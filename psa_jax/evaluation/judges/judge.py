@@ -45,6 +45,22 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class PaidJudge(Judge, Protocol):
+    """A judge whose verdicts cost something: it is told how many there will be."""
+
+    def expect(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Says what it costs, before anything is asked.
+
+        Args:
+          sizes: height and width of each picture that has no verdict yet.
+
+        Raises:
+          PSAError: that is more than is allowed.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings:
     """What judges may need; each takes what it knows.
@@ -52,10 +68,20 @@ class JudgeSettings:
     Attributes:
       clip: folder of a CLIP model in transformers' layout.
       q16_prompts: the learned prompts of Q16, a `.npy` file.
+      model: name of a vision-language model at an endpoint.
+      requests: the most requests to it.
+      per_minute: the most of them in a minute; None for no limit.
+      timeout: seconds for one of them.
+      workers: how many are under way at once.
     """
 
     clip: Path | None = None
     q16_prompts: Path | None = None
+    model: str | None = None
+    requests: int = 0
+    per_minute: float | None = None
+    timeout: float = 60.0
+    workers: int = 4
 
 
 def make_judge(name: str, settings: JudgeSettings) -> Judge:

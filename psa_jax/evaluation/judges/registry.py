@@ -30,6 +30,9 @@ JUDGES: Mapping[str, JudgeEntry] = MappingProxyType(
         "nudenet-psa": JudgeEntry(f"{_JUDGES}.nudenet:make_psa", "NudeNet, genitalia alone, as for PSA", "nudenet"),
         "opennsfw": JudgeEntry(f"{_JUDGES}.opennsfw:make", "OpenNSFW, probability from 0.5", "opennsfw"),
         "q16": JudgeEntry(f"{_JUDGES}.q16:make", "Q16 on CLIP ViT-L/14: --clip and --q16-prompts"),
+        "judge": JudgeEntry(
+            f"{_JUDGES}.chat:make", "a vision-language model behind an endpoint: --judge-model, --requests", "judge"
+        ),
         "oracle": JudgeEntry("psa_jax.mini.oracle_judge:make", "the oracle of SAGE-mini, for its pictures alone"),
     }
 )
