@@ -16,6 +16,16 @@ PROTOCOLS = MappingProxyType(
 )
 
 
+REWRITES = MappingProxyType(
+    {
+        "negative": "what the user bans is the negative prompt",
+        "prompt": "what the user bans is written into the prompt: …, without violence, hate",
+        "safe": "a prompt that the user bans is the safe prompt of its pair, which no method can know: a ceiling",
+    }
+)
+"""Baselines that change the words alone → how."""
+
+
 class PromptSet(NamedTuple):
     """The columns of a set's CSV file.
 

@@ -20,12 +20,15 @@ from pathlib import Path
 
 from psa_jax.categories import CATEGORIES
 from psa_jax.csv_input import name_of, read_cells, read_csv, read_records, whole_number
+from psa_jax.data.sage import read_split
+from psa_jax.data.twins import NO_TWIN, safe_rows
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.prompt_set_table import PAPER_SEED, SETS
 from psa_jax.evaluation.protocol import Case, fair_seed, select_cases
 from psa_jax.files import write_private
+from psa_jax.profiles.bans import banned_categories
 
-_COLUMNS = ("prompt", "seed", "prompt_id", "user_id", "category", "unsafe", "banned", "group")
+_COLUMNS = ("prompt", "negative", "seed", "prompt_id", "user_id", "category", "unsafe", "banned", "group")
 
 
 _CATEGORY_OF = {category.lower(): category for category in CATEGORIES} | {
@@ -36,6 +39,19 @@ _CATEGORY_OF = {category.lower(): category for category in CATEGORIES} | {
 
 
 @dataclasses.dataclass(frozen=True)
+class SageCase(Case):
+    """A case of SAGE.
+
+    Attributes:
+      bans: categories that the user bans.
+      safe_prompt: the safe prompt of the pair; None where the split lacks it.
+    """
+
+    bans: tuple[str, ...]
+    safe_prompt: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Wanted:
     """A picture to draw.
 
@@ -43,11 +59,15 @@ class Wanted:
       case: the prompt, and for whom; user_id "" for nobody, category "" for none of the seven.
       seed: of its noise.
       group: of users or prompts.
+      prompt: that is drawn, if it is another than the case's.
+      negative: negative prompt; "" for none.
     """
 
     case: Case
     seed: int
     group: str
+    prompt: str | None = None
+    negative: str = ""
 
 
 def read_set(name: str, path: Path) -> list[tuple[Case, int | None]]:
@@ -78,7 +98,7 @@ def _category(text: str) -> str:
     )
 
 
-def sage_cases(folder: Path, split: str, per_rate: int | None, seed: int = 0) -> list[Case]:
+def sage_cases(folder: Path, split: str, per_rate: int | None, seed: int = 0) -> list[SageCase]:
     """The prompts of a split of SAGE, each with its user.
 
     Args:
@@ -87,12 +107,49 @@ def sage_cases(folder: Path, split: str, per_rate: int | None, seed: int = 0) ->
       per_rate: the most banned prompts, and the most allowed ones (`select_cases`); None for all rows.
       seed: of the selection.
     """
-    from psa_jax.data.sage import read_split  # imported late: the sets in CSV files need none of it
-
+    records = read_split(folder, split)
     cases = [
-        Case(each.user_id, each.caption, each.category, each.unsafe, each.banned) for each in read_split(folder, split)
+        SageCase(
+            each.user_id,
+            each.caption,
+            each.category,
+            each.unsafe,
+            each.banned,
+            bans=tuple(banned_categories(each.profile)),
+            safe_prompt=None if twin == NO_TWIN else records[twin].caption,
+        )
+        for each, twin in zip(records, safe_rows(records).tolist(), strict=True)
     ]
     return cases if per_rate is None else select_cases(cases, per_rate, seed)
+
+
+def rewritten(wanted: Sequence[Wanted], how: str) -> list[Wanted]:
+    """The pictures of a baseline that changes the words alone; cases, seeds and ids stay.
+
+    Args:
+      wanted: of SAGE.
+      how: a key of REWRITES.
+
+    Raises:
+      PSAError: a prompt that its user bans has no safe prompt.
+    """
+    found = []
+    for each in wanted:
+        case = each.case
+        assert isinstance(case, SageCase)
+        banned = ", ".join(case.bans).lower()
+        if how == "negative":
+            each = dataclasses.replace(each, negative=banned)
+        elif how == "prompt" and banned:
+            each = dataclasses.replace(each, prompt=f"{case.prompt}, without {banned}")
+        elif how == "safe" and case.unsafe and case.banned:
+            if case.safe_prompt is None:
+                raise PSAError(
+                    "--rewrite=safe: a prompt that its user bans has no safe prompt in the split; leave it out"
+                )
+            each = dataclasses.replace(each, prompt=case.safe_prompt)
+        found.append(each)
+    return found
 
 
 def with_seeds(cases: Sequence[tuple[Case, int | None]], protocol: str, images: int, group: str = "") -> list[Wanted]:
@@ -137,6 +194,16 @@ def write_cases(path: Path, wanted: Sequence[Wanted]) -> None:
         digest = hashlib.sha256(case.prompt.encode()).hexdigest()[:12]
         banned = int(case.banned) if case.user_id else ""
         writer.writerow(
-            [case.prompt, each.seed, digest, case.user_id, case.category, int(case.unsafe), banned, each.group]
+            [
+                each.prompt or case.prompt,
+                each.negative,
+                each.seed,
+                digest,
+                case.user_id,
+                case.category,
+                int(case.unsafe),
+                banned,
+                each.group,
+            ]
         )
     write_private(path, text.getvalue())

@@ -9,9 +9,12 @@ from typing import Any
 
 import psa_jax
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.clip_embeddings import ClipEmbeddings
 from psa_jax.evaluation.clustered import Interval
 from psa_jax.evaluation.judges.judge import Judge, JudgeSettings, make_judge
+from psa_jax.evaluation.judges.registry import MEASURES
 from psa_jax.evaluation.manifest import Pictured, read_manifest
+from psa_jax.evaluation.measured import measured, reference_pictures
 from psa_jax.evaluation.picture_rates import (
     Judged,
     by_slice,
@@ -54,15 +57,23 @@ def run(args: Namespace) -> int:
         args.judge_timeout,
         args.judge_workers,
     )
-    judges = {name: make_judge(name, settings) for name in names}
+    judges = {name: make_judge(name, settings) for name in names if name not in MEASURES}
+    measures, reference = _measures(args, [name for name in names if name in MEASURES])
     with owner_only():
         args.out.mkdir(parents=True, exist_ok=True)
         found = {name: _judge(name, judge, listed, args) for name, judge in judges.items()}
+        embeddings = args.out / "embeddings"
+        of_all = (
+            measured(listed, measures, ClipEmbeddings(args.clip), reference, embeddings, args.baseline)
+            if measures
+            else {}
+        )
     result = {
         "psa_jax": psa_jax.__version__,
         "baseline": args.baseline,
         "pictures": len(listed),
         "judges": found,
+        "measures": of_all,
     }
     write_private(args.out / RESULT_FILE, json.dumps(result, indent=1) + "\n")
     for name, each in found.items():
@@ -73,11 +84,29 @@ def run(args: Namespace) -> int:
         print(_table(each["methods"]))
         for method, outcomes in each["differences"].items():
             print(*_compared(method, args.baseline, outcomes), sep="\n")
+    for name in measures:
+        print(f"\n{name}: {MEASURES[name]}")
+        for method, each in of_all[name].items():
+            print(f"{method}: {_measure(each, args.baseline)}")
     brief = {
         name: {method: each["content"] for method, each in judged["methods"].items()} for name, judged in found.items()
     }
     print(json.dumps({"result": str(args.out / RESULT_FILE), "content": brief}))
     return 0
+
+
+def _measures(args: Namespace, names: list[str]) -> tuple[list[str], list[Path]]:
+    """The measures that are wanted, and the pictures of the reference.
+
+    Raises:
+      PSAError: a flag that one of them needs is missing.
+    """
+    if names and args.clip is None:
+        raise PSAError(f"{names[0]} needs --clip, a local folder of a CLIP model in transformers' layout")
+    distances = [name for name in names if name != "clip"]
+    if distances and args.reference is None:
+        raise PSAError(f"{distances[0]} needs --reference, a folder of pictures")
+    return names, reference_pictures(args.reference) if distances else []
 
 
 def _listed(args: Namespace) -> Iterator[tuple[Path, Pictured]]:
@@ -146,6 +175,15 @@ def _compared(method: str, baseline: str, outcomes: dict[str, Any]) -> Iterator[
             f"{method} less {baseline}, {name}: {'; '.join(by)}; {each['only_ours']} pictures of ours alone and "
             f"{each['only_theirs']} of theirs, Holm's p {each['holm_p']:.2g}"
         )
+
+
+def _measure(each: dict[str, Any], baseline: str) -> str:
+    between = "" if "interval" not in each else " ({:.2f} to {:.2f})".format(*each["interval"])
+    less = ""
+    if "less_baseline" in each:
+        value, low, high = each["less_baseline"]
+        less = f"; less {baseline} {value:.2f} ({low:.2f} to {high:.2f}) by {each['less_baseline_prompts']} prompts"
+    return f"{each['value']:.2f}{between} of {each['pictures']} pictures{less}"
 
 
 def _interval(value: Interval | None) -> str:

@@ -2,8 +2,8 @@
 
 from argparse import ArgumentParser
 
-from psa_jax.evaluation.judges.registry import JUDGES
-from psa_jax.evaluation.prompt_set_table import PROTOCOLS, SETS
+from psa_jax.evaluation.judges.registry import JUDGES, MEASURES
+from psa_jax.evaluation.prompt_set_table import PROTOCOLS, REWRITES, SETS
 from psa_jax.tools.flags import count, index, path, rate, seed
 
 
@@ -12,14 +12,21 @@ def pictures(parser: ArgumentParser) -> None:
     parser.add_argument(
         "pictures", type=path, nargs="+", metavar="PICTURES", help="folders of pictures, each with its manifest.csv"
     )
-    judges = "; ".join(f"{name}: {entry.about}" for name, entry in JUDGES.items())
+    about = {name: entry.about for name, entry in JUDGES.items()} | MEASURES
+    judges = "; ".join(f"{name}: {line}" for name, line in about.items())
     parser.add_argument(
         "--with", dest="judges", required=True, metavar="JUDGE,…", help=f"what reads the pictures: {judges}"
     )
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for verdicts and results")
     parser.add_argument("--manifest", type=path, metavar="FILE", help="the manifest of a single folder")
     _baseline(parser)
-    parser.add_argument("--clip", type=path, metavar="DIR", help="q16: folder of CLIP ViT-L/14")
+    parser.add_argument(
+        "--clip",
+        type=path,
+        metavar="DIR",
+        help="q16, clip, cmmd, fd_clip: local folder of a CLIP model; of q16 ViT-L/14",
+    )
+    parser.add_argument("--reference", type=path, metavar="DIR", help="cmmd, fd_clip: folder of pictures")
     parser.add_argument("--q16-prompts", type=path, metavar="FILE", help="q16: its learned prompts, .npy")
     chat = parser.add_argument_group(
         "judge", "OPENAI_BASE_URL and OPENAI_API_KEY say where it is; pictures and prompts go there, no user does"
@@ -56,6 +63,8 @@ def prompts(parser: ArgumentParser) -> None:
         "--per-rate", type=count, metavar="N", help="sage: the most banned and the most allowed prompts (default: all)"
     )
     parser.add_argument("--seed", type=seed, default=0, help="sage: seed of that selection (default: 0)")
+    ways = "; ".join(f"{name}: {about}" for name, about in REWRITES.items())
+    parser.add_argument("--rewrite", choices=list(REWRITES), help=f"sage: a baseline of words alone. {ways}")
 
 
 def verdicts(parser: ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import json
 from argparse import Namespace
 
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.prompt_sets import read_set, sage_cases, with_seeds, write_cases
+from psa_jax.evaluation.prompt_sets import read_set, rewritten, sage_cases, with_seeds, write_cases
 from psa_jax.evaluation.protocol import USER_GROUPS
 from psa_jax.files import check_new
 
@@ -22,8 +22,10 @@ def run(args: Namespace) -> int:
         split = args.split or "test_unseen"
         cases = [(case, None) for case in sage_cases(args.source, split, args.per_rate, args.seed)]
         wanted = with_seeds(cases, args.protocol, args.images, _GROUP_OF.get(split, split))
-    elif args.split is not None or args.per_rate is not None:
-        raise PSAError("--split and --per-rate are of sage, which has users")
+        if args.rewrite is not None:
+            wanted = rewritten(wanted, args.rewrite)
+    elif args.split is not None or args.per_rate is not None or args.rewrite is not None:
+        raise PSAError("--split, --per-rate and --rewrite are of sage, which has users")
     else:
         wanted = with_seeds(read_set(args.set, args.source), args.protocol, args.images)
     write_cases(args.out, wanted)

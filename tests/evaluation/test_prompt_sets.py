@@ -1,14 +1,15 @@
 """Prompt sets in their published columns, and the seeds of protocols."""
 
 import csv
+import dataclasses
 import hashlib
 import stat
 
 import pytest
 
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.prompt_set_table import PROTOCOLS, SETS
-from psa_jax.evaluation.prompt_sets import read_set, with_seeds, write_cases
+from psa_jax.evaluation.prompt_set_table import PROTOCOLS, REWRITES, SETS
+from psa_jax.evaluation.prompt_sets import SageCase, read_set, rewritten, with_seeds, write_cases
 from psa_jax.evaluation.protocol import Case, fair_seed
 
 HEADERS = {
@@ -114,6 +115,26 @@ def test_other_protocols():
     for protocol in PROTOCOLS.keys() - {"fair"}:
         with pytest.raises(PSAError, match="--images=2 needs --protocol=fair"):
             with_seeds([(case(), 5)], protocol, 2)
+
+
+def test_words_alone_as_a_baseline():
+    both = {"bans": ("Hate", "Violence"), "safe_prompt": "a ball"}
+    banned = SageCase("0000001", "a bomb", "Violence", True, True, **both)
+    allowed = SageCase("0000001", "a spider", "Shocking", True, False, **both)
+    free = SageCase("0000002", "a bomb", "Violence", True, False, bans=(), safe_prompt=None)
+    wanted = with_seeds([(each, None) for each in (banned, allowed, free)], "fair", 1)
+    drawn = {how: [(each.prompt, each.negative) for each in rewritten(wanted, how)] for how in REWRITES}
+    assert drawn["negative"] == [(None, "hate, violence")] * 2 + [(None, "")]
+    assert [prompt for prompt, _ in drawn["prompt"]] == [
+        "a bomb, without hate, violence",
+        "a spider, without hate, violence",
+        None,
+    ]
+    assert drawn["safe"] == [("a ball", ""), (None, ""), (None, "")]
+    assert [each.seed for each in rewritten(wanted, "prompt")] == [each.seed for each in wanted]
+    alone = dataclasses.replace(banned, safe_prompt=None)
+    with pytest.raises(PSAError, match="--rewrite=safe: a prompt that its user bans has no safe prompt"):
+        rewritten(with_seeds([(alone, None)], "fair", 1), "safe")
 
 
 def test_the_list_is_what_generate_reads(tmp_path):

@@ -158,11 +158,19 @@ def test_a_list_of_sage_and_of_a_published_set(tmp_path, capsys, refused):
     assert [sum(row["unsafe"] == "1" and row["banned"] == banned for row in rows) for banned in "10"] == [4, 4]
     assert {row["group"] for row in rows} == {"unseen"}
     assert "cases.csv" in refused(*words, f"--out={tmp_path / 'cases.csv'}")
+    assert main([*words, "--rewrite=safe", f"--out={tmp_path / 'safe.csv'}"]) == 0
+    with open(tmp_path / "safe.csv", newline="") as file:
+        swapped = list(csv.DictReader(file))
+    assert [row["prompt_id"] for row in swapped] == [row["prompt_id"] for row in rows]
+    changed = [row["prompt"] != other["prompt"] for row, other in zip(rows, swapped, strict=True)]
+    assert changed == [row["unsafe"] == row["banned"] == "1" for row in rows]
     (tmp_path / "coco.csv").write_text("image_id,source,prompt,seed\n1,coco,A bicycle.,41337\n")
     words = ["evaluate", "prompts", "coco", str(tmp_path / "coco.csv")]
     assert main([*words, "--protocol=own", f"--out={tmp_path / 'own.csv'}"]) == 0
-    assert (tmp_path / "own.csv").read_text().splitlines()[1].startswith("A bicycle.,41337,")
-    assert "--split and --per-rate are of sage" in refused(*words, "--per-rate=3", f"--out={tmp_path / 'x.csv'}")
+    assert (tmp_path / "own.csv").read_text().splitlines()[1].startswith("A bicycle.,,41337,")
+    assert "--split, --per-rate and --rewrite are of sage" in refused(
+        *words, "--per-rate=3", f"--out={tmp_path / 'x.csv'}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,3 +36,12 @@ JUDGES: Mapping[str, JudgeEntry] = MappingProxyType(
         "oracle": JudgeEntry("psa_jax.mini.oracle_judge:make", "the oracle of SAGE-mini, for its pictures alone"),
     }
 )
+
+MEASURES: Mapping[str, str] = MappingProxyType(
+    {
+        "clip": "CLIPScore: --clip",
+        "cmmd": "CMMD to the pictures of --reference: --clip",
+        "fd_clip": "Fréchet distance of CLIP embeddings to those: --clip",
+    }
+)
+"""Name → one line for people. They are of a method's pictures as a whole, where a judge's verdict is of one picture."""

@@ -1,0 +1,109 @@
+"""Measures of listed pictures by method, with intervals where there is one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from psa_jax.errors import PSAError
+from psa_jax.evaluation.clip_embeddings import ClipEmbeddings
+from psa_jax.evaluation.embedding_store import EmbeddingStore
+from psa_jax.evaluation.manifest import Pictured
+from psa_jax.evaluation.measures import DISTANCES, clip_scores, clustered_mean, cmmd_difference
+
+_PICTURES = (".png", ".jpg", ".jpeg")
+
+
+def measured(
+    listed: Sequence[tuple[Path, Pictured]],
+    names: Sequence[str],
+    clip: ClipEmbeddings,
+    reference: Sequence[Path],
+    folder: Path,
+    baseline: str,
+) -> dict[str, Any]:
+    """Computes measures of every method's pictures. A picture that is listed for several users counts once.
+
+    Args:
+      listed: pictures with their paths.
+      names: keys of `MEASURES`.
+      clip: the model.
+      reference: pictures that distances are taken to.
+      folder: for embeddings.
+      baseline: the method that others are compared with.
+
+    Returns:
+      By measure and method: `value`, `pictures`, and, where there is one, `interval` and the difference from the
+      baseline on the prompts and seeds of both.
+
+    Raises:
+      PSAError: a picture that cannot be read, or CLIPScore of pictures whose prompts are not known.
+    """
+    store = EmbeddingStore(folder, clip)
+    methods: dict[str, dict[tuple[str, int, Path], Pictured]] = {}
+    for path, each in listed:
+        methods.setdefault(each.method, {}).setdefault((each.prompt_id, each.seed, path), each)
+    paths = {method: [key[2] for key in found] for method, found in methods.items()}
+    embedded = {method: store.pictures(found, method) for method, found in paths.items()}
+    far = store.pictures(reference, "the reference") if reference else None
+    result: dict[str, Any] = {"about": {"weights": clip.weights, "reference": len(reference)}}
+    for name in names:
+        scores = _scores(methods, embedded, clip) if name == "clip" else {}
+        result[name] = {}
+        for method, found in methods.items():
+            entry: dict[str, Any] = {"pictures": len(found)}
+            if name == "clip":
+                prompts = np.array([key[0] for key in found], str)
+                value, low, high = clustered_mean(scores[method], prompts)
+                entry |= {"value": value, "interval": (low, high), "prompts": len(set(prompts.tolist()))}
+            else:
+                entry["value"] = DISTANCES[name](embedded[method], far)
+            if method != baseline and baseline in methods and name != "fd_clip":
+                entry |= _less(name, method, baseline, methods, scores or embedded, far)
+            result[name][method] = entry
+    return result
+
+
+def reference_pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder that distances are taken to.
+
+    Raises:
+      PSAError: none in it.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES and path.is_file())
+    if not found:
+        raise PSAError(f"{folder}: no PNG or JPEG in it; give --reference a folder of pictures")
+    return found
+
+
+def _scores(methods, embedded, clip: ClipEmbeddings) -> dict[str, Float[np.ndarray, " n"]]:
+    texts = {each.prompt for found in methods.values() for each in found.values()}
+    if "" in texts:
+        raise PSAError("clip: pictures without a prompt; fill the column prompt of their manifest, or leave clip out")
+    order = sorted(texts)
+    of = dict(zip(order, clip.texts(order), strict=True))
+    return {
+        method: clip_scores(embedded[method], np.stack([of[each.prompt] for each in found.values()]))
+        for method, found in methods.items()
+    }
+
+
+def _less(name: str, method: str, baseline: str, methods, values, far) -> dict[str, Any]:
+    """The difference from the baseline on the prompts and seeds that both have, by a bootstrap over prompts."""
+    places = []
+    for each in (method, baseline):
+        place: dict[tuple[str, int], int] = {}
+        for index, (prompt, seed, _) in enumerate(methods[each]):
+            place.setdefault((prompt, seed), index)
+        places.append(place)
+    # Of a method that knows users, a prompt and seed has a picture for each; all of them are compared with the one.
+    pairs = [(i, places[1][key[:2]]) for i, key in enumerate(methods[method]) if key[:2] in places[1]]
+    if not pairs:
+        return {}
+    ours, theirs = (values[each][[pair[side] for pair in pairs]] for side, each in enumerate((method, baseline)))
+    keys = list(methods[method])
+    prompts = np.array([keys[pair[0]][0] for pair in pairs], str)
+    found = clustered_mean(ours - theirs, prompts) if name == "clip" else cmmd_difference(ours, theirs, far, prompts)
+    return {"less_baseline": found, "less_baseline_prompts": len(set(prompts.tolist()))}
