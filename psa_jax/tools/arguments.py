@@ -389,7 +389,10 @@ def generate(parser: ArgumentParser) -> None:
         "--sld", choices=list(STRENGTHS), help="Safe Latent Diffusion of this strength, for the base model alone"
     )
     how.add_argument("--sld-concept", metavar="TEXT", help="what it leads away from (default: its authors' words)")
-    parser.add_argument("--method", metavar="NAME", help="name in the manifest (default: base, psa or sld-…)")
+    how.add_argument(
+        "--uce", type=path, metavar="FILE", help="Unified Concept Editing of the base model: CSV of concept and guide"
+    )
+    parser.add_argument("--method", metavar="NAME", help="name in the manifest (default: base, psa, uce or sld-…)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the PNG files")
 
 

@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 import psa_jax
 from psa_jax.data.fingerprints import vae_fingerprint
 from psa_jax.data.preprocess import Preprocess
+from psa_jax.diffusion.concept_editing import edit_concepts, read_replacements
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.diffusion.sld_strengths import CONCEPT
@@ -51,6 +52,9 @@ def run(args: Namespace) -> int:
         )
     if args.sld_concept is not None and (args.sld is None or not args.sld_concept.strip()):
         raise PSAError("--sld-concept is a text that says something, and needs --sld, such as --sld=strong")
+    if args.uce is not None and args.adapter is not None:
+        raise PSAError("--uce edits the base model, and an adapter was trained on another; leave one of the two out")
+    replacements = None if args.uce is None else read_replacements(args.uce)
     check_text(args.sld_concept or "", "--sld-concept", "the terminal must send UTF-8")
     trained = None if args.adapter is None else find_adapter(args.adapter)
     # Before the weights are read, which takes long: a user may be wrong.
@@ -58,6 +62,8 @@ def run(args: Namespace) -> int:
     model = BaseModel.from_config(vars(args)).load(
         dtype=jnp.dtype(args.dtype), lora=args.lora, lora_scale=args.lora_scale
     )
+    if replacements is not None:
+        model = edit_concepts(model, replacements)
     adapter = None if trained is None else _adapter(trained, model)
     batch = min(args.batch_size, len(wanted))
     generator = Generator(
@@ -82,6 +88,8 @@ def run(args: Namespace) -> int:
     }
     if args.sld:
         settings |= {"sld": args.sld, "sld_concept": args.sld_concept or CONCEPT}
+    if replacements is not None:
+        settings["uce"] = hashlib.sha256(json.dumps(replacements).encode()).hexdigest()
     _claim(args, settings | _contents(args, model, adapter), users)
     cut = generator.truncated([text for picture, _ in wanted for text in (picture.prompt, picture.negative or "")])
     for line in cut:
@@ -129,7 +137,8 @@ def _wanted(args: Namespace) -> tuple[list[tuple[_Picture, str]], list[Pictured]
     found: dict[tuple, tuple[_Picture, str]] = {}
     listed = []
     check_text(args.negative or "", "--negative", "the terminal must send UTF-8; or give --prompts FILE.csv with it")
-    method = args.method or (f"sld-{args.sld}" if args.sld else "base" if args.adapter is None else "psa")
+    method = args.method or "uce" * bool(args.uce) or f"sld-{args.sld}" * bool(args.sld)
+    method = method or ("base" if args.adapter is None else "psa")
     for index, prompt in enumerate(read_prompts(args)):
         negative = args.negative if prompt.negative is None else prompt.negative
         first = args.seed if prompt.seed is None else prompt.seed

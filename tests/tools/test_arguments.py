@@ -12,7 +12,7 @@ from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.tools import arguments, export, flags
 
 TEXT = {"forget", "methods", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
-TEXT |= {"baseline", "sld_concept", "judges", "method", "split"}
+TEXT |= {"baseline", "sld_concept", "judges", "method", "split", "judge_model"}
 """What is neither a path nor a number."""
 PATHS = (flags.path, flags.place)
 NO_PATHS = {
@@ -34,6 +34,8 @@ TAKEN = {
     "guidance": {"0", "1.5", "9" * 30},
     "guidance_rescale": {"0"},
     "eta": {"0"},
+    "requests": {"0"},
+    "judge_timeout": {"1.5", "9" * 30},
 }
 """Which of NUMBERS each flag takes."""
 
