@@ -118,3 +118,12 @@ def _saved(tmp_path_factory, family: str):
     theirs = save[family](folder)
     theirs.set_progress_bar_config(disable=True)
     return folder / "model", theirs
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """An installed Chromium; skips where there is none."""
+    from support.browser import running_browser
+
+    with running_browser() as running:
+        yield running

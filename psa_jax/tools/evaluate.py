@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import psa_jax
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clip_embeddings import ClipEmbeddings
 from psa_jax.evaluation.clustered import Interval
+from psa_jax.evaluation.judged_page import Shown, write_judged_page
 from psa_jax.evaluation.judges.judge import Judge, JudgeSettings, make_judge
 from psa_jax.evaluation.judges.registry import MEASURES
 from psa_jax.evaluation.manifest import Pictured, read_manifest
@@ -25,11 +27,12 @@ from psa_jax.evaluation.picture_rates import (
     personal_rates,
     with_holm,
 )
+from psa_jax.evaluation.protocol import Verdicts
 from psa_jax.evaluation.readings import Readings
 from psa_jax.files import owner_only, write_private
 from psa_jax.progress import print_stage
 
-RESULT_FILE = "result.json"
+RESULT_FILE, PAGE_FILE = "result.json", "report.html"
 _COLUMNS = ("content", "suppression", "retention", "selectivity", "clean", "over_refusal")
 
 
@@ -61,13 +64,14 @@ def run(args: Namespace) -> int:
     measures, reference = _measures(args, [name for name in names if name in MEASURES])
     with owner_only():
         args.out.mkdir(parents=True, exist_ok=True)
-        found = {name: _judge(name, judge, listed, args) for name, judge in judges.items()}
+        judged = {name: _judge(name, judge, listed, args) for name, judge in judges.items()}
         embeddings = args.out / "embeddings"
         of_all = (
             measured(listed, measures, ClipEmbeddings(args.clip), reference, embeddings, args.baseline)
             if measures
             else {}
         )
+    found = {name: each for name, (each, _) in judged.items()}
     result = {
         "psa_jax": psa_jax.__version__,
         "baseline": args.baseline,
@@ -76,6 +80,13 @@ def run(args: Namespace) -> int:
         "measures": of_all,
     }
     write_private(args.out / RESULT_FILE, json.dumps(result, indent=1) + "\n")
+    shown = Shown(
+        listed,
+        {name: verdicts for name, (_, verdicts) in judged.items()},
+        {name: judge.sees for name, judge in judges.items()},
+    )
+    page = args.out / PAGE_FILE
+    write_judged_page(page, result, shown, shlex.join(["psa-jax", "evaluate", *args.words]))
     for name, each in found.items():
         refused = {method: one["refused"] for method, one in each["methods"].items() if one["refused"]}
         if refused:
@@ -91,7 +102,7 @@ def run(args: Namespace) -> int:
     brief = {
         name: {method: each["content"] for method, each in judged["methods"].items()} for name, judged in found.items()
     }
-    print(json.dumps({"result": str(args.out / RESULT_FILE), "content": brief}))
+    print(json.dumps({"result": str(args.out / RESULT_FILE), "report": str(page), "content": brief}))
     return 0
 
 
@@ -130,7 +141,10 @@ def _listed(args: Namespace) -> Iterator[tuple[Path, Pictured]]:
             yield folder / each.file, each
 
 
-def _judge(name: str, judge: Judge, listed: list[tuple[Path, Pictured]], args: Namespace) -> dict[str, Any]:
+def _judge(
+    name: str, judge: Judge, listed: list[tuple[Path, Pictured]], args: Namespace
+) -> tuple[dict[str, Any], Verdicts]:
+    """What the result says of one judge, and its verdicts on all pictures."""
     readings = Readings(args.out / f"{name}.jsonl", judge)
     pictures = [each for _, each in listed]
     print_stage(f"{name}: {len(pictures)} lines of manifests, {len(readings)} verdicts there already")
@@ -150,7 +164,8 @@ def _judge(name: str, judge: Judge, listed: list[tuple[Path, Pictured]], args: N
         if method != args.baseline:
             compared[method] = differences(judged, method, args.baseline)
     with_holm([test for outcomes in compared.values() for test in outcomes.values()])
-    return {"about": dict(judge.about), "sees": sorted(judge.sees), "methods": methods, "differences": compared}
+    said = {"about": dict(judge.about), "sees": sorted(judge.sees), "methods": methods, "differences": compared}
+    return said, verdicts
 
 
 def _table(methods: dict[str, dict[str, Any]]) -> str:

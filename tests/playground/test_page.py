@@ -1,7 +1,5 @@
 """The page in a browser: keyboard, narrow and dark screens, and no request that leaves this machine."""
 
-import os
-import shutil
 import time
 
 import pytest
@@ -11,32 +9,7 @@ from psa_jax.playground.asked import MOST_USERS
 from psa_jax.playground.page import EXAMPLES, FIRST, PRESETS, render_page
 from psa_jax.profiles.schema import UserProfile
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 CONTROLS = ("preset", "age", "gender", "religion", "physical_condition", "mental_condition")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """An installed Chromium; skips where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser is installed ({', '.join(BROWSERS)})")
-    with sync_api.sync_playwright() as driver:
-        # Its own variables, such as proxies, are left out.
-        env = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
-        running = driver.chromium.launch(executable_path=found, args=[*FLAGS], env=env)
-        yield running
-        running.close()
 
 
 @pytest.fixture
