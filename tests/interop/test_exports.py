@@ -91,7 +91,13 @@ def test_another_pickle_of_tensors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("linear_deep", "published"), ("mid_only", "text"), ("mid_only", "concept")]
+    ("name", "kind"),
+    [
+        pytest.param("linear_deep", "published", marks=pytest.mark.slow),
+        ("mid_only", "published"),
+        ("mid_only", "text"),
+        ("mid_only", "concept"),
+    ],
 )
 def test_a_baked_unet_is_the_adapted_one(name, kind):
     unet = UNet(UNetConfig.from_json(UNETS[name]), rngs=nnx.Rngs(0))

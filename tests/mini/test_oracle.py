@@ -11,7 +11,7 @@ from psa_jax.mini.world import BENIGN, CONCEPTS, NO_PICTOGRAM, PICTOGRAMS
 
 
 def test_held_out_pictures_through_the_vae():
-    pairs = render_pairs(300, seed=987_654)
+    pairs = render_pairs(200, seed=987_654)
     reading = shipped_oracle()(roundtrip(load_vae(TINY), pairs["images"]))
     assert np.mean(reading.pictograms == pairs["labels"][:, :2]) >= 0.99
     assert np.mean(reading.subject == pairs["labels"][:, 2]) >= 0.99

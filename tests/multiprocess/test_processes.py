@@ -123,7 +123,7 @@ SWAP = {
 
 @pytest.mark.parametrize(
     ("processes", "changed"),
-    [(2, {}), (2, SWAP), pytest.param(4, {}, marks=pytest.mark.slow)],
+    [pytest.param(2, {}, marks=pytest.mark.slow), (2, SWAP), pytest.param(4, {}, marks=pytest.mark.slow)],
     ids=["2", "2-swap", "4"],
 )
 def test_the_real_loss(real_runs, tmp_path, processes: int, changed: dict):

@@ -179,7 +179,7 @@ def test_held_out_accuracy(training_config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "moves"),
     [
-        ({}, ["psa_adapter.0.to_v_user.0.weight"]),
+        pytest.param({}, ["psa_adapter.0.to_v_user.0.weight"], marks=pytest.mark.slow),
         (
             {"adapter.kind": "edit", "adapter.tokens": 2, "adapter.pooled": True},
             [f"prompt_adapter.{name}_out.{what}" for name in ("to", "pooled") for what in ("weight", "bias")],

@@ -80,7 +80,7 @@ def rows_of(workdir) -> list[dict]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("gate", ["attention", "categories"])
+@pytest.mark.parametrize("gate", [pytest.param("attention", marks=pytest.mark.slow), "categories"])
 def test_a_run_of_it_alone(training_config, tmp_path, capsys, monkeypatch, gate):
     """From shards to the file: what it learns is logged, held out as well, and a stopped run goes on with the same."""
     monkeypatch.setattr(gates, "STEPS", 5)
