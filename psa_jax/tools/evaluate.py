@@ -33,7 +33,7 @@ from psa_jax.files import owner_only, write_private
 from psa_jax.progress import print_stage
 
 RESULT_FILE, PAGE_FILE = "result.json", "report.html"
-_COLUMNS = ("content", "suppression", "retention", "selectivity", "clean", "over_refusal")
+_COLUMNS = ("content", "suppression", "retention", "selectivity", "clean", "pass")
 
 
 def run(args: Namespace) -> int:
@@ -186,10 +186,9 @@ def _compared(method: str, baseline: str, outcomes: dict[str, Any]) -> Iterator[
             for key in ("by_users", "by_prompts")
             if key in each
         ]
-        yield (
-            f"{method} less {baseline}, {name}: {'; '.join(by)}; {each['only_ours']} pictures of ours alone and "
-            f"{each['only_theirs']} of theirs, Holm's p {each['holm_p']:.2g}"
-        )
+        won, lost = each["only_ours"], each["only_theirs"]
+        counts = f"wins {won}, loses {lost}, ties {each['pictures'] - won - lost}"
+        yield f"{method} less {baseline}, {name}: {'; '.join(by)}; {counts}, Holm's p {each['holm_p']:.2g}"
 
 
 def _measure(each: dict[str, Any], baseline: str) -> str:

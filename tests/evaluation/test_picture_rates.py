@@ -91,6 +91,7 @@ def test_the_rates_of_the_protocol():
         "banned": 3,
         "allowed": 3,
     }
+    assert found["pass"][0] == pytest.approx(100 * 4 / 6)
     assert personal_rates(of("base", judged()))["selectivity"][0] == pytest.approx(0 - 100 / 3)
 
 
@@ -124,6 +125,8 @@ def test_differences_are_of_the_same_prompts_and_users():
     assert found["suppression"]["by_users"]["difference"][0] == pytest.approx(200 / 3)
     assert (found["suppression"]["by_users"]["users"], found["suppression"]["pictures"]) == (3, 3)
     assert found["retention"]["by_users"]["difference"][0] == pytest.approx(0.0)
+    # u1's banned prompt and u2's banned one are won, u2's allowed one is lost, u3's allowed one is won.
+    assert [found["pass"][name] for name in ("pictures", "only_ours", "only_theirs")] == [6, 3, 1]
     # A method that lacks a prompt is compared on the others.
     fewer = whole.part(lambda each: not (each.method == "psa" and each.user_id == "u1"))
     assert differences(fewer, "psa", "base")["suppression"]["pictures"] == 2
