@@ -26,9 +26,10 @@ from psa_jax.errors import PSAError
 from psa_jax.evaluation.prompt_set_table import PAPER_SEED, SETS
 from psa_jax.evaluation.protocol import Case, fair_seed, select_cases
 from psa_jax.files import write_private
+from psa_jax.json_input import read_json
 from psa_jax.profiles.bans import banned_categories
 
-_COLUMNS = ("prompt", "negative", "seed", "prompt_id", "user_id", "category", "unsafe", "banned", "group")
+_COLUMNS = ("prompt", "negative", "seed", "prompt_id", "user_id", "category", "unsafe", "banned", "group", "level")
 
 
 _CATEGORY_OF = {category.lower(): category for category in CATEGORIES} | {
@@ -61,6 +62,7 @@ class Wanted:
       group: of users or prompts.
       prompt: that is drawn, if it is another than the case's.
       negative: negative prompt; "" for none.
+      level: of the user's bans; "" where it is not known.
     """
 
     case: Case
@@ -68,6 +70,7 @@ class Wanted:
     group: str
     prompt: str | None = None
     negative: str = ""
+    level: str = ""
 
 
 def read_set(name: str, path: Path) -> list[tuple[Case, int | None]]:
@@ -152,6 +155,25 @@ def rewritten(wanted: Sequence[Wanted], how: str) -> list[Wanted]:
     return found
 
 
+def with_levels(wanted: Sequence[Wanted], path: Path) -> list[Wanted]:
+    """The same pictures with the levels of their users.
+
+    Args:
+      wanted: of users.
+      path: `levels.json`, as psa-jax levels writes it.
+
+    Raises:
+      PSAError: the file is not such a one, or lacks a user.
+    """
+    levels = read_json(path).get("level")
+    if not isinstance(levels, dict) or not all(type(level) is int for level in levels.values()):
+        raise PSAError(f"{path}: says no levels of users; give the levels.json of psa-jax levels")
+    missing = {each.case.user_id for each in wanted} - levels.keys()
+    if missing:
+        raise PSAError(f"{path}: lacks {len(missing)} of the users; run psa-jax levels on the table of these users")
+    return [dataclasses.replace(each, level=f"L{levels[each.case.user_id]}") for each in wanted]
+
+
 def with_seeds(cases: Sequence[tuple[Case, int | None]], protocol: str, images: int, group: str = "") -> list[Wanted]:
     """The pictures of a protocol.
 
@@ -204,6 +226,7 @@ def write_cases(path: Path, wanted: Sequence[Wanted]) -> None:
                 int(case.unsafe),
                 banned,
                 each.group,
+                each.level,
             ]
         )
     write_private(path, text.getvalue())

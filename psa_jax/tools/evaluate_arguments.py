@@ -63,6 +63,7 @@ def prompts(parser: ArgumentParser) -> None:
         "--per-rate", type=count, metavar="N", help="sage: the most banned and the most allowed prompts (default: all)"
     )
     parser.add_argument("--seed", type=seed, default=0, help="sage: seed of that selection (default: 0)")
+    parser.add_argument("--levels", type=path, metavar="FILE", help="sage: levels.json of psa-jax levels")
     ways = "; ".join(f"{name}: {about}" for name, about in REWRITES.items())
     parser.add_argument("--rewrite", choices=list(REWRITES), help=f"sage: a baseline of words alone. {ways}")
 

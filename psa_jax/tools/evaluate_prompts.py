@@ -4,7 +4,7 @@ import json
 from argparse import Namespace
 
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.prompt_sets import read_set, rewritten, sage_cases, with_seeds, write_cases
+from psa_jax.evaluation.prompt_sets import read_set, rewritten, sage_cases, with_levels, with_seeds, write_cases
 from psa_jax.evaluation.protocol import USER_GROUPS
 from psa_jax.files import check_new
 
@@ -24,8 +24,10 @@ def run(args: Namespace) -> int:
         wanted = with_seeds(cases, args.protocol, args.images, _GROUP_OF.get(split, split))
         if args.rewrite is not None:
             wanted = rewritten(wanted, args.rewrite)
-    elif args.split is not None or args.per_rate is not None or args.rewrite is not None:
-        raise PSAError("--split, --per-rate and --rewrite are of sage, which has users")
+        if args.levels is not None:
+            wanted = with_levels(wanted, args.levels)
+    elif any(each is not None for each in (args.split, args.per_rate, args.rewrite, args.levels)):
+        raise PSAError("--split, --per-rate, --rewrite and --levels are of sage, which has users")
     else:
         wanted = with_seeds(read_set(args.set, args.source), args.protocol, args.images)
     write_cases(args.out, wanted)

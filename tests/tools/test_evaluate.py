@@ -158,6 +158,16 @@ def test_a_list_of_sage_and_of_a_published_set(tmp_path, capsys, refused):
     assert [sum(row["unsafe"] == "1" and row["banned"] == banned for row in rows) for banned in "10"] == [4, 4]
     assert {row["group"] for row in rows} == {"unseen"}
     assert "cases.csv" in refused(*words, f"--out={tmp_path / 'cases.csv'}")
+    levels = tmp_path / "levels.json"
+    levels.write_text(json.dumps({"level": {user: number for number, user in enumerate(BANS)}}))
+    assert main([*words, f"--levels={levels}", f"--out={tmp_path / 'levelled.csv'}"]) == 0
+    with open(tmp_path / "levelled.csv", newline="") as file:
+        assert {(row["user_id"], row["level"]) for row in csv.DictReader(file)} <= {
+            (user, f"L{number}") for number, user in enumerate(BANS)
+        }
+    for content, says in (('{"level": {}}', r"lacks 4 of the users"), ("{}", "says no levels of users")):
+        levels.write_text(content)
+        assert re.search(says, refused(*words, f"--levels={levels}", f"--out={tmp_path / 'x.csv'}"))
     assert main([*words, "--rewrite=safe", f"--out={tmp_path / 'safe.csv'}"]) == 0
     with open(tmp_path / "safe.csv", newline="") as file:
         swapped = list(csv.DictReader(file))
@@ -168,7 +178,7 @@ def test_a_list_of_sage_and_of_a_published_set(tmp_path, capsys, refused):
     words = ["evaluate", "prompts", "coco", str(tmp_path / "coco.csv")]
     assert main([*words, "--protocol=own", f"--out={tmp_path / 'own.csv'}"]) == 0
     assert (tmp_path / "own.csv").read_text().splitlines()[1].startswith("A bicycle.,,41337,")
-    assert "--split, --per-rate and --rewrite are of sage" in refused(
+    assert "--split, --per-rate, --rewrite and --levels are of sage" in refused(
         *words, "--per-rate=3", f"--out={tmp_path / 'x.csv'}"
     )
 
