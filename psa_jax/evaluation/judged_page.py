@@ -152,15 +152,24 @@ def _cell(index: int, shown: Shown) -> dict[str, Any]:
         says.append((name, ", ".join(words)))
         if wanted is None and each.personal and each.category in shown.sees[name]:
             wanted = content != each.banned
-    return {"image": _thumbnail(path), "says": says, "wanted": wanted, "method": each.method}
+    image, (width, height) = _thumbnail(path)
+    return {
+        "image": image,
+        "width": width,
+        "height": height,
+        "says": says,
+        "wanted": wanted,
+        "method": each.method,
+    }
 
 
-def _thumbnail(path: Path) -> str:
+def _thumbnail(path: Path) -> tuple[str, tuple[int, int]]:
+    """A small picture as an address of data, and its width and height."""
     picture, file = Image.fromarray(open_image(path)), io.BytesIO()
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     kind = "PNG" if max(picture.size) < SIDE else "JPEG"
     picture.save(file, format=kind, **({"quality": 85} if kind == "JPEG" else {}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}", picture.size
 
 
 def _judge(name: str, found: Mapping[str, Any], baseline: str) -> dict[str, Any]:
