@@ -17,7 +17,13 @@ def pictures(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--with", dest="judges", required=True, metavar="JUDGE,…", help=f"what reads the pictures: {judges}"
     )
-    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for verdicts and results")
+    parser.add_argument(
+        "--out",
+        type=path,
+        required=True,
+        metavar="DIR",
+        help="folder: verdicts are kept, result.json and report.html are made anew",
+    )
     parser.add_argument("--manifest", type=path, metavar="FILE", help="the manifest of a single folder")
     _baseline(parser)
     parser.add_argument(
