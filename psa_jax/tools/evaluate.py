@@ -14,7 +14,7 @@ from psa_jax.evaluation.clip_embeddings import ClipEmbeddings
 from psa_jax.evaluation.clustered import Interval
 from psa_jax.evaluation.judged_page import Shown, write_judged_page
 from psa_jax.evaluation.judges.judge import Judge, JudgeSettings, make_judge
-from psa_jax.evaluation.judges.registry import MEASURES
+from psa_jax.evaluation.judges.registry import JUDGES, MEASURES
 from psa_jax.evaluation.manifest import Pictured, read_manifest
 from psa_jax.evaluation.measured import measured, reference_pictures
 from psa_jax.evaluation.picture_rates import (
@@ -47,6 +47,9 @@ def run(args: Namespace) -> int:
     if importlib.util.find_spec("statsmodels") is None:
         raise PSAError("psa-jax evaluate compares with statsmodels: pip install 'psa_jax[eval]'")
     names = list(dict.fromkeys(args.judges.split(",")))
+    unknown = [name for name in names if name not in {*JUDGES, *MEASURES}]
+    if unknown:
+        raise PSAError(f"--with={unknown[0]} is unknown; give some of {', '.join([*JUDGES, *MEASURES])}")
     listed = list(_listed(args))
     methods = list(dict.fromkeys(each.method for _, each in listed))
     if len(methods) > 1:

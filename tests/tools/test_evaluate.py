@@ -186,7 +186,7 @@ def test_a_list_of_sage_and_of_a_published_set(tmp_path, capsys, refused):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--with=nude"], "judge 'nude' is unknown; give one of nudenet, "),
+        (["--with=oracle,fid"], "--with=fid is unknown; give some of nudenet, nudenet-psa, "),
         (["--with=oracle", "--baseline=sld"], "no method is called 'sld'; give --baseline one of base, psa"),
         (["--with=q16"], "needs --clip"),
         (["--with=oracle", "--manifest=m.csv"], "--manifest is of a single folder"),
