@@ -40,7 +40,7 @@ class ClipEmbeddings:
 
     @property
     def weights(self) -> str:
-        """sha256 of the weights."""
+        """sha256 of the weights and settings."""
         return self._vision[0].weights
 
     @property

@@ -32,7 +32,7 @@ class Pictured:
       method: what made it.
       prompt_id: its prompt; the same for all methods, seeds and users.
       seed: of its noise.
-      prompt: the text; "" where it is not known.
+      prompt: the text that it is judged by; "" where it is not known.
       user_id: whom it was made for, or judged for where the method does not know users; "" for nobody.
       category: what the prompt asks for; "" for no category.
       unsafe: whether it asks for that; None where it is not known.
@@ -79,16 +79,19 @@ FACTS: Mapping[str, Reader] = MappingProxyType(
     }
 )
 """What a list of prompts may say of one, and how its cells are read: attributes of `Pictured`."""
+ASKED = "asked"
+"""A column more of such a list: the prompt that a picture is judged by, where another one is drawn."""
 _OPTIONAL = {"prompt": str} | {name: read for name, read in FACTS.items() if name not in _NEEDED}
 COLUMNS = (*_NEEDED, *_OPTIONAL)
 
 
-def read_manifest(folder: Path, path: Path | None = None) -> list[Pictured]:
+def read_manifest(folder: Path, path: Path | None = None, *, gone: bool = False) -> list[Pictured]:
     """Reads the manifest of a folder of pictures.
 
     Args:
       folder: with the pictures.
       path: the manifest, if it is not in the folder.
+      gone: whether lines are left out whose picture is not there any more.
 
     Raises:
       PSAError: no manifest, a cell that cannot be read, a picture that is not below the folder, or two lines for one
@@ -100,10 +103,12 @@ def read_manifest(folder: Path, path: Path | None = None) -> list[Pictured]:
             f"{path}: no manifest; psa-jax generate writes one beside its pictures, or write a CSV file with the "
             f"columns {', '.join(_NEEDED)} and, if known, {', '.join(_OPTIONAL)}"
         )
-    found, seen = [], {}
+    found, seen, drawn = [], {}, {}
     for number, cells in read_records(path, tuple(_NEEDED), tuple(_OPTIONAL)):
         where = f"{path}, line {number}"
         each = Pictured(**read_cells(cells, _NEEDED | _OPTIONAL, where))
+        if gone and not (folder / each.file).is_file():
+            continue
         try:
             file_inside(folder, each.file, "file")
         except PSAError as error:
@@ -115,7 +120,9 @@ def read_manifest(folder: Path, path: Path | None = None) -> list[Pictured]:
             raise PSAError(
                 f"{where}: method, prompt_id, seed and user_id are those of line {seen[key]}; remove one of the two"
             )
-        seen[key] = number
+        if (each.file, each.user_id) in drawn:
+            raise PSAError(f"{where}: file and user_id are those of line {drawn[each.file, each.user_id]}; remove one")
+        seen[key] = drawn[each.file, each.user_id] = number
         found.append(each)
     return found
 

@@ -56,8 +56,9 @@ def measured(
             entry: dict[str, Any] = {"pictures": len(found)}
             if name == "clip":
                 prompts = np.array([key[0] for key in found], str)
-                value, low, high = clustered_mean(scores[method], prompts)
-                entry |= {"value": value, "interval": (low, high), "prompts": len(set(prompts.tolist()))}
+                entry |= {"value": float(scores[method].mean()), "prompts": len(set(prompts.tolist()))}
+                if entry["prompts"] > 1:
+                    entry["interval"] = clustered_mean(scores[method], prompts)[1:]
             else:
                 entry["value"] = DISTANCES[name](embedded[method], far)
             if method != baseline and baseline in methods and name != "fd_clip":
@@ -92,18 +93,16 @@ def _scores(methods, embedded, clip: ClipEmbeddings) -> dict[str, Float[np.ndarr
 
 def _less(name: str, method: str, baseline: str, methods, values, far) -> dict[str, Any]:
     """The difference from the baseline on the prompts and seeds that both have, by a bootstrap over prompts."""
-    places = []
-    for each in (method, baseline):
-        place: dict[tuple[str, int], int] = {}
-        for index, (prompt, seed, _) in enumerate(methods[each]):
-            place.setdefault((prompt, seed), index)
-        places.append(place)
-    # Of a method that knows users, a prompt and seed has a picture for each; all of them are compared with the one.
-    pairs = [(i, places[1][key[:2]]) for i, key in enumerate(methods[method]) if key[:2] in places[1]]
-    if not pairs:
+    first: dict[tuple[str, int], int] = {}
+    for index, (prompt, seed, _) in enumerate(methods[baseline]):
+        first.setdefault((prompt, seed), index)
+    pairs = [(i, first[key[:2]], key[:2]) for i, key in enumerate(methods[method]) if key[:2] in first]
+    if name != "clip":
+        # A distance grows where pictures repeat: of a method that knows users one picture of each prompt and seed.
+        pairs = list({key: (i, j, key) for i, j, key in reversed(pairs)}.values())
+    prompts = np.array([key[0] for _, _, key in pairs], str)
+    if len(set(prompts.tolist())) < 2:
         return {}
     ours, theirs = (values[each][[pair[side] for pair in pairs]] for side, each in enumerate((method, baseline)))
-    keys = list(methods[method])
-    prompts = np.array([keys[pair[0]][0] for pair in pairs], str)
     found = clustered_mean(ours - theirs, prompts) if name == "clip" else cmmd_difference(ours, theirs, far, prompts)
     return {"less_baseline": found, "less_baseline_prompts": len(set(prompts.tolist()))}

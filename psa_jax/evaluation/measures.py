@@ -75,23 +75,24 @@ def frechet_distance(ours: Float[np.ndarray, "n d"], reference: Float[np.ndarray
 def clustered_mean(
     values: Float[np.ndarray, " n"], clusters: Shaped[np.ndarray, " n"], confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:
-    """A mean with the percentile interval of a bootstrap over clusters; without width where there is one cluster alone.
+    """A mean with the percentile interval of a bootstrap over clusters.
 
     Args:
-      values: of n cases, at least one. Differences of two methods' pictures are values, too.
-      clusters: of each case.
+      values: of n cases. Differences of two methods' pictures are values, too.
+      clusters: of each case, at least two of them.
       confidence: coverage.
       seed: of the resamples.
+
+    Raises:
+      PSAError: fewer than two clusters, of which nothing can be said.
     """
-    names, group = np.unique(clusters, return_inverse=True)
+    names, group = _clusters(clusters)
     columns = [np.bincount(group, weights=values), np.bincount(group).astype(np.float64)]
 
     def mean(sums, cases, axis=-1):
         return sums.sum(axis) / cases.sum(axis)
 
     found = float(mean(*columns))
-    if len(names) == 1:
-        return found, float("nan"), float("nan")
     limits = bootstrap(
         columns,
         mean,
@@ -117,16 +118,20 @@ def cmmd_difference(
     """How much farther ours are from the reference than theirs, with the interval of a bootstrap over clusters.
 
     A resample draws whole clusters, and both methods' pictures of each. A picture that is drawn twice is alike to
-    itself, which moves both distances by the same; it cancels in the difference.
+    itself, which moves both distances by the same; it cancels in the difference. So it must not be there twice on one
+    side from the start: give as many different pictures of the one method as of the other.
 
     Args:
-      ours, theirs: embeddings of length 1 of the pictures of two methods for the same n cases.
+      ours, theirs: embeddings of length 1 of the pictures of two methods for the same n cases, all different.
       reference: embeddings of length 1.
-      clusters: of each case.
+      clusters: of each case, at least two of them.
       confidence: coverage.
       seed: of the resamples.
+
+    Raises:
+      PSAError: fewer than two clusters, of which nothing can be said.
     """
-    names, group = np.unique(clusters, return_inverse=True)
+    names, group = _clusters(clusters)
     sides = [(_kernel(rows, rows), _kernel(rows, reference).mean(axis=-1)) for rows in (ours, theirs)]
 
     def difference(weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, " b"]:
@@ -145,6 +150,13 @@ def cmmd_difference(
         difference(drawn[:, group].astype(np.float64)), [(1 - confidence) / 2, (1 + confidence) / 2]
     )
     return found, float(low), float(high)
+
+
+def _clusters(clusters: Shaped[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+    names, group = np.unique(clusters, return_inverse=True)
+    if len(names) < 2:
+        raise PSAError("an interval needs two clusters; give pictures of more prompts")
+    return names, group
 
 
 def _kernel(rows: Float[np.ndarray, "n d"], columns: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "n m"]:

@@ -29,7 +29,19 @@ from psa_jax.files import write_private
 from psa_jax.json_input import read_json
 from psa_jax.profiles.bans import banned_categories
 
-_COLUMNS = ("prompt", "negative", "seed", "prompt_id", "user_id", "category", "unsafe", "banned", "group", "level")
+_COLUMNS = (
+    "prompt",
+    "asked",
+    "negative",
+    "seed",
+    "prompt_id",
+    "user_id",
+    "category",
+    "unsafe",
+    "banned",
+    "group",
+    "level",
+)
 
 
 _CATEGORY_OF = {category.lower(): category for category in CATEGORIES} | {
@@ -147,9 +159,7 @@ def rewritten(wanted: Sequence[Wanted], how: str) -> list[Wanted]:
             each = dataclasses.replace(each, prompt=f"{case.prompt}, without {banned}")
         elif how == "safe" and case.unsafe and case.banned:
             if case.safe_prompt is None:
-                raise PSAError(
-                    "--rewrite=safe: a prompt that its user bans has no safe prompt in the split; leave it out"
-                )
+                raise PSAError("--rewrite=safe: a prompt that its user bans has no safe prompt; give another --rewrite")
             each = dataclasses.replace(each, prompt=case.safe_prompt)
         found.append(each)
     return found
@@ -195,11 +205,12 @@ def with_seeds(cases: Sequence[tuple[Case, int | None]], protocol: str, images: 
         for _ in range(images):
             number = count[case.prompt, case.user_id]
             count[case.prompt, case.user_id] += 1
-            if protocol == "paper" and number:
-                continue  # it would be the same picture again
             seed = {"fair": fair_seed(case.prompt, number), "paper": PAPER_SEED, "own": own}[protocol]
             found.append(Wanted(case, seed, group))
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    if len({(each.case.prompt, each.case.user_id, each.seed) for each in found}) < len(found):
+        raise PSAError(f"--protocol={protocol}: a prompt is listed twice with one seed and two categories; remove one")
+    return found
 
 
 def write_cases(path: Path, wanted: Sequence[Wanted]) -> None:
@@ -218,6 +229,7 @@ def write_cases(path: Path, wanted: Sequence[Wanted]) -> None:
         writer.writerow(
             [
                 each.prompt or case.prompt,
+                case.prompt if each.prompt else "",
                 each.negative,
                 each.seed,
                 digest,

@@ -45,11 +45,12 @@ class Readings:
             row = parse_json(line.decode("utf-8", "replace"), f"{path}, line {number}", dict)
             if number == 1:
                 _check_header(path, header, row)
+            elif row.keys() != {"key", "content", *_BITS, "score"}:
+                raise PSAError(f"{path}, line {number}: not a verdict; delete the line and run again")
             else:
                 self._found[row["key"]] = row
-        if not whole:
-            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        elif len(whole) < len(content):
+        self._header = "" if whole else json.dumps(header) + "\n"
+        if len(whole) < len(content):
             os.truncate(path, len(whole))
 
     def __len__(self) -> int:
@@ -75,6 +76,8 @@ class Readings:
         if paid:
             self._judge.expect([image_size(paths[index]) for key, index in first.items() if key not in self._found])
         with Progress(len(order), "picture", name) as progress, self._path.open("a", encoding="utf-8") as file:
+            file.write(self._header)
+            self._header = ""
             for start in range(0, len(order), size):
                 # A batch is made of the same pictures, however often the run was stopped: sums depend on it.
                 part = [first[key] for key in order[start : start + size]]

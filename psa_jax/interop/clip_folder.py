@@ -21,7 +21,7 @@ class ClipVisionFolder(NamedTuple):
     Attributes:
       model: the tower.
       processor: transformers' processor of pictures, with the folder's settings.
-      weights: sha256 of the weight files.
+      weights: sha256 of the weight files and of the settings of model and processor.
     """
 
     model: CLIPVision
@@ -55,7 +55,7 @@ def load_clip_vision(folder: Path) -> ClipVisionFolder:
     model = load_weights(
         abstract_model(CLIPVision, config), Tensors(tensors.where, ours), lambda name: name.removeprefix(_PARTS[0])
     )
-    return ClipVisionFolder(model, processor, _digest(path))
+    return ClipVisionFolder(model, processor, _digest(path, folder))
 
 
 def load_clip_text(folder: Path) -> tuple[CLIPText, object]:
@@ -74,9 +74,10 @@ def load_clip_text(folder: Path) -> tuple[CLIPText, object]:
     return model, read_tokenizer(folder)
 
 
-def _digest(path: Path) -> str:
-    """sha256 of the weight file, or of all files of an index."""
+def _digest(path: Path, folder: Path) -> str:
+    """sha256 of the weight file, or of all files of an index, and of the settings."""
     files = sorted({path.parent / name for name in shards_of(path)}) if path.suffix == ".json" else [path]
+    files += [folder / "config.json", folder / "preprocessor_config.json"]
     whole = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:

@@ -78,11 +78,11 @@ def run(args: Namespace) -> int:
     result = {
         "psa_jax": psa_jax.__version__,
         "baseline": args.baseline,
-        "pictures": len(listed),
+        "pictures": len({path for path, _ in listed}),
         "judges": found,
         "measures": of_all,
     }
-    write_private(args.out / RESULT_FILE, json.dumps(result, indent=1) + "\n")
+    write_private(args.out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False) + "\n")
     shown = Shown(
         listed,
         {name: verdicts for name, (_, verdicts) in judged.items()},
@@ -132,6 +132,7 @@ def _listed(args: Namespace) -> Iterator[tuple[Path, Pictured]]:
     if args.manifest is not None and len(args.pictures) > 1:
         raise PSAError("--manifest is of a single folder; put a manifest.csv into each of several folders")
     seen: dict[tuple[str, str, int, str], Path] = {}
+    facts: dict[tuple[str, int, str], tuple[Path, tuple]] = {}
     for folder in args.pictures:
         for each in read_manifest(folder, args.manifest):
             key = each.method, each.prompt_id, each.seed, each.user_id
@@ -141,6 +142,12 @@ def _listed(args: Namespace) -> Iterator[tuple[Path, Pictured]]:
                     "methods differently in their manifests (psa-jax generate --method)"
                 )
             seen[key] = folder
+            where, said = facts.setdefault(key[1:], (folder, (each.category, each.unsafe, each.banned)))
+            if said != (each.category, each.unsafe, each.banned):
+                raise PSAError(
+                    f"{where} and {folder}: say different things of one prompt, seed and user (category, unsafe, "
+                    "banned); make both manifests of one list of prompts"
+                )
             yield folder / each.file, each
 
 

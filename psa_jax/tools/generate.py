@@ -1,5 +1,6 @@
 """`psa-jax generate`: pictures for a user, from a model folder, an adapter file and a profile or a user id."""
 
+import dataclasses
 import hashlib
 import json
 from argparse import Namespace
@@ -19,8 +20,8 @@ from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.diffusion.sld_strengths import CONCEPT
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.manifest import Pictured, write_manifest
-from psa_jax.files import replacing, write_private
+from psa_jax.evaluation.manifest import ASKED, MANIFEST, Pictured, read_manifest, write_manifest
+from psa_jax.files import PRIVATE, PUBLIC, replacing, write_private
 from psa_jax.interop.adapter_file import adapter_hash, find_adapter, read_metadata
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion, check_text
@@ -92,8 +93,13 @@ def run(args: Namespace) -> int:
         settings["uce"] = hashlib.sha256(json.dumps(replacements).encode()).hexdigest()
     _claim(args, settings | _contents(args, model, adapter), users)
     cut = generator.truncated([text for picture, _ in wanted for text in (picture.prompt, picture.negative or "")])
-    for line in cut:
+    secret = any(each.user_id for each in listed) and not args.user
+    # A list with users may write their bans into prompts.
+    for line in (
+        [f"{len(cut)} prompts are longer than the text encoder reads; the rest is left out"] if secret and cut else cut
+    ):
         print_on_main(line)
+    before = read_manifest(args.out, gone=True) if (args.out / MANIFEST).exists() else []
     missing = [index for index, (picture, _) in enumerate(wanted) if not _is_whole(args.out / picture.name, picture)]
     if missing:
         print_stage(f"generating {len(missing)} of {len(wanted)} pictures; compiling comes first")
@@ -110,9 +116,10 @@ def run(args: Namespace) -> int:
                 concept=args.sld_concept,
             )
             for pixels, picture in zip(pictures, part, strict=True):
-                _write_png(args.out / picture.name, pixels, {**picture._asdict(), **settings})
+                about = {**picture._asdict(), **settings}
+                _write_png(args.out / picture.name, pixels, about, PRIVATE if secret else PUBLIC)
             progress.step(len(part))
-    write_manifest(args.out, listed)
+    write_manifest(args.out, [*(each for each in before if _key(each) not in {_key(new) for new in listed}), *listed])
     paths = [str(args.out / picture.name) for picture, _ in wanted]
     print(json.dumps({"pictures": paths, "drawn": len(missing), "truncated": len(cut)}))
     return 0
@@ -135,7 +142,7 @@ def _wanted(args: Namespace) -> tuple[list[tuple[_Picture, str]], list[Pictured]
       A base model draws one picture for all users of a prompt.
     """
     found: dict[tuple, tuple[_Picture, str]] = {}
-    listed = []
+    listed: dict[tuple[str, str, int, str], Pictured] = {}
     check_text(args.negative or "", "--negative", "the terminal must send UTF-8; or give --prompts FILE.csv with it")
     method = args.method or "uce" * bool(args.uce) or f"sld-{args.sld}" * bool(args.sld)
     method = method or ("base" if args.adapter is None else "psa")
@@ -145,7 +152,8 @@ def _wanted(args: Namespace) -> tuple[list[tuple[_Picture, str]], list[Pictured]
         check_seed(first + args.images - 1, f"seed {first} with --images {args.images}: the last seed", PICTURE_BITS)
         facts = dict(prompt.facts or {})
         owner = facts.get("user_id") or ""
-        facts["prompt_id"] = facts.get("prompt_id") or hashlib.sha256(prompt.text.encode()).hexdigest()[:12]
+        asked = facts.pop(ASKED, "") or prompt.text
+        facts["prompt_id"] = facts.get("prompt_id") or hashlib.sha256(asked.encode()).hexdigest()[:12]
         facts["user_id"] = owner or args.user or ""
         drawn_for = owner if args.adapter is not None else ""
         for seed in range(first, first + args.images):
@@ -153,8 +161,14 @@ def _wanted(args: Namespace) -> tuple[list[tuple[_Picture, str]], list[Pictured]
             # The users of one prompt share what does not depend on them; a prompt that is there twice is drawn twice.
             key = (prompt.text, negative, seed, drawn_for) if owner else new
             picture, _ = found.setdefault(key, (new, drawn_for))
-            listed.append(Pictured(file=picture.name, method=method, prompt=prompt.text, seed=seed, **facts))
-    return list(found.values()), listed
+            line = Pictured(file=picture.name, method=method, prompt=asked, seed=seed, **facts)
+            known = listed.setdefault(_key(line), line)
+            if dataclasses.replace(known, file=line.file) != line:
+                raise PSAError(
+                    f"{args.prompts}: a prompt is there twice with one seed and user, and its lines say different "
+                    "things of it; remove one of them"
+                )
+    return list(found.values()), list(listed.values())
 
 
 def _embeddings(trained: Path, args: Namespace, users: list[str]) -> Float[np.ndarray, "n d"]:
@@ -230,9 +244,13 @@ def _is_whole(path: Path, picture: _Picture) -> bool:
     return True
 
 
-def _write_png(path: Path, picture: np.ndarray, about: dict) -> None:
+def _key(each: Pictured) -> tuple[str, str, int, str]:
+    return each.method, each.prompt_id, each.seed, each.user_id
+
+
+def _write_png(path: Path, picture: np.ndarray, about: dict, mode: int) -> None:
     """A PNG that says how it was made (never for whom), whole or not at all."""
     text = PngImagePlugin.PngInfo()
     text.add_text("psa_jax", json.dumps(about))
-    with replacing(path) as temporary:
+    with replacing(path, mode) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG", pnginfo=text)

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from psa_jax.csv_input import read_cells
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.manifest import FACTS
+from psa_jax.evaluation.manifest import ASKED, FACTS
 from psa_jax.interop.diffusers import check_text
 from psa_jax.seeds import PICTURE_BITS, check_seed
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # Files whose lines are not prompts.
 _NOT_TEXT = (".json", ".jsonl", ".ndjson", ".parquet", ".xls", ".xlsx", ".ods", ".yaml", ".yml", ".html", ".xml")
-_COLUMNS = ("prompt", "negative", "seed", *FACTS)
+_COLUMNS = ("prompt", "negative", "seed", ASKED, *FACTS)
 
 
 class Prompt(NamedTuple):
@@ -93,5 +93,6 @@ def _row(row: dict[str, str], where: str) -> Prompt:
         if not re.fullmatch("[0-9]{1,20}", seed):  # 2^64 has 20 digits
             raise PSAError(f"{where}: seed {seed[:40]!r}: give a whole number from 0 to {2**PICTURE_BITS - 1}")
         seed = check_seed(int(seed), f"{where}: seed", PICTURE_BITS)
-    facts = read_cells({name: row.get(name, "") for name in FACTS}, FACTS, where) if row.keys() & FACTS.keys() else None
+    readers = {ASKED: str.strip, **FACTS}
+    facts = read_cells({name: row.get(name, "") for name in readers}, readers, where) if row.keys() & readers else None
     return Prompt(row["prompt"].strip(), row.get("negative") or None, seed, facts)

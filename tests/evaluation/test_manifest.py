@@ -50,6 +50,7 @@ def line(**changes) -> str:
         ([line(unsafe="yes")], "line 2: unsafe has to be one of 1, 0, nothing"),
         ([line(banned="1", category="")], "line 2: banned is 1 and there is no category"),
         ([line(method=" ")], "line 2: method has to be a name"),
+        ([line(), line(prompt_id="q")], "line 3: file and user_id are those of line 2"),
         ([line(), line(unsafe="0")], "line 3: method, prompt_id, seed and user_id are those of line 2"),
     ],
 )
@@ -59,6 +60,14 @@ def test_lines_that_are_refused(folder, lines, says):
     with pytest.raises(PSAError, match=says) as caught:
         read_manifest(folder)
     assert "secret" not in str(caught.value) and "passwd" not in str(caught.value)
+
+
+def test_lines_of_pictures_that_are_gone_may_be_left_out(folder):
+    write_manifest(folder, [ONE, TWO])
+    (folder / "2.png").unlink()
+    with pytest.raises(PSAError, match="line 4: file: no such picture"):
+        read_manifest(folder)
+    assert read_manifest(folder, gone=True) == [ONE]
 
 
 def test_no_manifest(folder):

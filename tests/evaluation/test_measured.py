@@ -71,6 +71,12 @@ def test_distances_and_what_is_kept(clip, listed, tmp_path):
     ours = [path for path, each in dict(listed).items() if each.method == "psa"]
     wanted = cmmd(model.pictures([np.asarray(Image.open(path)) for path in ours]), embedded)
     assert found["cmmd"]["psa"]["value"] == pytest.approx(wanted, abs=1e-9)
+    # The difference is of as many different pictures: three of ours, of which a prompt has two, and the base model's.
+    ours = [path for path in ours if path.name.endswith("u1.png")]
+    theirs = [path for path, each in dict(listed).items() if each.method == "base"]
+    embed = lambda paths: model.pictures([np.asarray(Image.open(path)) for path in paths])  # noqa: E731
+    wanted = cmmd(embed(ours), embedded) - cmmd(embed(theirs), embedded)
+    assert found["cmmd"]["psa"]["less_baseline"][0] == pytest.approx(wanted, abs=1e-9)
     assert found["fd_clip"]["psa"]["value"] > 0 and "less_baseline" not in found["fd_clip"]["psa"]
     assert found["about"] == {"weights": model.weights, "reference": 4}
     # Embeddings are kept, and are those that a second run uses; a damaged file is said.
@@ -80,6 +86,12 @@ def test_distances_and_what_is_kept(clip, listed, tmp_path):
     files[0].write_bytes(files[0].read_bytes()[:50])
     with pytest.raises(PSAError, match="damaged; delete it and run again"):
         measured(listed, ["cmmd"], model, reference, tmp_path / "e", "base")
+
+
+def test_one_prompt_has_no_interval(clip, listed, tmp_path):
+    one = [(path, each) for path, each in listed if each.prompt_id == "p0"]
+    found = measured(one, ["clip"], ClipEmbeddings(clip[0]), [], tmp_path / "e", "base")["clip"]
+    assert all(each.keys() == {"pictures", "value", "prompts"} for each in found.values())
 
 
 def test_what_is_refused(clip, listed, tmp_path):

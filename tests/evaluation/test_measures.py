@@ -78,6 +78,13 @@ def test_a_mean_of_clusters():
     )  # five times the same says no more
 
 
+def test_one_cluster_has_no_interval():
+    rows = unit(np.random.default_rng(0).normal(size=(4, 3)))
+    for ask in (lambda one: clustered_mean(np.ones(4), one), lambda one: cmmd_difference(rows, rows, rows, one)):
+        with pytest.raises(PSAError, match="needs two clusters; give pictures of more prompts"):
+            ask(np.zeros(4, int))
+
+
 def test_the_difference_of_two_distances():
     """It is that of the distances, and its interval holds 0 where the two sets are of one kind, and not where they
     are not."""

@@ -117,6 +117,13 @@ def test_other_protocols():
             with_seeds([(case(), 5)], protocol, 2)
 
 
+@pytest.mark.parametrize("protocol", ["own", "paper"])
+def test_a_prompt_with_two_categories_and_one_seed(protocol):
+    cases = [(case(), 5), (dataclasses.replace(case(), category="Hate"), 5)]
+    with pytest.raises(PSAError, match="a prompt is listed twice with one seed and two categories; remove one"):
+        with_seeds(cases, protocol, 1)
+
+
 def test_words_alone_as_a_baseline():
     both = {"bans": ("Hate", "Violence"), "safe_prompt": "a ball"}
     banned = SageCase("0000001", "a bomb", "Violence", True, True, **both)
@@ -148,6 +155,7 @@ def test_the_list_is_what_generate_reads(tmp_path):
     first, second = read_prompts(Namespace(prompt=None, prompts=tmp_path / "cases.csv"))
     assert (first.text, first.seed) == ('a "cat",\n red', wanted[0].seed)
     assert first.facts == {
+        "asked": "",
         "prompt_id": hashlib.sha256(b'a "cat",\n red').hexdigest()[:12],
         "user_id": "0000001",
         "category": "Violence",

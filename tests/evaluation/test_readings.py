@@ -96,6 +96,15 @@ def test_another_judge_is_refused_and_what_differs_is_named(tmp_path, paths):
         Readings(path, Brightness())
 
 
+@pytest.mark.parametrize("line", ["{}", '{"key": "a", "content": true}', "[]", "{"])
+def test_a_damaged_line_is_named(tmp_path, paths, line):
+    path = tmp_path / "r.jsonl"
+    Readings(path, Brightness()).judged(paths[:1], [CASE], "one")
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(PSAError, match="r.jsonl, line 3"):
+        Readings(path, Brightness())
+
+
 def test_a_picture_that_cannot_be_read_is_no_verdict(tmp_path, paths):
     paths[2].write_bytes(paths[2].read_bytes()[:40])
     with pytest.raises(PSAError, match=r"2\.png"):

@@ -20,7 +20,8 @@ class ChatServer:
 
     Args:
       answer: of the pictures of a request and its text; a str is a refusal.
-      faults: of OK, a status such as "429", "cut", "slow", "broken", "form", "empty" and "refusal".
+      faults: of OK, a status such as "429", "cut", "slow", "broken", "form", "empty", "nothing", "html", "halved" and
+        "refusal".
       seconds: that a slow answer takes.
     """
 
@@ -53,9 +54,21 @@ class ChatServer:
                     "form": {"content": '{"categories": "Violence", "broken": 0}'},
                     "refusal": {"content": None, "refusal": "I cannot look at this."},
                 }.get(fault, {})
+                if fault in ("html", "halved"):
+                    self.plain(b"<html>Not here</html>" if fault == "html" else b'{"id": "1", "choi', fault == "html")
+                    return
                 choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **said}}]
+                if fault == "nothing":
+                    choices[0]["message"] = None
                 found = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
                 self.send(200, found | {"choices": [] if fault == "empty" else choices}, {})
+
+            def plain(self, content: bytes, html: bool):
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html" if html else "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
             def send(self, status: int, found: dict, headers: dict[str, str]):
                 content = json.dumps(found).encode()

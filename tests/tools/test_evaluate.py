@@ -1,6 +1,7 @@
 """`psa-jax evaluate`: from a list of prompts to pictures of many users, to judged pictures, as a user calls them."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -95,7 +96,9 @@ def test_a_run_killed_five_times_ends_with_the_same_bytes(tmp_path):
         killed += running.wait(60) == -9
     assert start("killed").wait(120) == 0
     assert killed >= 1
-    assert {path.name: path.read_bytes() for path in (tmp_path / "killed").iterdir()} == wanted
+    found = {path.name: path.read_bytes() for path in (tmp_path / "killed").iterdir()}
+    # The page says the command, with the folder that it was told to write.
+    assert {name: content.replace(b"/killed", b"/whole") for name, content in found.items()} == wanted
 
 
 def test_many_users_in_one_list(run_folder, tmp_path, capsys):
@@ -126,9 +129,29 @@ def test_many_users_in_one_list(run_folder, tmp_path, capsys):
         for path in [*(tmp_path / "psa" / each.file for each in ours[:2]), alone]
     )
     assert np.abs(third - alone).max() <= 1 < np.abs(first - third).max()
-    assert "0000001" not in Image.open(tmp_path / "psa" / "00000_7.png").text["psa_jax"]
+    drawn = tmp_path / "psa" / "00000_7.png"
+    assert "0000001" not in Image.open(drawn).text["psa_jax"]
+    # What is drawn for users of a list may say in words what they ban.
+    assert drawn.stat().st_mode & 0o777 == 0o600
     (only,) = read_manifest(tmp_path / "one")
     assert (only.user_id, only.method, only.banned) == ("0000003", "psa", None)
+
+
+def test_a_manifest_keeps_what_another_run_drew(run_folder, tmp_path, refused):
+    words = ["generate", f"--model={run_folder[0]}", "--steps=2", f"--out={tmp_path / 'out'}"]
+    assert main([*words, "--prompt=a cat", "--prompt=a cat"]) == 0  # one prompt and seed is one line
+    assert main([*words, "--prompt=a cat", "--seed=5"]) == 0
+    assert [(each.file, each.seed) for each in read_manifest(tmp_path / "out")] == [
+        ("00000_0.png", 0),
+        ("00000_5.png", 5),
+    ]
+    (tmp_path / "c.csv").write_text(
+        "prompt,seed,user_id,category,asked\na cat,1,u,Hate,a dog\na cat,1,u,Violence,a dog\n"
+    )
+    assert "its lines say different things of it" in refused(*words, f"--prompts={tmp_path / 'c.csv'}")
+    (tmp_path / "c.csv").write_text("prompt,seed,user_id,category,asked\na cat,1,u,Hate,a dog\n")
+    assert main([*words, f"--prompts={tmp_path / 'c.csv'}"]) == 0
+    assert read_manifest(tmp_path / "out")[-1].prompt == "a dog"  # that it is judged by
 
 
 def test_what_many_users_are_not_mixed_with(run_folder, tmp_path, refused):
@@ -177,7 +200,7 @@ def test_a_list_of_sage_and_of_a_published_set(tmp_path, capsys, refused):
     (tmp_path / "coco.csv").write_text("image_id,source,prompt,seed\n1,coco,A bicycle.,41337\n")
     words = ["evaluate", "prompts", "coco", str(tmp_path / "coco.csv")]
     assert main([*words, "--protocol=own", f"--out={tmp_path / 'own.csv'}"]) == 0
-    assert (tmp_path / "own.csv").read_text().splitlines()[1].startswith("A bicycle.,,41337,")
+    assert (tmp_path / "own.csv").read_text().splitlines()[1].startswith("A bicycle.,,,41337,")
     assert "--split, --per-rate, --rewrite and --levels are of sage" in refused(
         *words, "--per-rate=3", f"--out={tmp_path / 'x.csv'}"
     )
@@ -195,6 +218,13 @@ def test_a_list_of_sage_and_of_a_published_set(tmp_path, capsys, refused):
 def test_what_is_refused(folders, tmp_path, refused, words, says):
     assert says in refused("evaluate", *folders, *words, f"--out={tmp_path / 'out'}")
     assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_manifests_that_disagree(folders, tmp_path, refused):
+    other = drawn(tmp_path / "other", "other", True)
+    write_manifest(other, [dataclasses.replace(each, banned=not each.banned) for each in read_manifest(other)])
+    error = refused("evaluate", folders[0], str(other), "--with=oracle", f"--out={tmp_path / 'out'}")
+    assert "say different things of one prompt, seed and user (category, unsafe, banned)" in error
 
 
 def test_one_method_in_two_folders(folders, tmp_path, refused):

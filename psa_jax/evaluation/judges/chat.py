@@ -27,7 +27,10 @@ from psa_jax.json_input import parse_json
 from psa_jax.progress import print_on_main
 
 RETRIES = 5
-"""Of a request that the server did not take, with growing pauses or those that it asks for."""
+"""Of a request that the server did not take."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before a request is made again, where the server asks for no other pause; they double."""
+_BUSY = (408, 409, 429)
 REPLIES = 3
 """Requests for a picture until a reply has the form that was asked for."""
 _TOKENS_OF_TEXT = 400
@@ -61,22 +64,25 @@ class Chat:
 
     Args:
       model: its name at the endpoint.
+      allowed: the most answers that it takes; requests that a server refuses because it is busy are not counted.
       timeout: seconds for one request.
-      per_minute: the most requests a minute; None for no limit.
+      per_minute: the most requests a minute, those that are made again with them; None for no limit.
     """
 
-    def __init__(self, model: str, timeout: float = 60.0, per_minute: float | None = None):
+    def __init__(self, model: str, allowed: int, timeout: float = 60.0, per_minute: float | None = None):
         import openai  # imported late: of an extra
 
         self._openai, self._model = openai, model
         try:
-            self._client = openai.OpenAI(timeout=timeout, max_retries=RETRIES)
+            self._client = openai.OpenAI(timeout=timeout, max_retries=0)
         except openai.OpenAIError as error:
             raise PSAError(
                 f"the judge needs OPENAI_API_KEY in the environment, and OPENAI_BASE_URL for another endpoint than "
                 f"OpenAI's ({' '.join(str(error).split())[:80]})"
             ) from error
-        self.host = self._client.base_url.host
+        base = self._client.base_url
+        self.host, self.address = base.host, f"{base.scheme}://{base.host}:{base.port}{base.path}"
+        self._allowed, self._answers = allowed, 0
         self._pause = 0.0 if per_minute is None else 60.0 / per_minute
         self._lock, self._next = threading.Lock(), 0.0
 
@@ -117,8 +123,38 @@ class Chat:
         ) from why
 
     def _answer(self, instructions: str, content: list[dict[str, Any]], schema: Mapping[str, Any]) -> Any:
-        self._wait()
-        failed = self._openai
+        """The message of one answer; a server that is busy, or cannot be reached, is asked again."""
+        with self._lock:
+            if self._answers >= self._allowed:
+                raise PSAError(
+                    f"judge: {self.host} has given as many answers as are allowed ({self._allowed}), some of them in "
+                    "another form; what was judged is kept: run again to go on"
+                )
+            self._answers += 1
+        for attempt in range(1 + RETRIES):
+            self._wait()
+            try:
+                return self._message(instructions, content, schema)
+            except self._openai.APIStatusError as error:
+                if attempt == RETRIES or (error.status_code not in _BUSY and error.status_code < 500):
+                    raise PSAError(
+                        f"judge: {self.host} answered {error.status_code} "
+                        f"({' '.join(str(error.message).split())[:200]}); what was judged is kept: run again when that "
+                        "is mended"
+                    ) from error
+                pause = _asked_pause(error.response.headers)
+            except self._openai.APIConnectionError as error:  # also a timeout
+                if attempt == RETRIES:
+                    raise PSAError(
+                        f"judge: {self.host} could not be reached in {1 + RETRIES} tries "
+                        f"({' '.join(str(error).split())[:100]}); what was judged is kept: run again"
+                    ) from error
+                pause = None
+            time.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**attempt) if pause is None else pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _message(self, instructions: str, content: list[dict[str, Any]], schema: Mapping[str, Any]) -> Any:
+        strange = f"judge: {self.address} does not answer as a chat; check OPENAI_BASE_URL, which usually ends in /v1"
         try:
             found = self._client.chat.completions.create(
                 model=self._model,
@@ -128,19 +164,13 @@ class Chat:
                     "json_schema": {"name": "verdict", "strict": True, "schema": schema},
                 },
             )
-        except failed.APIStatusError as error:
-            raise PSAError(
-                f"judge: {self.host} answered {error.status_code} ({' '.join(str(error.message).split())[:200]}); "
-                "what was judged is kept: run again when that is mended"
-            ) from error
-        except failed.APIConnectionError as error:  # also a timeout
-            raise PSAError(
-                f"judge: {self.host} could not be reached in {1 + RETRIES} tries "
-                f"({' '.join(str(error).split())[:100]}); what was judged is kept: run again"
-            ) from error
-        if not found.choices:
-            raise PSAError(f"judge: {self.host} answered without a choice; run again, or use another endpoint")
-        return found.choices[0].message
+        except ValueError as error:  # of json: the answer is no JSON
+            raise PSAError(strange) from error
+        choices = getattr(found, "choices", None)
+        message = getattr(choices[0], "message", None) if choices else None
+        if message is None:
+            raise PSAError(strange)
+        return message
 
     def _wait(self) -> None:
         """Until the next request is due."""
@@ -149,6 +179,12 @@ class Chat:
             due = max(now, self._next)
             self._next = due + self._pause
         time.sleep(max(0.0, due - now))
+
+
+def _asked_pause(headers: Mapping[str, str]) -> float | None:
+    """The seconds that a busy server asks to wait; None for none, or for a date."""
+    text = headers.get("retry-after", "")
+    return min(float(text), LONGEST_PAUSE) if text.replace(".", "", 1).isdecimal() else None
 
 
 class ChatJudge:
@@ -166,7 +202,7 @@ class ChatJudge:
         self.about = {
             "judge": "judge",
             "model": model,
-            "host": chat.host,
+            "address": chat.address,
             "instructions": hashlib.sha256((_INSTRUCTIONS + json.dumps(_SCHEMA)).encode()).hexdigest(),
         }
 
@@ -240,5 +276,5 @@ def make(settings: JudgeSettings) -> Judge:
     """The judge of `--judge-model`."""
     if settings.model is None:
         raise PSAError("the judge needs --judge-model, the name of a vision-language model at the endpoint")
-    chat = Chat(settings.model, settings.timeout, settings.per_minute)
+    chat = Chat(settings.model, settings.requests, settings.timeout, settings.per_minute)
     return ChatJudge(chat, settings.model, settings.requests, settings.workers)

@@ -31,8 +31,7 @@ def by_brightness(pictures: list[np.ndarray], text: str) -> dict:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
-    for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):
-        monkeypatch.setattr(f"openai._base_client.{name}", 0.01)
+    monkeypatch.setattr("psa_jax.evaluation.judges.chat.FIRST_PAUSE", 0.01)
 
 
 @contextlib.contextmanager
@@ -40,7 +39,12 @@ def judge(monkeypatch, faults=(), seconds: float = 1.0, **settings):
     with ChatServer(by_brightness, list(faults), seconds).running() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        yield make_judge("judge", JudgeSettings(model="looker", **{"workers": 1, "timeout": 5.0} | settings)), server
+        yield (
+            make_judge(
+                "judge", JudgeSettings(model="looker", **{"workers": 1, "timeout": 5.0, "requests": 99} | settings)
+            ),
+            server,
+        )
 
 
 def grey(level: int) -> np.ndarray:
@@ -69,7 +73,7 @@ def test_what_is_asked_and_what_is_made_of_it(monkeypatch):
     assert form["strict"] and form["schema"]["properties"]["categories"]["items"]["enum"] == list(CATEGORIES)
     whole = json.dumps({name: value for name, value in request.items() if name != "authorization"})
     assert not [word for word in ("0000001", "bans", "psa", "method", KEY) if word in whole]
-    assert KEY not in json.dumps(dict(ours.about)) and ours.about["host"] == "127.0.0.1"
+    assert KEY not in json.dumps(dict(ours.about)) and ours.about["address"] == f"{server.url}/"
 
 
 @pytest.mark.parametrize(
@@ -93,15 +97,18 @@ def test_a_server_that_misbehaves_for_a_while(monkeypatch, faults):
         (["cut"] * 6, r"could not be reached in 6 tries .*; what was judged is kept: run again"),
         (["broken"] * 3, "answered 3 times in another form than was asked for .*follows response_format"),
         (["form"] * 3, "another form than was asked for .categories is no list of the seven"),
-        (["empty"], "answered without a choice"),
+        (["empty"], "does not answer as a chat; check OPENAI_BASE_URL, which usually ends in /v1"),
+        (["nothing"], "does not answer as a chat"),
+        (["html"], "does not answer as a chat"),
+        (["halved"], "does not answer as a chat"),
     ],
-    ids=["429", "401", "404", "cut", "broken", "form", "empty"],
+    ids=["429", "401", "404", "cut", "broken", "form", "empty", "nothing", "html", "halved"],
 )
 def test_a_server_that_goes_on_misbehaving_is_an_error_and_no_verdict(monkeypatch, tmp_path, faults, says):
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path, picture in zip(paths, PICTURES, strict=True):
         Image.fromarray(picture).save(path)
-    with judge(monkeypatch, ["ok", *faults], requests=3) as (ours, server):
+    with judge(monkeypatch, ["ok", *faults]) as (ours, server):
         with pytest.raises(PSAError, match=says) as caught:
             Readings(tmp_path / "j.jsonl", ours).judged(paths, [CASE] * 3, "judge")
         assert "\n" not in str(caught.value) and KEY not in str(caught.value)
@@ -132,10 +139,20 @@ def test_nothing_is_asked_that_was_not_allowed(monkeypatch, tmp_path, capsys):
     assert "judge: 1 requests to 127.0.0.1, each with a picture and its prompt, about " in capsys.readouterr().err
 
 
+def test_answers_of_another_form_are_counted(monkeypatch, tmp_path):
+    """They are paid for: no more are taken than were allowed. Requests that a busy server refuses are not."""
+    path = tmp_path / "0.png"
+    Image.fromarray(grey(9)).save(path)
+    says, faults = r"has given as many answers as are allowed \(1\)", ["429", "form", "form"]
+    with judge(monkeypatch, faults, requests=1) as (ours, server), pytest.raises(PSAError, match=says):
+        Readings(tmp_path / "j.jsonl", ours).judged([path], [CASE], "judge")
+    assert len(server.requests) == 2
+
+
 def test_requests_a_minute(monkeypatch):
-    with judge(monkeypatch, per_minute=600.0, workers=4) as (ours, server):
+    with judge(monkeypatch, ["429", "cut"], per_minute=600.0, workers=4) as (ours, server):
         ours([grey(9)] * 6, [CASE] * 6)
-    assert max(server.times) - min(server.times) >= 0.9 * 5 * 0.1
+    assert max(server.times) - min(server.times) >= 0.9 * 7 * 0.1  # those that are made again with them
 
 
 def test_what_it_needs(monkeypatch):
