@@ -13,11 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Shaped
-from scipy.stats import bootstrap
 
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clustered import Interval
-from psa_jax.evaluation.paired import DRAWS
+from psa_jax.evaluation.paired import resampled_limits
 from psa_jax.evaluation.stats import CONFIDENCE
 
 _SIGMA = 10.0
@@ -92,19 +91,7 @@ def clustered_mean(
     def mean(sums, cases, axis=-1):
         return sums.sum(axis) / cases.sum(axis)
 
-    found = float(mean(*columns))
-    limits = bootstrap(
-        columns,
-        mean,
-        n_resamples=DRAWS,
-        batch=256,
-        paired=True,
-        vectorized=True,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return found, float(limits.low), float(limits.high)
+    return float(mean(*columns)), *resampled_limits(columns, mean, confidence, seed)
 
 
 def cmmd_difference(

@@ -1,7 +1,9 @@
 """Differences of two methods on the same users, with intervals that count users and not pictures."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 from scipy.stats import bootstrap
 
 from psa_jax.errors import PSAError
@@ -57,9 +59,26 @@ def clustered_difference(
     if np.array_equal(columns[0] * columns[3], columns[2] * columns[1]):
         limit = wilson(0, len(names), confidence)[1]
         return found, -limit, limit
+    return found, *resampled_limits(columns, difference, confidence, seed)
+
+
+def resampled_limits(
+    columns: Sequence[Float[np.ndarray, " g"]],
+    statistic: Callable[..., np.ndarray],
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The limits of a percentile bootstrap over clusters.
+
+    Args:
+      columns: sums of each of g clusters, at least two; a resample draws clusters, the same of every column.
+      statistic: of the columns, along `axis`.
+      confidence: coverage, between 0 and 1.
+      seed: of the resamples.
+    """
     limits = bootstrap(
         columns,
-        difference,
+        statistic,
         n_resamples=DRAWS,
         batch=256,  # bounds memory where clusters are many
         paired=True,
@@ -68,4 +87,4 @@ def clustered_difference(
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return found, float(limits.low), float(limits.high)
+    return float(limits.low), float(limits.high)

@@ -5,7 +5,7 @@ import hashlib
 import json
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 import psa_jax
 from psa_jax.data.fingerprints import vae_fingerprint
 from psa_jax.data.preprocess import Preprocess
-from psa_jax.diffusion.concept_editing import edit_concepts, read_replacements
+from psa_jax.diffusion.concept_editing import Replacement, edit_concepts, read_replacements
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.diffusion.sld_strengths import CONCEPT
@@ -45,18 +45,8 @@ def run(args: Namespace) -> int:
       PSAError: the first wrong flag, or a folder with pictures of other settings, weights or users.
     """
     wanted, listed = _wanted(args)
-    for_users = args.profile or args.user or args.table or args.scale != 1.0 or args.unconditional != "off"
-    if args.adapter is None and for_users:
-        raise PSAError(
-            "--profile, --user, --table, --scale and --unconditional need --adapter; the base model alone "
-            "generates the same pictures for every user"
-        )
-    if args.sld_concept is not None and (args.sld is None or not args.sld_concept.strip()):
-        raise PSAError("--sld-concept is a text that says something, and needs --sld, such as --sld=strong")
-    if args.uce is not None and args.adapter is not None:
-        raise PSAError("--uce edits the base model, and an adapter was trained on another; leave one of the two out")
+    _check_flags(args)
     replacements = None if args.uce is None else read_replacements(args.uce)
-    check_text(args.sld_concept or "", "--sld-concept", "the terminal must send UTF-8")
     trained = None if args.adapter is None else find_adapter(args.adapter)
     # Before the weights are read, which takes long: a user may be wrong.
     users = None if trained is None else _embeddings(trained, args, [user for _, user in wanted])
@@ -81,23 +71,15 @@ def run(args: Namespace) -> int:
         batch_size=batch,
         sld=args.sld,
     )
-    settings = {
-        "sampler": args.sampler or sampler_name(model.scheduler_config),
-        **{name: getattr(args, name) for name in ("steps", "guidance", "guidance_rescale", "eta", "karras")},
-        "size": generator.size,
-        "version": psa_jax.__version__,
-    }
-    if args.sld:
-        settings |= {"sld": args.sld, "sld_concept": args.sld_concept or CONCEPT}
-    if replacements is not None:
-        settings["uce"] = hashlib.sha256(json.dumps(replacements).encode()).hexdigest()
+    settings = _settings(args, model, generator, replacements)
     _claim(args, settings | _contents(args, model, adapter), users)
     cut = generator.truncated([text for picture, _ in wanted for text in (picture.prompt, picture.negative or "")])
+    truncated = len(cut)
     secret = any(each.user_id for each in listed) and not args.user
     # A list with users may write their bans into prompts.
-    for line in (
-        [f"{len(cut)} prompts are longer than the text encoder reads; the rest is left out"] if secret and cut else cut
-    ):
+    if secret and cut:
+        cut = [f"{len(cut)} prompts are longer than the text encoder reads; the rest is left out"]
+    for line in cut:
         print_on_main(line)
     before = read_manifest(args.out, gone=True) if (args.out / MANIFEST).exists() else []
     missing = [index for index, (picture, _) in enumerate(wanted) if not _is_whole(args.out / picture.name, picture)]
@@ -121,8 +103,44 @@ def run(args: Namespace) -> int:
             progress.step(len(part))
     write_manifest(args.out, [*(each for each in before if _key(each) not in {_key(new) for new in listed}), *listed])
     paths = [str(args.out / picture.name) for picture, _ in wanted]
-    print(json.dumps({"pictures": paths, "drawn": len(missing), "truncated": len(cut)}))
+    print(json.dumps({"pictures": paths, "drawn": len(missing), "truncated": truncated}))
     return 0
+
+
+def _check_flags(args: Namespace) -> None:
+    """Checks flags that need or exclude each other.
+
+    Raises:
+      PSAError: the first that does not fit.
+    """
+    for_users = args.profile or args.user or args.table or args.scale != 1.0 or args.unconditional != "off"
+    if args.adapter is None and for_users:
+        raise PSAError(
+            "--profile, --user, --table, --scale and --unconditional need --adapter; the base model alone "
+            "generates the same pictures for every user"
+        )
+    if args.sld_concept is not None and (args.sld is None or not args.sld_concept.strip()):
+        raise PSAError("--sld-concept is a text that says something, and needs --sld, such as --sld=strong")
+    if args.uce is not None and args.adapter is not None:
+        raise PSAError("--uce edits the base model, and an adapter was trained on another; leave one of the two out")
+    check_text(args.sld_concept or "", "--sld-concept", "the terminal must send UTF-8")
+
+
+def _settings(
+    args: Namespace, model: StableDiffusion, generator: Generator, replacements: list[Replacement] | None
+) -> dict[str, Any]:
+    """What the pictures depend on beside weights, users, prompts and seeds."""
+    settings = {
+        "sampler": args.sampler or sampler_name(model.scheduler_config),
+        **{name: getattr(args, name) for name in ("steps", "guidance", "guidance_rescale", "eta", "karras")},
+        "size": generator.size,
+        "version": psa_jax.__version__,
+    }
+    if args.sld:
+        settings |= {"sld": args.sld, "sld_concept": args.sld_concept or CONCEPT}
+    if replacements is not None:
+        settings["uce"] = hashlib.sha256(json.dumps(replacements).encode()).hexdigest()
+    return settings
 
 
 class _Picture(NamedTuple):
