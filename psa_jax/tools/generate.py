@@ -203,8 +203,16 @@ def _embeddings(trained: Path, args: Namespace, users: list[str]) -> Float[np.nd
         raise PSAError(
             f"{args.prompts}: names users by user_id; name one in each line, without --profile, --user and --prompt"
         )
+    if args.table is None:
+        raise PSAError(f"{args.prompts}: names users by user_id, and that needs --table FILE, their embeddings")
+    table = EmbeddingTable.load(args.table)
+    missing = set(users) - set(table.ids)
+    if missing:  # counted, not named: who uses it is nobody else's matter
+        raise PSAError(
+            f"{args.table}: lacks {len(missing)} of the users in {args.prompts}; encode them (psa-jax encode --add)"
+        )
     user_embedding(trained, about, profile=None, user=users[0], table=args.table)  # checks the table
-    return EmbeddingTable.load(args.table).lookup(users)
+    return table.lookup(users)
 
 
 def _adapter(path: Path, model: StableDiffusion) -> Adapter:

@@ -165,7 +165,9 @@ def test_what_many_users_are_not_mixed_with(run_folder, tmp_path, refused):
     assert says in refused(*words, "--user=0000002")
     assert says in refused(*words, "--prompt=a dog")
     (tmp_path / "cases.csv").write_text("prompt,user_id\na cat,0000009\n")
-    assert "0000009" in refused(*words)
+    error = refused(*words)
+    assert "lacks 1 of the users in" in error and "0000009" not in error
+    assert "needs --table FILE, their embeddings" in refused(*words[:-1])
     (tmp_path / "cases.csv").write_text("prompt,unsafe\na cat,maybe\n")
     assert "line 2: unsafe has to be one of 1, 0, nothing" in refused(*words, "--user=0000002")
 
