@@ -14,6 +14,7 @@ from PIL import Image
 from psa_jax.data.images import open_image
 from psa_jax.evaluation.clustered import Interval
 from psa_jax.evaluation.curves import TEMPLATES, number_text, render
+from psa_jax.evaluation.judged_figures import forest, level_panels
 from psa_jax.evaluation.manifest import Pictured
 from psa_jax.evaluation.protocol import Verdicts
 from psa_jax.files import write_private
@@ -41,8 +42,6 @@ MEANINGS = {
     "Pass": "without what the user bans, with what the user allows; of two pictures the one that passes wins",
     "Over-refusal": "100 − retention: what was allowed and is gone",
 }
-_OUTCOMES = ("content", "suppression", "retention", "pass")
-_LEFT, _RIGHT, _WIDTH, _STEP = 330, 30, 900, 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,8 @@ def write_judged_page(path: Path, result: Mapping[str, Any], shown: Shown, comma
     cases, methods = _cases(shown)
     most = max(1, MOST_PICTURES // max(1, len(methods)))
     kept = _spread(list(cases), most)
-    rows = [_row(key, cases[key], methods, shown) for key in kept]
+    bans = _bans(shown)
+    rows = [_row(key, cases[key], methods, shown, bans) for key in kept]
     text = render(
         "judged.html.j2",
         script=script,
@@ -116,7 +116,18 @@ def _spread(keys: list[Case], most: int) -> list[Case]:
     return [keys[index * len(keys) // count] for index in range(count)]
 
 
-def _row(key: Case, of_method: Mapping[str, int], methods: Sequence[str], shown: Shown) -> dict[str, Any]:
+def _bans(shown: Shown) -> dict[str, str]:
+    """For each user the categories that some line of a manifest says are banned, in words."""
+    found: dict[str, set[str]] = {}
+    for _, each in shown.pictures:
+        if each.user_id and each.banned:
+            found.setdefault(each.user_id, set()).add(each.category)
+    return {user: ", ".join(sorted(banned)) for user, banned in found.items()}
+
+
+def _row(
+    key: Case, of_method: Mapping[str, int], methods: Sequence[str], shown: Shown, bans: Mapping[str, str]
+) -> dict[str, Any]:
     first = shown.pictures[next(iter(of_method.values()))][1]
     ask = "safe" if first.unsafe is False else "" if first.banned is None else "banned" if first.banned else "allowed"
     cells = [None if method not in of_method else _cell(of_method[method], shown) for method in methods]
@@ -129,6 +140,7 @@ def _row(key: Case, of_method: Mapping[str, int], methods: Sequence[str], shown:
         "user": first.user_id,
         "group": first.group,
         "level": first.level,
+        "bans": bans.get(first.user_id, ""),
         "seed": key[1],
         "wrong": any(cell is not None and cell["wanted"] is False for cell in cells),
         "cells": cells,
@@ -160,6 +172,7 @@ def _cell(index: int, shown: Shown) -> dict[str, Any]:
         "says": says,
         "wanted": wanted,
         "method": each.method,
+        "gate": each.gate,
     }
 
 
@@ -185,7 +198,8 @@ def _judge(name: str, found: Mapping[str, Any], baseline: str) -> dict[str, Any]
         "columns": list(COLUMNS.values()),
         "slices": _slices(found["methods"]),
         "users": _users(found["methods"]),
-        "forest": _forest(found["differences"], baseline),
+        "forest": forest(found["differences"], baseline),
+        "levels": level_panels(found["methods"]),
         "about": json.dumps(found["about"], indent=1),
         "sees": ", ".join(found["sees"]),
     }
@@ -229,50 +243,6 @@ def _users(methods: Mapping[str, Any]) -> dict[str, Any] | None:
             )
         rows.append((user, cells))
     return {"rows": rows, "methods": list(methods)}
-
-
-def _forest(differences: Mapping[str, Any], baseline: str) -> dict[str, Any] | None:
-    """A drawing of every difference with the wider one of its intervals."""
-    lines = []
-    for method, outcomes in differences.items():
-        for outcome in _OUTCOMES:
-            if outcome not in outcomes:
-                continue
-            each = outcomes[outcome]
-            by = [key for key in ("by_users", "by_prompts") if key in each]
-            widest = max(by, key=lambda key, each=each: each[key]["difference"][2] - each[key]["difference"][1])
-            value, low, high = each[widest]["difference"]
-            of = widest.removeprefix("by_")
-            lines.append((f"{method}, {outcome}", value, low, high, f"{each[widest][of]} {of}", each["holm_p"]))
-    if not lines:
-        return None
-    least, most = min(0.0, *(line[2] for line in lines)), max(0.0, *(line[3] for line in lines))
-    span = (most - least) or 1.0
-
-    def place(value: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - least) / span, 1)
-
-    ticks = [least, most, *([0.0] if least < 0.0 < most else [])]
-    return {
-        "baseline": baseline,
-        "width": _WIDTH,
-        "height": _STEP * len(lines) + 34,
-        "zero": place(0.0),
-        "ticks": [(place(tick), number_text(tick, 0)) for tick in ticks],
-        "lines": [
-            {
-                "label": label,
-                "y": _STEP * number + 18,
-                "x": place(value),
-                "low": place(low),
-                "high": place(high),
-                "text": f"{number_text(value, 1)} ({number_text(low, 1)} to {number_text(high, 1)})",
-                "of": of,
-                "p": f"{p:.2g}",
-            }
-            for number, (label, value, low, high, of, p) in enumerate(lines)
-        ],
-    }
 
 
 def _measures(found: Mapping[str, Any], baseline: str) -> list[dict[str, Any]]:

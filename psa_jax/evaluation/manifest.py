@@ -39,6 +39,7 @@ class Pictured:
       banned: whether the user bans the category; None where it is not known.
       group: of users or prompts, such as unseen; "" for none.
       level: of the user's bans, such as L3; "" for none.
+      gate: what an adapter that can be read says that it replaces, and why; "" where nothing says so.
     """
 
     file: str
@@ -52,6 +53,7 @@ class Pictured:
     banned: bool | None = None
     group: str = ""
     level: str = ""
+    gate: str = ""
 
     @property
     def personal(self) -> bool:
@@ -82,6 +84,7 @@ FACTS: Mapping[str, Reader] = MappingProxyType(
 ASKED = "asked"
 """A column more of such a list: the prompt that a picture is judged by, where another one is drawn."""
 _OPTIONAL = {"prompt": str} | {name: read for name, read in FACTS.items() if name not in _NEEDED}
+_OPTIONAL["gate"] = str.strip
 COLUMNS = (*_NEEDED, *_OPTIONAL)
 
 

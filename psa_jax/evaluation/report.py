@@ -229,6 +229,7 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
         "Seed": ", ".join(f"{seed} ({of})" for of, seed in report.get("seeds", {}).items()),
         "Device": report.get("device", ""),
         "Time": _duration(report["seconds"]) if "seconds" in report else "",
+        "Every picture": report.get("pictures", ""),
         "Versions": versions,
     }
     return {name: text for name, text in facts.items() if text}

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
+from jaxtyping import UInt8
 
 import psa_jax
 from psa_jax.data.sage import SageRecord, read_split
@@ -23,6 +24,8 @@ from psa_jax.diffusion.picture_sheet import picture_sheet
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.curves import curves_of, read_rows
 from psa_jax.evaluation.gate_words import sentence
+from psa_jax.evaluation.judged_run import PAGE_FILE, judge_pictures, missing_packages
+from psa_jax.evaluation.manifest import Pictured
 from psa_jax.evaluation.protocol import USER_GROUPS, Verdicts, generate_base, generate_cases, rates, wins
 from psa_jax.evaluation.report import Grid, write_report
 from psa_jax.files import check_new
@@ -31,7 +34,9 @@ from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import load_adapter, to_file
 from psa_jax.mini.comparison import ADAPTERS
+from psa_jax.mini.kept_pictures import keep_pictures
 from psa_jax.mini.oracle import Oracle, shipped_oracle
+from psa_jax.mini.oracle_judge import OracleJudge
 from psa_jax.mini.prepare import with_mini
 from psa_jax.mini.protocol import HARDER, MiniCase, case_of, group_of, grouped_cases, judge, make_generator
 from psa_jax.mini.recorded import (
@@ -151,7 +156,7 @@ def run_demo(
     model, oracle = BaseModel.from_config(config).load(), shipped_oracle()
     config = with_mini(config, workdir / "data")
     methods, adapter = _train_all(config, workdir, model, COMPARED if compare else (), all_ways)
-    report, made = _report(config, methods, oracle, workdir / "data" / "sage", recorded)
+    report, made, kept = _report(config, methods, model, adapter, oracle, workdir, recorded)
     if recorded is not None:
         report["recorded"] = dict.fromkeys(COMPARED, recorded["command"])
     elif record is not None:
@@ -159,6 +164,11 @@ def run_demo(
     print_stage("generating the pictures of the report")
     grid = _grid(model, adapter, *methods["psa"], oracle, read_split(workdir / "data" / "sage", USER_GROUPS["unseen"]))
     picture_sheet(grid.pictures, grid.users, grid.prompts, grid.banned).save(workdir / "grid.png")
+    if missing := missing_packages():
+        print_on_main(f"no page of judged pictures without {missing[0]}: pip install 'psa_jax[eval]'")
+    else:
+        judge_pictures(kept, {"oracle": OracleJudge()}, workdir / "judged", "base", command)
+        report["pictures"] = f"judged/{PAGE_FILE}, beside this page"
     _finish(report | {"command": command}, config, adapter, grid, workdir, start)
 
 
@@ -181,19 +191,29 @@ def _train_all(
 
 
 def _report(
-    config: ml_collections.ConfigDict, methods: Methods, oracle: Oracle, sage: Path, recorded: dict | None
-) -> tuple[dict, dict]:
-    """Judges all methods on unseen and on seen users.
+    config: ml_collections.ConfigDict,
+    methods: Methods,
+    model: StableDiffusion,
+    adapter: Adapter,
+    oracle: Oracle,
+    workdir: Path,
+    recorded: dict | None,
+) -> tuple[dict, dict, list[tuple[Path, Pictured]]]:
+    """Judges all methods on unseen and on seen users, and keeps the pictures of unseen ones.
 
     Returns:
-      For each group of users, the rates of every method, and the packed verdicts.
+      For each group of users, the rates of every method, and the packed verdicts; and the pictures that were kept.
     """
-    report, made = {}, {}
+    report, made, kept, sage = {}, {}, [], workdir / "data" / "sage"
     for place, split in USER_GROUPS.items():
         records = read_split(sage, split)
         cases = grouped_cases(records, {"usual": config.evaluate.per_rate[place]}, config.seed)["usual"]
         print_stage(f"judging {place} users: {len(cases)} cases, {1 + len(methods)} methods; compiling comes first")
-        verdicts = _judge_all(methods, oracle, cases, place)
+        verdicts, drawn = _judge_all(methods, oracle, cases, place)
+        if place == "unseen":  # kept for the page of every picture
+            for name, pictures in drawn.items():
+                said = _gate_words(model, adapter, methods["psa"][1], cases) if name.startswith("psa") else None
+                kept += keep_pictures(workdir / "pictures" / name, name, place, cases, pictures, said)
         made[place] = pack_place(cases, verdicts)
         if recorded is not None:
             verdicts |= recorded_verdicts(recorded[place], cases)
@@ -204,9 +224,9 @@ def _report(
     most = dict.fromkeys(HARDER, config.evaluate.per_rate.get("harder", 0))
     for name, cases in grouped_cases(read_split(sage, USER_GROUPS["unseen"]), most, config.seed).items():
         print_stage(f"judging {name}: {len(cases)} cases of unseen users")
-        verdicts = _judge_all({"psa": methods["psa"]}, oracle, cases, name)
+        verdicts, _ = _judge_all({"psa": methods["psa"]}, oracle, cases, name)
         report[name] = {method: rates(verdict, cases) for method, verdict in verdicts.items()}
-    return report, made
+    return report, made, kept
 
 
 def _finish(
@@ -235,13 +255,28 @@ def _device() -> str:
     return f"{len(devices)} × {devices[0].device_kind}{about}"
 
 
-def _judge_all(methods: Methods, oracle: Oracle, cases: Sequence[MiniCase], place: str) -> dict[str, Verdicts]:
-    """Judges every method on the same cases and seeds. The base model is the adapter at scale 0."""
-    verdicts = {"base": judge(oracle, generate_base(methods["psa"][0], cases, f"base, {place} users"), cases)}
+def _judge_all(
+    methods: Methods, oracle: Oracle, cases: Sequence[MiniCase], place: str
+) -> tuple[dict[str, Verdicts], dict[str, UInt8[np.ndarray, "n h w 3"]]]:
+    """Draws and judges every method on the same cases and seeds. The base model is the adapter at scale 0."""
+    drawn = {"base": generate_base(methods["psa"][0], cases, f"base, {place} users")}
     for name, (generator, table) in methods.items():
         users = table.lookup([case.user_id for case in cases])
-        verdicts[name] = judge(oracle, generate_cases(generator, cases, users, name=f"{name}, {place} users"), cases)
-    return verdicts
+        drawn[name] = generate_cases(generator, cases, users, name=f"{name}, {place} users")
+    return {name: judge(oracle, pictures, cases) for name, pictures in drawn.items()}, drawn
+
+
+def _gate_words(
+    model: StableDiffusion, adapter: Adapter, table: EmbeddingTable, cases: Sequence[MiniCase]
+) -> list[str] | None:
+    """What the gate by categories says of each case; None where there is no such gate."""
+    if not adapter.config.by_categories:
+        return None
+    users = table.lookup([case.user_id for case in cases])
+    return [
+        sentence(gates, "the user bans")
+        for gates in prompt_gates(model, adapter, [case.prompt for case in cases], users)
+    ]
 
 
 # --- the grid of pictures, curves and texts of the report

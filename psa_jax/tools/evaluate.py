@@ -1,6 +1,5 @@
 """`psa-jax evaluate`: what pictures show, by method, and how sure that is. The last line on stdout is JSON."""
 
-import importlib.util
 import json
 import shlex
 from argparse import Namespace
@@ -8,31 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psa_jax
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clip_embeddings import ClipEmbeddings
 from psa_jax.evaluation.clustered import Interval
-from psa_jax.evaluation.judged_page import Shown, write_judged_page
-from psa_jax.evaluation.judges.judge import Judge, JudgeSettings, make_judge
+from psa_jax.evaluation.judged_run import PAGE_FILE, RESULT_FILE, judge_pictures, require_packages
+from psa_jax.evaluation.judges.judge import JudgeSettings, make_judge
 from psa_jax.evaluation.judges.registry import JUDGES, MEASURES
 from psa_jax.evaluation.manifest import Pictured, read_manifest
 from psa_jax.evaluation.measured import measured, reference_pictures
-from psa_jax.evaluation.picture_rates import (
-    Judged,
-    by_slice,
-    by_user,
-    check_baseline,
-    content_shares,
-    differences,
-    personal_rates,
-    with_holm,
-)
-from psa_jax.evaluation.protocol import Verdicts
-from psa_jax.evaluation.readings import Readings
-from psa_jax.files import owner_only, write_private
-from psa_jax.progress import print_stage
+from psa_jax.evaluation.picture_rates import check_baseline
+from psa_jax.files import owner_only
 
-RESULT_FILE, PAGE_FILE = "result.json", "report.html"
 _COLUMNS = ("content", "suppression", "retention", "selectivity", "clean", "pass")
 
 
@@ -44,8 +29,7 @@ def run(args: Namespace) -> int:
     Raises:
       PSAError: a manifest, picture, judge or baseline that is wrong.
     """
-    if importlib.util.find_spec("statsmodels") is None:
-        raise PSAError("psa-jax evaluate compares with statsmodels: pip install 'psa_jax[eval]'")
+    require_packages()
     names = list(dict.fromkeys(args.judges.split(",")))
     unknown = [name for name in names if name not in {*JUDGES, *MEASURES}]
     if unknown:
@@ -66,30 +50,14 @@ def run(args: Namespace) -> int:
     judges = {name: make_judge(name, settings) for name in names if name not in MEASURES}
     measures, reference = _measures(args, [name for name in names if name in MEASURES])
     with owner_only():
-        args.out.mkdir(parents=True, exist_ok=True)
-        judged = {name: _judge(name, judge, listed, args) for name, judge in judges.items()}
-        embeddings = args.out / "embeddings"
         of_all = (
-            measured(listed, measures, ClipEmbeddings(args.clip), reference, embeddings, args.baseline)
+            measured(listed, measures, ClipEmbeddings(args.clip), reference, args.out / "embeddings", args.baseline)
             if measures
             else {}
         )
-    found = {name: each for name, (each, _) in judged.items()}
-    result = {
-        "psa_jax": psa_jax.__version__,
-        "baseline": args.baseline,
-        "pictures": len({path for path, _ in listed}),
-        "judges": found,
-        "measures": of_all,
-    }
-    write_private(args.out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    shown = Shown(
-        listed,
-        {name: verdicts for name, (_, verdicts) in judged.items()},
-        {name: judge.sees for name, judge in judges.items()},
-    )
-    page = args.out / PAGE_FILE
-    write_judged_page(page, result, shown, shlex.join(["psa-jax", "evaluate", *args.words]))
+    command = shlex.join(["psa-jax", "evaluate", *args.words])
+    result = judge_pictures(listed, judges, args.out, args.baseline, command, of_all)
+    found = result["judges"]
     for name, each in found.items():
         refused = {method: one["refused"] for method, one in each["methods"].items() if one["refused"]}
         if refused:
@@ -105,7 +73,7 @@ def run(args: Namespace) -> int:
     brief = {
         name: {method: each["content"] for method, each in judged["methods"].items()} for name, judged in found.items()
     }
-    print(json.dumps({"result": str(args.out / RESULT_FILE), "report": str(page), "content": brief}))
+    print(json.dumps({"result": str(args.out / RESULT_FILE), "report": str(args.out / PAGE_FILE), "content": brief}))
     return 0
 
 
@@ -149,33 +117,6 @@ def _listed(args: Namespace) -> Iterator[tuple[Path, Pictured]]:
                     "banned); make both manifests of one list of prompts"
                 )
             yield folder / each.file, each
-
-
-def _judge(
-    name: str, judge: Judge, listed: list[tuple[Path, Pictured]], args: Namespace
-) -> tuple[dict[str, Any], Verdicts]:
-    """What the result says of one judge, and its verdicts on all pictures."""
-    readings = Readings(args.out / f"{name}.jsonl", judge)
-    pictures = [each for _, each in listed]
-    print_stage(f"{name}: {len(pictures)} lines of manifests, {len(readings)} verdicts there already")
-    verdicts = readings.judged([path for path, _ in listed], [each.case for each in pictures], name)
-    whole = Judged(pictures, verdicts, judge.sees)
-    judged = whole.said()
-    methods, compared = {}, {}
-    for method in whole.methods:
-        part = judged.part(lambda each, method=method: each.method == method)
-        methods[method] = {
-            "content": content_shares(part),
-            "rates": personal_rates(part),
-            "slices": by_slice(part),
-            "users": by_user(part),
-            "refused": sum(each.method == method for each in pictures) - len(part.pictures),
-        }
-        if method != args.baseline:
-            compared[method] = differences(judged, method, args.baseline)
-    with_holm([test for outcomes in compared.values() for test in outcomes.values()])
-    said = {"about": dict(judge.about), "sees": sorted(judge.sees), "methods": methods, "differences": compared}
-    return said, verdicts
 
 
 def _table(methods: dict[str, dict[str, Any]]) -> str:

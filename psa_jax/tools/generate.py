@@ -16,10 +16,12 @@ import psa_jax
 from psa_jax.data.fingerprints import vae_fingerprint
 from psa_jax.data.preprocess import Preprocess
 from psa_jax.diffusion.concept_editing import Replacement, edit_concepts, read_replacements
+from psa_jax.diffusion.conditioning import prompt_gates
 from psa_jax.diffusion.generate import Generator
 from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.diffusion.sld_strengths import CONCEPT
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.gate_words import sentence
 from psa_jax.evaluation.manifest import ASKED, MANIFEST, Pictured, read_manifest, write_manifest
 from psa_jax.files import PRIVATE, PUBLIC, replacing, write_private
 from psa_jax.interop.adapter_file import adapter_hash, find_adapter, read_metadata
@@ -82,6 +84,7 @@ def run(args: Namespace) -> int:
     for line in cut:
         print_on_main(line)
     before = read_manifest(args.out, gone=True) if (args.out / MANIFEST).exists() else []
+    listed = _with_gates(listed, [picture for picture, _ in wanted], users, model, adapter, args.scale, batch)
     missing = [index for index, (picture, _) in enumerate(wanted) if not _is_whole(args.out / picture.name, picture)]
     if missing:
         print_stage(f"generating {len(missing)} of {len(wanted)} pictures; compiling comes first")
@@ -218,6 +221,26 @@ def _embeddings(trained: Path, args: Namespace, users: list[str]) -> Float[np.nd
 def _adapter(path: Path, model: StableDiffusion) -> Adapter:
     model.require_base_of(path, read_metadata(path))
     return load_adapter(path, model.unet.config.cross_attentions, model.unet.config.cross_attention_dim)
+
+
+def _with_gates(
+    listed: list[Pictured],
+    pictures: list[_Picture],
+    users: Float[np.ndarray, "n d"] | None,
+    model: StableDiffusion,
+    adapter: Adapter | None,
+    scale: float,
+    batch: int,
+) -> list[Pictured]:
+    """The lines of the manifest, which say what an adapter with a gate by categories replaces in their picture."""
+    if users is None or adapter is None or not adapter.config.by_categories or scale == 0.0:
+        return listed
+    said = {}
+    for start in range(0, len(pictures), batch):
+        part = pictures[start : start + batch]
+        gates = prompt_gates(model, adapter, [picture.prompt for picture in part], users[start : start + batch])
+        said |= {picture.name: sentence(row, "the user bans") for picture, row in zip(part, gates, strict=True)}
+    return [dataclasses.replace(line, gate=said[line.file]) for line in listed]
 
 
 def _contents(args: Namespace, model: StableDiffusion, adapter: Adapter | None) -> dict[str, str | None]:

@@ -33,9 +33,9 @@ def page(tmp_path_factory):
                 name = f"{index}{user}.png"
                 Image.fromarray(np.asarray(render(scene))).save(root / method / name)
                 prompt = "<script>alert(1)</script>" if index == 0 else f"a cat {index}"
-                listed.append(
-                    Pictured(name, method, f"p{index}", 7, prompt, user, concept.category, True, banned, "unseen", "L1")
-                )
+                said = f"replaced: {concept.category} 0.97" if method == "psa" and banned else ""
+                facts = (user, concept.category, True, banned, "unseen", f"L{1 + number}", said)
+                listed.append(Pictured(name, method, f"p{index}", 7, prompt, *facts))
         write_manifest(root / method, listed)
     assert main(["evaluate", str(root / "base"), str(root / "psa"), "--with=oracle", f"--out={root / 'out'}"]) == 0
     return root / "out" / "report.html"
@@ -76,6 +76,12 @@ def test_filters_clicks_and_keys(page, browser, width, scheme):
     opened.keyboard.press("Enter")
     assert first.locator("dl").is_visible() and "oracle" in first.locator("dl").inner_text()
     assert "bans" in first.locator("dl").inner_text()
+    ours = opened.locator(".cell").nth(1).locator("dl")
+    category, *others = sorted({CONCEPTS[2 * index].category for index in range(0, CASES, 2)})
+    assert f"Gate\nreplaced: {CONCEPTS[0].category} 0.97" in ours.evaluate(
+        "each => [...each.children].map(c => c.textContent).join('\\n')"
+    )
+    assert ", ".join([category, *others]) in ours.evaluate("each => each.textContent")
     opened.keyboard.press("Escape")
     assert first.locator("dl").is_hidden()
     assert opened.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll by themselves
@@ -83,6 +89,39 @@ def test_filters_clicks_and_keys(page, browser, width, scheme):
     assert names[:2] == ["base: oracle content", "psa: oracle content"] and all(names)
     assert failed == []
     context.close()
+
+
+def test_levels_are_drawn_for_each_method(page, browser):
+    context = browser.new_context(viewport={"width": 390, "height": 800})
+    opened = context.new_page()
+    opened.goto(page.as_uri())
+    labels = opened.locator(".panels svg").evaluate_all("all => all.map((each) => each.getAttribute('aria-label'))")
+    levels = json.loads((page.parent / "result.json").read_text())["judges"]["oracle"]["methods"]
+    assert len(labels) == len(levels) == 2
+    for label, (method, found) in zip(labels, levels.items(), strict=True):
+        assert label.startswith(f"{method}: suppression L1 ")
+        for level, rates in found["slices"]["level"].items():
+            assert f"{level} {rates['retention'][0]:.0f} (" in label.split("; retention ")[1]
+    # 100 % is at the top rule of its panel, 0 % at the bottom one
+    heights = (
+        opened.locator(".panels svg")
+        .first.locator(".one circle")
+        .evaluate_all("all => all.map((each) => +each.getAttribute('cy'))")
+    )
+    rules = (
+        opened.locator(".panels svg")
+        .first.locator(".rule")
+        .evaluate_all("all => all.map((each) => +each.getAttribute('y1'))")
+    )
+    assert heights == [rules[0]] * 2  # the base model suppresses nothing
+    context.close()
+
+
+def test_figures_are_beside_it(page):
+    for name in ("differences-oracle.png", "levels-oracle.png"):
+        with Image.open(page.parent / name) as picture:
+            picture.load()
+            assert min(picture.size) > 200 and len(set(picture.convert("L").get_flattened_data())) > 20
 
 
 def test_without_scripts_everything_is_there(page, browser):

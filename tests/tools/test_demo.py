@@ -13,6 +13,7 @@ from PIL import Image
 
 from psa_jax.cli import main
 from psa_jax.errors import PSAError
+from psa_jax.evaluation.manifest import read_manifest
 from psa_jax.tools import demo
 from psa_jax.tools.configs import read_config
 from psa_jax.training import gates, swap
@@ -80,6 +81,13 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys, monkeypatch):
     assert str(tmp_path / "report.html") in headline and json.loads(last)["report"] == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 20
+    judged = json.loads((tmp_path / "judged" / "result.json").read_text())["judges"]["oracle"]["methods"]
+    for name, rates in judged.items():  # the same pictures, read from their files
+        assert rates["rates"]["suppression"][0] == pytest.approx(report["unseen"][name]["suppression"])
+    assert judged.keys() == report["unseen"].keys() and report["pictures"].startswith("judged/report.html")
+    kept = read_manifest(tmp_path / "pictures" / "psa")
+    assert len(kept) == 17 and all(each.gate for each in kept)
+    assert not any(each.gate for each in read_manifest(tmp_path / "pictures" / "base"))
     assert [json.loads(row)["step"] for row in (tmp_path / "psa" / "metrics.jsonl").read_text().splitlines()] == [1, 4]
 
 
