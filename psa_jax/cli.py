@@ -59,6 +59,9 @@ COMMANDS = {
     "evaluate prompts": Command(
         "list the prompts of a set that the field evaluates on", evaluate_arguments.prompts, "evaluate_prompts"
     ),
+    "evaluate erase": Command(
+        "write a base model without some concepts, a baseline", evaluate_arguments.erase, "evaluate_erase"
+    ),
     "evaluate verdicts": Command(
         "total up a file of what a judge said", evaluate_arguments.verdicts, "evaluate_verdicts"
     ),

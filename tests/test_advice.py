@@ -22,6 +22,7 @@ SAID_BY = {
     "bench_torch": ["bench"],
     "turns": ["bench"],
     "prompts": ["generate"],
+    "evaluate_erase": ["evaluate erase"],
     "evaluate_prompts": ["evaluate prompts"],
     "evaluate_verdicts": ["evaluate verdicts"],
     "import_": ["import"],

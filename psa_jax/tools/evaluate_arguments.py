@@ -4,6 +4,7 @@ from argparse import ArgumentParser
 
 from psa_jax.evaluation.judges.registry import JUDGES, MEASURES
 from psa_jax.evaluation.prompt_set_table import PROTOCOLS, REWRITES, SETS
+from psa_jax.tools.arguments import base_model
 from psa_jax.tools.flags import count, index, path, rate, seed
 
 
@@ -72,6 +73,34 @@ def prompts(parser: ArgumentParser) -> None:
     parser.add_argument("--levels", type=path, metavar="FILE", help="sage: levels.json of psa-jax levels")
     ways = "; ".join(f"{name}: {about}" for name, about in REWRITES.items())
     parser.add_argument("--rewrite", choices=list(REWRITES), help=f"sage: a baseline of words alone. {ways}")
+
+
+def erase(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax evaluate erase`."""
+    base_model(parser)
+    parser.add_argument(
+        "--method",
+        choices=["esd", "uce"],
+        required=True,
+        help="esd: Erased Stable Diffusion, trained; uce: Unified Concept Editing, in closed form",
+    )
+    parser.add_argument(
+        "--concepts",
+        type=path,
+        required=True,
+        metavar="FILE",
+        help="CSV of concept and guide; esd erases each concept and does not read its guide",
+    )
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the model, new or empty")
+    esd = parser.add_argument_group("esd")
+    esd.add_argument("--steps", type=count, metavar="N", help="training steps (default: 300)")
+    esd.add_argument("--learning-rate", type=rate, metavar="X", help="of Adam (default: 1e-5)")
+    esd.add_argument("--strength", type=rate, metavar="X", help="how far from the concept (default: 1)")
+    esd.add_argument("--batch-size", type=count, metavar="N", help="noisy pictures a step (default: 8)")
+    esd.add_argument("--pictures", type=count, metavar="N", help="pictures drawn of each concept (default: 8)")
+    esd.add_argument("--sampler-steps", type=count, metavar="N", help="of those pictures (default: 20)")
+    esd.add_argument("--guidance", type=rate, metavar="X", help="of those pictures (default: 3)")
+    esd.add_argument("--seed", type=seed, help="of pictures, noise and timesteps (default: 0)")
 
 
 def verdicts(parser: ArgumentParser) -> None:
