@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from psa_jax.evaluation.judges.registry import JUDGES, MEASURES
 from psa_jax.evaluation.prompt_set_table import PROTOCOLS, REWRITES, SETS
 from psa_jax.tools.arguments import base_model
-from psa_jax.tools.flags import count, index, path, rate, seed
+from psa_jax.tools.flags import count, index, path, rate, seed, weight
 
 
 def pictures(parser: ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def erase(parser: ArgumentParser) -> None:
     esd.add_argument("--batch-size", type=count, metavar="N", help="noisy pictures a step (default: 8)")
     esd.add_argument("--pictures", type=count, metavar="N", help="pictures drawn of each concept (default: 8)")
     esd.add_argument("--sampler-steps", type=count, metavar="N", help="of those pictures (default: 20)")
-    esd.add_argument("--guidance", type=rate, metavar="X", help="of those pictures (default: 3)")
+    esd.add_argument("--guidance", type=weight, metavar="X", help="of those pictures (default: 3)")
     esd.add_argument("--seed", type=seed, help="of pictures, noise and timesteps (default: 0)")
 
 

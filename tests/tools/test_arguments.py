@@ -36,6 +36,8 @@ TAKEN = {
     "eta": {"0"},
     "requests": {"0"},
     "judge_timeout": {"1.5", "9" * 30},
+    "learning_rate": {"1.5", "9" * 30},
+    "strength": {"1.5", "9" * 30},
 }
 """Which of NUMBERS each flag takes."""
 
