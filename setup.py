@@ -73,6 +73,7 @@ setup(
         "ml-collections>=1.1,<2",
         "ml-dtypes>=0.5,<1",
         "numpy>=2.0,<3",
+        "packaging>=24,<27",
         "scipy>=1.14,<2",
         "pillow>=11,<14",
         "safetensors>=0.6,<1",

@@ -67,6 +67,7 @@ COMMANDS = {
     ),
     "export": Command("write a trained adapter as a file", arguments.export, "export"),
     "import": Command("read an adapter file for a base model", arguments.import_, "import_"),
+    "doctor": Command("say what a training lacks on this machine, and what mends it", arguments.doctor, "doctor"),
     "bench": Command("measure speed, also against the torch original's approach", arguments.bench, "bench"),
 }
 
@@ -160,7 +161,7 @@ def _run(name: str, words: list[str]) -> int:
         for value in (word.partition("=")[2] or word for word in words):
             message = message.replace(repr(value), quoted(value))
         raise PSAError(f"{error.argument_name}: {message}") from error
-    if getattr(args, "takes_config", False):
+    if getattr(args, "takes_config", False) and args.config is not None:
         from psa_jax.tools.configs import load_config  # imported late: --help must be quick
 
         # argparse knows --config, but not --config.KEY=VALUE: the keys are those of the file.
@@ -168,7 +169,7 @@ def _run(name: str, words: list[str]) -> int:
         with args.config.unlocked():
             args.config.update({name: vars(args)[name] for name in arguments.BASE_MODEL if vars(args).get(name)})
     if rest:
-        keys = args.config if getattr(args, "takes_config", False) else ()
+        keys = getattr(args, "takes_config", False) and args.config or ()
         close = [f"--config.{word[2:]}" for word in rest if word.startswith("--") and word[2:].split("=")[0] in keys]
         hint = f"; did you mean {' '.join(close)}?" if close else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")

@@ -312,6 +312,16 @@ def train(parser: ArgumentParser) -> None:
     group.add_argument("--process-id", type=index, metavar="I", help="number of this process, from 0")
 
 
+def doctor(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax doctor`."""
+    parser.set_defaults(takes_config=True)
+    parser.add_argument(
+        "--config", type=place, metavar=_CONFIG, help="training configuration to check as well (default: none)"
+    )
+    base_model_of_config(parser)
+    parser.add_argument("--workdir", type=path, metavar="DIR", help="its folder for all output")
+
+
 def demo(parser: ArgumentParser) -> None:
     """Flags of `psa-jax demo`."""
     parser.set_defaults(takes_config=True)
