@@ -48,7 +48,7 @@ def base_config(objective: Objective) -> ml_collections.ConfigDict:
     config.sample_every = 0  # sample grids every so many steps; 0: never
 
     # --- how a step is computed: changes speed and memory, and the result only by rounding
-    config.mesh = dict(data=-1, fsdp=1, frozen="replicated")
+    config.mesh = dict(data=-1, fsdp=1, frozen="replicated", slices=1)
     config.accumulate = 1
     config.remat = "projections"
     config.dtype = "bfloat16"

@@ -164,6 +164,7 @@ PRETRAINING: dict[str, Rule] = _under(
 )
 OPTIONAL: dict[str, Rule] = {
     "init_from": PLACE,
+    "mesh.slices": SIZE,
     "adapter.hidden": optional(SIZE),
     "adapter.mixing": FLAG,
     "adapter.pooled": FLAG,
@@ -256,7 +257,7 @@ def validate_devices(config: ml_collections.ConfigDict, devices: Sequence[jax.De
     Raises:
       PSAError: too few devices, a process that has none of them, or a batch that they cannot share evenly.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices, config.mesh.get("slices", 1))
     if devices is None:
         used = {device.process_index for device in mesh.devices.flat}
         if len(used) < jax.process_count():

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from psa_jax.errors import PSAError
@@ -26,8 +27,20 @@ RULES = {
 """
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of data × fsdp devices (default: of all processes); `data` = −1 takes all that there are."""
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None, slices: int = 1) -> Mesh:
+    """A mesh of data × fsdp devices (default: of all processes); `data` = −1 takes all that there are.
+
+    Slices share no fast network, so that matrices are divided inside one and only gradients, along `data`, go between
+    them: the rows of the first slice come first, then those of the next.
+
+    Args:
+      data, fsdp: sizes of the two axes, over all slices.
+      devices: to be used.
+      slices: TPU slices, or on CPUs as many equal groups of processes, which stand for slices.
+
+    Raises:
+      PSAError: sizes that do not fit the devices or their slices.
+    """
     available = jax.devices() if devices is None else list(devices)
     if fsdp < 1:
         raise PSAError(f"mesh.fsdp = {fsdp}; give 1 or more devices")
@@ -36,8 +49,44 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         raise PSAError(f"mesh.fsdp = {fsdp}: {len(available)} devices cannot be divided by it; give mesh.data, too")
     if not 1 <= rows * fsdp <= len(available):
         raise PSAError(f"mesh.data = {data}, mesh.fsdp = {fsdp}: there are {len(available)} devices")
+    groups = slices_of(available, slices)
     # Convolutions with sharded operands need Auto axes; jax.make_mesh makes Explicit ones by default.
-    return jax.make_mesh((rows, fsdp), ROWS, axis_types=(AxisType.Auto,) * 2, devices=available[: rows * fsdp])
+    axes: dict[str, Any] = {"axis_types": (AxisType.Auto,) * 2}
+    if slices == 1:
+        return jax.make_mesh((rows, fsdp), ROWS, devices=available[: rows * fsdp], **axes)
+    size = len(groups[0])
+    if size % fsdp or rows * fsdp != len(available):
+        raise PSAError(
+            f"mesh.data = {data}, mesh.fsdp = {fsdp}, mesh.slices = {slices}: each slice has {size} devices, all of "
+            "which are used and are divided by mesh.fsdp; give mesh.data = -1 and another mesh.fsdp"
+        )
+    placed = [mesh_utils.create_device_mesh((size // fsdp, fsdp), group) for group in groups]
+    return Mesh(np.concatenate(placed), ROWS, **axes)
+
+
+def slices_of(devices: Sequence[Any], slices: int) -> list[list[Any]]:
+    """The devices of each slice, slices in their order.
+
+    Args:
+      devices: of all processes. TPU devices say which slice they are of; CPU devices do not, and are taken in order.
+      slices: how many there have to be.
+
+    Raises:
+      PSAError: the devices are of another number of slices, or of slices of several sizes.
+    """
+    found: dict[int, list[Any]] = {}
+    for number, device in enumerate(devices):
+        of_cpu = number * slices // len(devices)
+        found.setdefault(of_cpu if device.platform == "cpu" else getattr(device, "slice_index", 0), []).append(device)
+    # A GPU calls each host a slice, and whoever asks for one slice takes them together.
+    if slices == 1 and devices[0].platform != "tpu":
+        return [list(devices)]
+    if len(found) != slices:
+        raise PSAError(f"mesh.slices = {slices}: the devices are of {len(found)}; give mesh.slices = {len(found)}")
+    if len({len(group) for group in found.values()}) > 1:
+        sizes = ", ".join(str(len(found[index])) for index in sorted(found))
+        raise PSAError(f"mesh.slices = {slices}: the slices have {sizes} devices; all need equally many")
+    return [found[index] for index in sorted(found)]
 
 
 def check_batch(pairs: int, mesh: Mesh, accumulate: int) -> None:

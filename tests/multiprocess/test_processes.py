@@ -102,8 +102,8 @@ def test_two_processes_stopped_killed_and_hung_then_one_with_other_devices(runs,
         assert len(rows(run.workdir)) == STEPS
 
 
-def test_four_processes(runs, alone, tmp_path):
-    found = group(runs, tmp_path, 4)
+def test_four_processes_named_as_two_slices(runs, alone, tmp_path):
+    found = group(runs, tmp_path, 4, mesh__data=2, mesh__fsdp=2, mesh__slices=2)
     assert [run.code() for run in found] == [0] * 4, "".join(run.output for run in found)
     assert_same_losses(rows(tmp_path), alone)
     assert len(rows(tmp_path)) == STEPS and checkpoint_steps(tmp_path) == [35, STEPS]

@@ -1,5 +1,7 @@
 """Where arrays live: meshes, the table of rules, and what a device then holds."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,15 @@ from jax.sharding import PartitionSpec
 
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import load_stable_diffusion
-from psa_jax.training.sharding import array_name, check_batch, make_mesh, placement, shardings, weight_sharding
+from psa_jax.training.sharding import (
+    array_name,
+    check_batch,
+    make_mesh,
+    placement,
+    shardings,
+    slices_of,
+    weight_sharding,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +41,53 @@ def test_meshes(data, fsdp, shape):
 def test_meshes_that_cannot_be_made(data, fsdp, message):
     with pytest.raises(PSAError, match=message):
         make_mesh(data, fsdp)
+
+
+class Device(NamedTuple):
+    """A device as far as slices are concerned."""
+
+    id: int
+    platform: str
+    slice_index: int = 0
+
+
+def test_matrices_are_divided_inside_a_slice():
+    """Eight CPU devices as two slices of four: {0, 1, 2, 3} and {4, 5, 6, 7}."""
+    mesh = make_mesh(-1, 2, slices=2)
+    assert mesh.axis_names == ("data", "fsdp") and mesh.devices.shape == (4, 2)
+    ids = np.vectorize(lambda device: device.id)(mesh.devices) - min(device.id for device in jax.devices())
+    for row, pair in enumerate(ids):
+        assert {place // 4 for place in pair} == {row // 2}
+    assert make_mesh(-1, 1, slices=2).devices.shape == make_mesh(8, 1, slices=2).devices.shape == (8, 1)
+    assert make_mesh(-1, 4, slices=2).devices.shape == (2, 4)
+
+
+def test_slices_that_tpus_say():
+    mixed = [Device(id, "tpu", slice_index=id % 2) for id in range(8)]
+    assert [[device.id for device in group] for group in slices_of(mixed, 2)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    with pytest.raises(PSAError, match="mesh.slices = 1: the devices are of 2; give mesh.slices = 2"):
+        slices_of(mixed, 1)
+    with pytest.raises(PSAError, match="mesh.slices = 4: the devices are of 2; give mesh.slices = 2"):
+        slices_of(mixed, 4)
+    with pytest.raises(PSAError, match="have 4, 3 devices; all need equally many"):
+        slices_of(mixed[:7], 2)
+    # A GPU's host calls itself a slice: one is what there was before.
+    hosts = [Device(id, "gpu", slice_index=id // 4) for id in range(8)]
+    assert slices_of(hosts, 1) == [hosts] and [len(group) for group in slices_of(hosts, 2)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "slices", "message"),
+    [
+        (-1, 8, 2, "each slice has 4 devices"),
+        (2, 2, 2, "all of which are used"),
+        (-1, 1, 3, "the slices have 3, 3, 2 devices"),
+        (-1, 1, 16, "mesh.slices = 16: the devices are of 8; give mesh.slices = 8"),
+    ],
+)
+def test_slices_that_do_not_fit(data, fsdp, slices, message):
+    with pytest.raises(PSAError, match=message):
+        make_mesh(data, fsdp, slices=slices)
 
 
 def test_batches_that_cannot_be_divided():
