@@ -1,4 +1,4 @@
-"""Safe reader of torch's `.bin` files (zip format): arrays, without torch and without executing the pickle.
+"""Safe reader of files of `torch.save`, zip or older: arrays, without torch and without executing the pickle.
 
 A pickle is a program. It is interpreted here opcode by opcode, with the opcodes that a state dict needs: numbers, text,
 tuples, lists, dicts, and three names, which stand for values made here and never for code. Every other opcode or name
@@ -12,6 +12,7 @@ import math
 import pickletools
 import struct
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,10 @@ _STORAGES = {
     "torch HalfStorage": np.dtype("<f2"),
     "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
 }
+_INTEGERS = {"torch LongStorage": np.dtype("<i8")}
+# The first two pickles of a file from before torch 1.6: its mark, and the version of the format.
+_OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19." + b"\x80\x02M\xe9\x03."
+_OF_A_LIST = {"PROTO", "EMPTY_LIST", "BINPUT", "LONG_BINPUT", "MARK", "BINUNICODE", "APPEND", "APPENDS", "STOP"}
 _DICT = "collections OrderedDict"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
@@ -51,52 +56,69 @@ class _Refused(Exception):
     """Reason of a refusal. `read_state` adds the file and the advice."""
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, *, integers: bool = False) -> dict[str, Any]:
     """State dict in a file of `torch.save`: names to tensors, or to dicts of tensors.
+
+    Args:
+      path: the file.
+      integers: also reads tensors of integers, such as counters of batches.
 
     Raises:
       PSAError: another content, or a damaged, oversized or malicious file. Nothing in it is executed.
     """
     if not path.is_file():
         raise PSAError(f"{path}: no such file")
+    dtypes, size = _STORAGES | (_INTEGERS if integers else {}), path.stat().st_size
     try:
+        with path.open("rb") as file:
+            if file.read(len(_OLD)) == _OLD:
+                return _plain(_read_old(file, size, dtypes))
         with zipfile.ZipFile(path) as archive:
-            return _plain(_interpret(*_open(archive, path.stat().st_size)))
+            program, load = _open(archive, size)
+            return _plain(_interpret(io.BytesIO(program), _Storages(dtypes, load), size))
     except _Refused as refusal:
-        raise PSAError(f"{path}: refused, nothing in it was run: {refusal}; use only adapters you trust") from None
+        raise PSAError(f"{path}: refused, nothing in it was run: {refusal}; use only files you trust") from None
     except _DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PSAError(
-            f"{path}: not a whole file of torch's zip format ({reason}); save it again with torch.save"
+            f"{path}: not a whole file of torch.save ({reason}); get it again, or save it again with torch.save"
         ) from error
 
 
-class _Storages:
-    """Storages of the archive: the raw numbers beside the pickle. Each is read once."""
+_Load = Callable[[str, np.dtype, int], np.ndarray]
+"""(key, dtype, count) → the numbers of a storage."""
 
-    def __init__(self, archive: zipfile.ZipFile, prefix: str):
-        self._archive, self._prefix, self._read = archive, prefix, {}
+
+class _Storages:
+    """Storages of a file: the raw numbers beside the pickle. Each is read once.
+
+    Args:
+      dtypes: of the storages that may occur, by their name.
+      load: reads one.
+    """
+
+    def __init__(self, dtypes: Mapping[str, np.dtype], load: _Load):
+        self.dtypes, self._load, self._read = dtypes, load, {}
 
     def get(self, pid: Any) -> _Storage:
-        """Storage of the persistent id ("storage", class, key, device, count)."""
+        """Storage of the persistent id ("storage", class, key, device, count); older files add None, for "no view"."""
+        if isinstance(pid, tuple) and len(pid) == 6 and pid[5] is None:
+            pid = pid[:5]
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or type(pid[1]) is not _Name:
             raise _Refused("a persistent id that names no storage")
         _, storage_class, key, _, count = pid
-        if storage_class not in _STORAGES or type(key) is not str or not key.isdecimal() or type(count) is not int:
-            raise _Refused("a persistent id that names no storage of floating-point numbers")
+        if storage_class not in self.dtypes or type(key) is not str or not key.isdecimal() or type(count) is not int:
+            raise _Refused("a persistent id that names no storage of numbers that are read here")
         if key not in self._read:
-            content, dtype = self._archive.read(f"{self._prefix}/data/{key}"), _STORAGES[storage_class]
-            if len(content) != count * dtype.itemsize:
-                raise _Refused(f"storage {key} has {len(content)} bytes, {count} numbers are announced")
-            self._read[key] = storage_class, _Storage(np.frombuffer(content, dtype))
+            self._read[key] = storage_class, _Storage(self._load(key, self.dtypes[storage_class], count))
         known, storage = self._read[key]
         if known != storage_class or len(storage.values) != count:
             raise _Refused(f"storage {key} is used as two different ones")
         return storage
 
 
-def _open(archive: zipfile.ZipFile, size: int) -> tuple[bytes, _Storages, int]:
-    """The pickle, the storages, and an upper bound for the bytes of all tensors."""
+def _open(archive: zipfile.ZipFile, size: int) -> tuple[bytes, _Load]:
+    """The pickle, and what loads its storages."""
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     if len(names) > MAX_ENTRIES or len(set(names)) != len(names):
@@ -109,16 +131,82 @@ def _open(archive: zipfile.ZipFile, size: int) -> tuple[bytes, _Storages, int]:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise _Refused(f"{entry.filename[:80]!r} is compressed or encrypted, which torch never does")
     if sum(entry.file_size for entry in entries) > size or size > MAX_BYTES:
-        raise _Refused("it claims to be larger than it is, or is larger than any adapter")
+        raise _Refused("it claims to be larger than it is, or is larger than any state dict")
     if archive.getinfo(f"{prefix}/data.pkl").file_size > MAX_PICKLE_BYTES:
-        raise _Refused("its pickle is larger than any adapter's")
+        raise _Refused("its pickle is larger than any state dict's")
     if f"{prefix}/byteorder" in names and archive.read(f"{prefix}/byteorder") != b"little":
         raise _Refused("its numbers are big-endian")
-    return archive.read(f"{prefix}/data.pkl"), _Storages(archive, prefix), size
+
+    def load(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        content = archive.read(f"{prefix}/data/{key}")
+        if len(content) != count * dtype.itemsize:
+            raise _Refused(f"storage {key} has {len(content)} bytes, {count} numbers are announced")
+        return np.frombuffer(content, dtype)
+
+    return archive.read(f"{prefix}/data.pkl"), load
 
 
-def _interpret(program: bytes, storages: _Storages, budget: int) -> Any:
-    """What the pickle describes. Tensors take their bytes from `budget`: views of one storage must not pile up."""
+def _read_old(file: io.BufferedReader, size: int, dtypes: Mapping[str, np.dtype]) -> Any:
+    """What a file from before torch 1.6 holds: pickles of the system, of the state and of the storages' keys, then the
+    storages in this order, each after its length. Their types are in the state, which is therefore interpreted twice.
+
+    Args:
+      file: after the bytes `_OLD`.
+      size: of the file, in bytes.
+      dtypes: of the storages that may occur, by their name.
+    """
+    if size > MAX_BYTES:
+        raise _Refused("it is larger than any state dict")
+    head, announced = io.BytesIO(file.read(MAX_PICKLE_BYTES)), dict[str, tuple[np.dtype, int]]()
+    left = size
+
+    def announce(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        nonlocal left
+        if count < 0 or len(announced) == MAX_ENTRIES:
+            raise _Refused(f"storage {key} announces {count} numbers, or is one of more than {MAX_ENTRIES}")
+        announced[key] = dtype, count
+        left -= count * dtype.itemsize
+        if left < 0:
+            raise EOFError(f"storage {key} announces {count} numbers, more than the file has")
+        return np.zeros(count, dtype)
+
+    system = _interpret(head, _Storages({}, announce), 0)  # which has no storages
+    if type(system) is not dict or system.get("little_endian") is not True:
+        raise _Refused("its numbers are big-endian")
+    start = head.tell()
+    _interpret(head, _Storages(dtypes, announce), size)
+    keys = _texts(head)
+    if len(set(keys)) != len(keys) or set(keys) != announced.keys():
+        raise _Refused("it lists other storages than it uses")
+    file.seek(len(_OLD) + head.tell())
+    found: dict[str, np.ndarray] = {}
+    for key in keys:
+        dtype, count = announced[key]
+        length, content = file.read(8), file.read(count * dtype.itemsize)
+        if len(length) + len(content) != 8 + count * dtype.itemsize:
+            raise EOFError(f"storage {key} ends early")
+        if int.from_bytes(length, "little") != count:
+            raise _Refused(f"storage {key} has another length than the {count} numbers that are announced")
+        found[key] = np.frombuffer(content, dtype)
+    if file.read(1):
+        raise _Refused("it goes on behind its end")
+    head.seek(start)
+    return _interpret(head, _Storages(dtypes, lambda key, dtype, count: found[key]), size)
+
+
+def _texts(program: io.BytesIO) -> list[str]:
+    """The list of texts that a pickle describes."""
+    found = []
+    for opcode, value, _ in pickletools.genops(program):
+        if opcode.name not in _OF_A_LIST:
+            raise _Refused(f"its list of storages uses {opcode.name}")
+        if opcode.name == "BINUNICODE":
+            found.append(value)
+    return found
+
+
+def _interpret(program: io.BytesIO, storages: _Storages, budget: int) -> Any:
+    """What the next pickle describes. Tensors take their bytes from `budget`: views of one storage must not pile up."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
 
@@ -135,7 +223,7 @@ def _interpret(program: bytes, storages: _Storages, budget: int) -> Any:
                 return items
         raise _Refused("its pickle takes more than it has put")
 
-    for opcode, value, _ in pickletools.genops(io.BytesIO(program)):
+    for opcode, value, _ in pickletools.genops(program):
         match opcode.name:
             case "PROTO":
                 if value != 2:
@@ -175,7 +263,7 @@ def _interpret(program: bytes, storages: _Storages, budget: int) -> Any:
                 items = pop_to_mark()
                 _fill(stack[-1], items)
             case "GLOBAL":
-                if value not in (_DICT, _TENSOR, _PARAMETER, *_STORAGES):
+                if value not in (_DICT, _TENSOR, _PARAMETER, *storages.dtypes):
                     raise _Refused(f"its pickle asks for {value[:80]!r}, which no state dict needs")
                 stack.append(_Name(value))
             case "BINPERSID":

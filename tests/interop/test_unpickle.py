@@ -6,6 +6,7 @@ import copyreg
 import io
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -48,7 +49,8 @@ def refused(path: Path) -> str:
 # --- what torch writes
 
 
-def test_as_torch_reads_it(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
+def test_as_torch_reads_it(tmp_path, zipped):
     state = {
         "psa_adapter": torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).state_dict(),  # with _metadata
         "user_proj": {
@@ -63,7 +65,7 @@ def test_as_torch_reads_it(tmp_path):
         },
     }
     state["user_proj"]["again"] = state["user_proj"]["shared"]
-    found = read_state(save(tmp_path / "a.bin", state))
+    found = read_state(save(tmp_path / "a.bin", state, _use_new_zipfile_serialization=zipped))
     expected = torch.load(tmp_path / "a.bin", weights_only=True)
     assert {group: set(tensors) for group, tensors in found.items()} == {g: set(t) for g, t in expected.items()}
     for group, tensors in expected.items():
@@ -87,16 +89,85 @@ def test_a_flat_state_dict(tmp_path):
 def test_a_truncated_file(tmp_path, length):
     path = save(tmp_path / "a.bin", {"a": torch.randn(8, 8)})
     path.write_bytes(path.read_bytes()[:length])
-    assert "not a whole file of torch's zip format" in refused(path)
-
-
-def test_the_format_before_torch_1_6_has_a_way_out(tmp_path):
-    path = save(tmp_path / "a.bin", {"a": torch.randn(2)}, _use_new_zipfile_serialization=False)
-    assert "save it again with torch.save" in refused(path)
+    assert "not a whole file of torch.save" in refused(path)
 
 
 def test_no_such_file(tmp_path):
     assert "no such file" in refused(tmp_path / "a.bin")
+
+
+def test_integers_where_they_are_asked_for(tmp_path):
+    for zipped in (True, False):
+        path = save(tmp_path / "a.bin", torch.nn.BatchNorm1d(2).state_dict(), _use_new_zipfile_serialization=zipped)
+        assert "LongStorage" in refused(path)
+        found = read_state(path, integers=True)
+        assert (found["num_batches_tracked"].dtype, found["num_batches_tracked"].tolist()) == (np.int64, 0)
+
+
+# --- the format before torch 1.6: five pickles, then the numbers
+
+
+def older(tmp_path: Path) -> Path:
+    state = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).state_dict()
+    return save(tmp_path / "old.bin", state, _use_new_zipfile_serialization=False)
+
+
+def test_an_older_file_that_ends_early_or_late(tmp_path):
+    content = older(tmp_path).read_bytes()
+    path = tmp_path / "a.bin"
+    for length in (21, 60, 200, len(content) - 100, len(content) - 44, len(content) - 1):
+        path.write_bytes(content[:length])
+        assert "not a whole file of torch.save" in refused(path)
+    path.write_bytes(content + b"\0")
+    assert "goes on behind its end" in refused(path)
+
+
+def changed(content: bytes, before: bytes, after: bytes) -> bytes:
+    assert content.count(before) == 1
+    return content.replace(before, after)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: changed(c, b"little_endianq\x02\x88", b"little_endianq\x02\x89"), "big-endian"),
+        (lambda c: changed(c, b"]q\x00(", b"]q\x00K\x01("), "its list of storages uses BININT1"),
+        (lambda c: changed(c, b"cpuq\x07K\x06", b"cpuq\x07K\x05"), "out of its storage"),
+        (
+            lambda c: changed(c, (6).to_bytes(8, "little"), (5).to_bytes(8, "little")),
+            "another length than the 6 numbers",
+        ),
+        (lambda c: changed(c, b"cpuq\x07K\x06", b"cpuq\x07J\xff\xff\xff\x7f"), "more than the file has"),
+        (lambda c: changed(c, b"cpuq\x07K\x06", b"cpuq\x07J\xff\xff\xff\xff"), "announces -1 numbers"),
+    ],
+)
+def test_an_older_file_that_is_not_what_it_says(tmp_path, change, says):
+    path = older(tmp_path)
+    path.write_bytes(change(path.read_bytes()))
+    assert says in refused(path)
+
+
+def test_an_older_file_that_lists_other_storages(tmp_path):
+    path = older(tmp_path)
+    content = path.read_bytes()
+    start = content.rindex(b"\x80\x02]q")
+    key = re.search(rb"X(....)(\d+)", content[start:], re.DOTALL)[2]
+    path.write_bytes(content[:start] + content[start:].replace(key, key[::-1]))
+    assert key != key[::-1] and "lists other storages than it uses" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        ("MAX_PICKLE_BYTES", "not a whole file"),
+        ("MAX_ENTRIES", "one of more than 2"),
+        ("MAX_BYTES", "larger than any state dict"),
+    ],
+)
+def test_limits_of_an_older_file(tmp_path, monkeypatch, limit, says):
+    path = older(tmp_path)
+    monkeypatch.setattr(unpickle, limit, 2)
+    assert says in refused(path)
 
 
 # --- what is built to do harm. Each program, run by `pickle`, makes the file "ran".
@@ -206,6 +277,12 @@ class Opened:
 def test_a_program_is_refused_and_nothing_runs(tmp_path, name):
     ran = tmp_path / "ran"
     refused(archive(tmp_path / "a.bin", PROGRAMS[name](ran), {"0": b"\0" * 4}))
+    # In the older format in place of the state, and of the system's description before it.
+    content = older(tmp_path).read_bytes()
+    for place in (content.index(b"\x80\x02ccollections"), len(unpickle._OLD)):
+        program = PROGRAMS[name](ran)
+        (tmp_path / "b.bin").write_bytes(content[:place] + program + (content[place:] if program else b""))
+        refused(tmp_path / "b.bin")
     assert not ran.exists()
 
 
@@ -342,17 +419,19 @@ def test_nested_and_recursive(tmp_path):
 def test_damage_anywhere_is_an_error_or_leaves_a_dict_of_arrays(tmp_path):
     """Bytes changed at random, in the pickle (in a sound archive) and in the file as a whole."""
     rng = np.random.default_rng(0)
-    whole = save(tmp_path / "whole.bin", {"a": torch.nn.Linear(2, 3).state_dict(), "b": {"c": torch.ones(2)}})
+    state = {"a": torch.nn.Linear(2, 3).state_dict(), "b": {"c": torch.ones(2)}}
+    whole = save(tmp_path / "whole.bin", state)
+    old = save(tmp_path / "old.bin", state, _use_new_zipfile_serialization=False).read_bytes()
     with zipfile.ZipFile(whole) as file:
         (name,) = [name for name in file.namelist() if name.endswith("data.pkl")]
         program = file.read(name)
         storages = {str(i): file.read(name.replace("data.pkl", f"data/{i}")) for i in range(3)}
     path, errors = tmp_path / "a.bin", 0
-    for turn in range(600):
-        content = bytearray(program if turn % 2 else whole.read_bytes())
+    for turn in range(900):
+        content = bytearray((whole.read_bytes(), program, old)[turn % 3])
         for _ in range(rng.integers(1, 4)):
             content[rng.integers(len(content))] = rng.integers(256)
-        if turn % 2:
+        if turn % 3 == 1:
             archive(path, bytes(content), storages)
         else:
             path.write_bytes(content)
@@ -363,7 +442,7 @@ def test_damage_anywhere_is_an_error_or_leaves_a_dict_of_arrays(tmp_path):
             continue
         for group in found.values():
             assert all(type(tensor) is np.ndarray for tensor in (group.values() if type(group) is dict else [group]))
-    assert 200 < errors < 600
+    assert 300 < errors < 900
 
 
 # --- archives
@@ -409,7 +488,7 @@ def test_overlapping_entries(tmp_path):
 
 @pytest.mark.parametrize(
     ("limit", "says"),
-    [("MAX_PICKLE_BYTES", "pickle is larger"), ("MAX_ENTRIES", "entries"), ("MAX_BYTES", "larger than any adapter")],
+    [("MAX_PICKLE_BYTES", "pickle is larger"), ("MAX_ENTRIES", "entries"), ("MAX_BYTES", "larger than any state dict")],
 )
 def test_limits(tmp_path, monkeypatch, limit, says):
     path = save(tmp_path / "a.bin", {"a": torch.ones(3)})
