@@ -24,6 +24,7 @@ from psa_jax.tensor_file import Entry, all_finite, read_header, require_floats, 
 # Attributes that are list entries in the torch modules.
 _RENAMED = {"to_out_0": "to_out.0", "net_0": "net.0", "net_2": "net.2"}
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_LEAVES |= {"mean": "running_mean", "var": "running_var"}  # of a batch normalisation
 _STACK = "transformer_blocks"
 # Tensors that diffusers and transformers ignore unless they are parameters of the model: constants of old files
 # (positions and frequencies), and the other parts of a whole CLIP.
@@ -276,6 +277,7 @@ def load_weights(
     *,
     dtype: Any = jnp.float32,
     sharding: Shardings | None = None,
+    sizes: str = "its config.json",
 ) -> nnx.Module:
     """Loads weights into an abstract model, one tensor at a time.
 
@@ -285,6 +287,7 @@ def load_weights(
       rename: tensor name in the file -> torch's name of the parameter.
       dtype: of every parameter, independent of the file's type.
       sharding: (path, shape) of a parameter -> its sharding; a process then reads only its own parts.
+      sizes: what says the model's sizes, for errors.
 
     Returns:
       The model with its weights.
@@ -300,12 +303,12 @@ def load_weights(
     by_name = {name: t for name, t in tensors.by_name.items() if name in expected or not UNUSED.fullmatch(name)}
     for what, names in (("missing", expected - by_name.keys()), ("unexpected", by_name.keys() - expected)):
         if names:
-            raise PSAError(f"{where}: {what} tensors: {shown(names)}; the file does not belong to its config.json")
+            raise PSAError(f"{where}: {what} tensors: {shown(names)}; the file does not belong to {sizes}")
     for path, variable in flat:
         shape = torch_order(variable.shape[1:] if is_stacked(path) else variable.shape, path)
         for name in torch_names(path, variable.shape):
             if by_name[name].shape != shape:
-                raise PSAError(f"{where}: {name} has shape {by_name[name].shape}, config.json asks for {shape}")
+                raise PSAError(f"{where}: {name} has shape {by_name[name].shape}, {sizes} asks for {shape}")
     return nnx.merge(graph, nnx.from_flat_state(_filled(flat, Tensors(where, by_name), np.dtype(dtype), sharding)))
 
 
