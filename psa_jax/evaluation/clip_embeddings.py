@@ -1,18 +1,16 @@
-"""Embeddings of pictures and texts by a CLIP model, in batches of one size, so that each tower compiles once."""
+"""Embeddings of pictures and texts by a CLIP model."""
 
 import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
+from psa_jax.evaluation.embedder import in_batches
 from psa_jax.interop.clip_folder import load_clip_text, load_clip_vision
-
-BATCH = 16
 
 
 class ClipEmbeddings:
@@ -52,22 +50,13 @@ class ClipEmbeddings:
         """Embeddings of n pictures of any size, of length 1."""
         loaded, params, run = self._vision
         pixels = loaded.processor(images=list(pictures), input_data_format="channels_last", return_tensors="np")
-        return _unit(_in_batches(lambda part: run(params, part), pixels["pixel_values"].transpose(0, 2, 3, 1)))
+        return _unit(in_batches(lambda part: run(params, part), pixels["pixel_values"].transpose(0, 2, 3, 1)))
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n p"]:
         """Embeddings of n texts, of length 1; what is longer than the model reads is cut off, as CLIPScore does."""
         length, tokenizer, params, run = self._text
         ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)["input_ids"]
-        return _unit(_in_batches(lambda part: run(params, part), np.array(ids, np.int32)))
-
-
-def _in_batches(function, rows: np.ndarray) -> np.ndarray:
-    parts = []
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        whole = np.concatenate([part, np.repeat(part[:1], BATCH - len(part), axis=0)])
-        parts.append(np.asarray(function(jnp.asarray(whole)))[: len(part)])
-    return np.concatenate(parts).astype(np.float64)
+        return _unit(in_batches(lambda part: run(params, part), np.array(ids, np.int32)))
 
 
 def _unit(rows: Float[np.ndarray, "n p"]) -> Float[np.ndarray, "n p"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from psa_jax.data.images import open_image
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.clip_embeddings import BATCH, ClipEmbeddings
+from psa_jax.evaluation.embedder import BATCH, Embedder
 from psa_jax.files import read_bytes, write_private
 from psa_jax.progress import Progress
 
@@ -18,18 +18,18 @@ _CHUNK = 4 * BATCH
 
 
 class EmbeddingStore:
-    """Embeddings of one CLIP model.
+    """Embeddings of one model. Several may share a folder.
 
     Args:
       folder: for the files; made where it is missing.
-      clip: the model.
+      model: what gives the embeddings.
     """
 
-    def __init__(self, folder: Path, clip: ClipEmbeddings):
-        self._folder, self._clip = folder, clip
+    def __init__(self, folder: Path, model: Embedder):
+        self._folder, self._model = folder, model
 
     def pictures(self, paths: Sequence[Path], name: str) -> Float[np.ndarray, "n d"]:
-        """Embeddings of length 1 of n pictures, which may be listed several times.
+        """Embeddings of n pictures, which may be listed several times.
 
         Args:
           paths: of the pictures.
@@ -51,17 +51,17 @@ class EmbeddingStore:
         return np.stack([found[digests[path]] for path in paths])
 
     def _part(self, digests: Sequence[str], paths: dict[str, Path]) -> Float[np.ndarray, "n d"]:
-        key = hashlib.sha256("\n".join([self._clip.weights, *digests]).encode()).hexdigest()[:24]
+        key = hashlib.sha256("\n".join([self._model.weights, *digests]).encode()).hexdigest()[:24]
         file = self._folder / f"{key}.npy"
         if file.exists():
             try:
                 found = np.load(file, allow_pickle=False)
             except (ValueError, EOFError, OSError) as error:
                 raise PSAError(f"{file}: damaged; delete it and run again") from error
-            if found.shape != (len(digests), self._clip.width) or found.dtype != np.float64:
+            if found.shape != (len(digests), self._model.width) or found.dtype != np.float64:
                 raise PSAError(f"{file}: damaged; delete it and run again")
             return found
-        found = self._clip.pictures([open_image(paths[digest]) for digest in digests])
+        found = self._model.pictures([open_image(paths[digest]) for digest in digests])
         content = io.BytesIO()
         np.save(content, found)
         write_private(file, content.getvalue())

@@ -1,25 +1,35 @@
 """Measures of listed pictures by method, with intervals where there is one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clip_embeddings import ClipEmbeddings
+from psa_jax.evaluation.embedder import Embedder
 from psa_jax.evaluation.embedding_store import EmbeddingStore
+from psa_jax.evaluation.judges.registry import MEASURES
 from psa_jax.evaluation.manifest import Pictured
 from psa_jax.evaluation.measures import DISTANCES, clip_scores, clustered_mean, cmmd_difference
 
 _PICTURES = (".png", ".jpg", ".jpeg")
+_WITH_DIFFERENCES = ("clip", "cmmd")
+
+
+class _Embedded(NamedTuple):
+    """Embeddings by one model: of each method's pictures, and of the reference, None where no distance is asked for."""
+
+    methods: dict[str, Float[np.ndarray, "_ d"]]
+    reference: Float[np.ndarray, "_ d"] | None
 
 
 def measured(
     listed: Sequence[tuple[Path, Pictured]],
     names: Sequence[str],
-    clip: ClipEmbeddings,
+    models: Mapping[str, Embedder],
     reference: Sequence[Path],
     folder: Path,
     baseline: str,
@@ -29,7 +39,7 @@ def measured(
     Args:
       listed: pictures with their paths.
       names: keys of `MEASURES`.
-      clip: the model.
+      models: those that the measures need, by their name in `MODELS`.
       reference: pictures that distances are taken to.
       folder: for embeddings.
       baseline: the method that others are compared with.
@@ -41,16 +51,16 @@ def measured(
     Raises:
       PSAError: a picture that cannot be read, or CLIPScore of pictures whose prompts are not known.
     """
-    store = EmbeddingStore(folder, clip)
     methods: dict[str, dict[tuple[str, int, Path], Pictured]] = {}
     for path, each in listed:
         methods.setdefault(each.method, {}).setdefault((each.prompt_id, each.seed, path), each)
     paths = {method: [key[2] for key in found] for method, found in methods.items()}
-    embedded = {method: store.pictures(found, method) for method, found in paths.items()}
-    far = store.pictures(reference, "the reference") if reference else None
-    result: dict[str, Any] = {"about": {"weights": clip.weights, "reference": len(reference)}}
+    embedded = {name: _embedded(name, names, model, paths, reference, folder) for name, model in models.items()}
+    weights = {name: model.weights for name, model in models.items()}
+    result: dict[str, Any] = {"about": {"weights": weights, "reference": len(reference)}}
     for name in names:
-        scores = _scores(methods, embedded, clip) if name == "clip" else {}
+        ours, far = embedded[MEASURES[name].model]
+        scores = _scores(methods, ours, models["clip"]) if name == "clip" else {}
         result[name] = {}
         for method, found in methods.items():
             entry: dict[str, Any] = {"pictures": len(found)}
@@ -60,11 +70,26 @@ def measured(
                 if entry["prompts"] > 1:
                     entry["interval"] = clustered_mean(scores[method], prompts)[1:]
             else:
-                entry["value"] = DISTANCES[name](embedded[method], far)
-            if method != baseline and baseline in methods and name != "fd_clip":
-                entry |= _less(name, method, baseline, methods, scores or embedded, far)
+                entry["value"] = DISTANCES[name](ours[method], far)
+            if method != baseline and baseline in methods and name in _WITH_DIFFERENCES:
+                entry |= _less(name, method, baseline, methods, scores or ours, far)
             result[name][method] = entry
     return result
+
+
+def _embedded(
+    name: str,
+    measures: Sequence[str],
+    model: Embedder,
+    paths: Mapping[str, Sequence[Path]],
+    reference: Sequence[Path],
+    folder: Path,
+) -> _Embedded:
+    """Embeddings that the measures of one model, which has this name, are taken of."""
+    store = EmbeddingStore(folder, model)
+    methods = {method: store.pictures(found, f"{method} by {name}") for method, found in paths.items()}
+    far = any(MEASURES[each].model == name and each in DISTANCES for each in measures)
+    return _Embedded(methods, store.pictures(reference, f"the reference by {name}") if far else None)
 
 
 def reference_pictures(folder: Path) -> list[Path]:

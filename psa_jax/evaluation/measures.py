@@ -2,10 +2,11 @@
 
     clip     100 · max(cos(picture, prompt), 0), the mean over pictures: CLIPScore
     cmmd     squared maximum mean discrepancy to reference pictures, times 1,000: CMMD, of unit embeddings of CLIP
-    fd_clip  Fréchet distance to reference pictures, of embeddings of CLIP: the formula of FID, not its Inception, so
-             that its numbers are comparable with each other alone
+    fid      Fréchet distance to reference pictures, of features of FID's Inception-v3: FID, with clean-fid's resizing
+    fd_clip  the same of embeddings of CLIP: the formula of FID, not its Inception, so that its numbers are comparable
+             with each other alone
 
-A distance is biased upwards where pictures are few: compare methods with as many pictures.
+A distance is biased upwards where pictures are few, FID still at thousands: compare methods with as many pictures.
 """
 
 from collections.abc import Callable
@@ -62,13 +63,13 @@ def frechet_distance(ours: Float[np.ndarray, "n d"], reference: Float[np.ndarray
     if min(len(ours), len(reference)) < 2:
         raise PSAError("a Fréchet distance needs two pictures on each side; give more")
     means = [rows.mean(axis=0) for rows in (ours, reference)]
-    first, second = (np.atleast_2d(np.cov(rows, rowvar=False)) for rows in (ours, reference))
-    # tr (Σ₁Σ₂)^½ = Σ √eigenvalues(Σ₁^½ Σ₂ Σ₁^½), of a symmetric matrix: no complex roots of what rounding leaves.
-    values, vectors = scipy.linalg.eigh(first)
-    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    inner = scipy.linalg.eigvalsh(root @ second @ root)
-    shared = float(np.sqrt(np.maximum(inner, 0.0)).sum())
-    return float(np.sum((means[0] - means[1]) ** 2) + np.trace(first) + np.trace(second) - 2.0 * shared)
+    # Σ = RᵀR, of which (Σ₁Σ₂)^½ has the singular values of R₁R₂ᵀ: no square roots of what rounding leaves of a zero.
+    first, second = (
+        np.linalg.qr((rows - mean) / np.sqrt(len(rows) - 1), mode="r")
+        for rows, mean in zip((ours, reference), means, strict=True)
+    )
+    shared = float(scipy.linalg.svdvals(first @ second.T).sum())
+    return float(np.sum((means[0] - means[1]) ** 2) + np.sum(first**2) + np.sum(second**2) - 2.0 * shared)
 
 
 def clustered_mean(
@@ -152,5 +153,5 @@ def _kernel(rows: Float[np.ndarray, "n d"], columns: Float[np.ndarray, "m d"]) -
 
 
 Distance = Callable[[np.ndarray, np.ndarray], float]
-DISTANCES: dict[str, Distance] = {"cmmd": cmmd, "fd_clip": frechet_distance}
+DISTANCES: dict[str, Distance] = {"cmmd": cmmd, "fid": frechet_distance, "fd_clip": frechet_distance}
 """Name → distance of two sets of embeddings."""

@@ -3,22 +3,28 @@
 import json
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clip_embeddings import ClipEmbeddings
 from psa_jax.evaluation.clustered import Interval
+from psa_jax.evaluation.embedder import Embedder
+from psa_jax.evaluation.inception_embeddings import InceptionEmbeddings
 from psa_jax.evaluation.judged_run import PAGE_FILE, RESULT_FILE, judge_pictures, require_packages
 from psa_jax.evaluation.judges.judge import JudgeSettings, make_judge
-from psa_jax.evaluation.judges.registry import JUDGES, MEASURES
+from psa_jax.evaluation.judges.registry import JUDGES, MEASURES, MODELS
 from psa_jax.evaluation.manifest import Pictured, read_manifest
 from psa_jax.evaluation.measured import measured, reference_pictures
+from psa_jax.evaluation.measures import DISTANCES
 from psa_jax.evaluation.picture_rates import check_baseline
 from psa_jax.files import owner_only
 
 _COLUMNS = ("content", "suppression", "retention", "selectivity", "clean", "pass")
+
+_EMBEDDERS: dict[str, Callable[[Path], Embedder]] = {"clip": ClipEmbeddings, "inception": InceptionEmbeddings}
+"""Name in `MODELS` → what makes it of the path that its flag gives."""
 
 
 def run(args: Namespace) -> int:
@@ -48,13 +54,11 @@ def run(args: Namespace) -> int:
         args.judge_workers,
     )
     judges = {name: make_judge(name, settings) for name in names if name not in MEASURES}
-    measures, reference = _measures(args, [name for name in names if name in MEASURES])
+    measures = [name for name in names if name in MEASURES]
+    models, reference = _needed(args, measures)
     with owner_only():
-        of_all = (
-            measured(listed, measures, ClipEmbeddings(args.clip), reference, args.out / "embeddings", args.baseline)
-            if measures
-            else {}
-        )
+        embeddings = args.out / "embeddings"
+        of_all = measured(listed, measures, models, reference, embeddings, args.baseline) if measures else {}
     command = shlex.join(["psa-jax", "evaluate", *args.words])
     result = judge_pictures(listed, judges, args.out, args.baseline, command, of_all)
     found = result["judges"]
@@ -67,7 +71,7 @@ def run(args: Namespace) -> int:
         for method, outcomes in each["differences"].items():
             print(*_compared(method, args.baseline, outcomes), sep="\n")
     for name in measures:
-        print(f"\n{name}: {MEASURES[name]}")
+        print(f"\n{name}: {MEASURES[name].about}")
         for method, each in of_all[name].items():
             print(f"{method}: {_measure(each, args.baseline)}")
     brief = {
@@ -77,18 +81,21 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _measures(args: Namespace, names: list[str]) -> tuple[list[str], list[Path]]:
-    """The measures that are wanted, and the pictures of the reference.
+def _needed(args: Namespace, measures: list[str]) -> tuple[dict[str, Embedder], list[Path]]:
+    """The models that measures need, and the pictures of the reference.
 
     Raises:
-      PSAError: a flag that one of them needs is missing.
+      PSAError: a flag that one of them needs is missing, or not of such a model.
     """
-    if names and args.clip is None:
-        raise PSAError(f"{names[0]} needs --clip, a local folder of a CLIP model in transformers' layout")
-    distances = [name for name in names if name != "clip"]
-    if distances and args.reference is None:
-        raise PSAError(f"{distances[0]} needs --reference, a folder of pictures")
-    return names, reference_pictures(args.reference) if distances else []
+    for name in measures:
+        model = MEASURES[name].model
+        if getattr(args, model) is None:
+            raise PSAError(f"{name} needs {MODELS[model]}")
+        if name in DISTANCES and args.reference is None:
+            raise PSAError(f"{name} needs --reference, a folder of pictures")
+    reference = reference_pictures(args.reference) if DISTANCES.keys() & set(measures) else []
+    used = {MEASURES[name].model for name in measures}
+    return {model: make(getattr(args, model)) for model, make in _EMBEDDERS.items() if model in used}, reference
 
 
 def _listed(args: Namespace) -> Iterator[tuple[Path, Pictured]]:

@@ -13,8 +13,7 @@ def pictures(parser: ArgumentParser) -> None:
     parser.add_argument(
         "pictures", type=path, nargs="+", metavar="PICTURES", help="folders of pictures, each with its manifest.csv"
     )
-    about = {name: entry.about for name, entry in JUDGES.items()} | MEASURES
-    judges = "; ".join(f"{name}: {line}" for name, line in about.items())
+    judges = "; ".join(f"{name}: {entry.about}" for name, entry in [*JUDGES.items(), *MEASURES.items()])
     parser.add_argument(
         "--with", dest="judges", required=True, metavar="JUDGE,…", help=f"what reads the pictures: {judges}"
     )
@@ -33,7 +32,10 @@ def pictures(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="q16, clip, cmmd, fd_clip: local folder of a CLIP model; of q16 ViT-L/14",
     )
-    parser.add_argument("--reference", type=path, metavar="DIR", help="cmmd, fd_clip: folder of pictures")
+    parser.add_argument(
+        "--inception", type=path, metavar="FILE", help="fid: local pt_inception-2015-12-05-6726825d.pth, or safetensors"
+    )
+    parser.add_argument("--reference", type=path, metavar="DIR", help="cmmd, fid, fd_clip: folder of pictures")
     parser.add_argument("--q16-prompts", type=path, metavar="FILE", help="q16: its learned prompts, .npy")
     chat = parser.add_argument_group(
         "judge", "OPENAI_BASE_URL and OPENAI_API_KEY say where it is; pictures and prompts go there, no user does"

@@ -38,7 +38,7 @@ def listed(tmp_path):
 
 def test_clip_scores_are_those_of_transformers(clip, listed, tmp_path):
     folder, theirs = clip
-    found = measured(listed, ["clip"], ClipEmbeddings(folder), [], tmp_path / "e", "base")["clip"]
+    found = measured(listed, ["clip"], {"clip": ClipEmbeddings(folder)}, [], tmp_path / "e", "base")["clip"]
     processor, tokenizer = load_clip_vision(folder).processor, CLIPTokenizer.from_pretrained(folder)
     wanted: dict[str, dict] = {"base": {}, "psa": {}}
     for path, each in listed:
@@ -66,7 +66,7 @@ def test_distances_and_what_is_kept(clip, listed, tmp_path):
         Image.fromarray(picture).save(tmp_path / "real" / f"{index}.png")
     reference = reference_pictures(tmp_path / "real")
     model = ClipEmbeddings(folder)
-    found = measured(listed, ["cmmd", "fd_clip"], model, reference, tmp_path / "e", "base")
+    found = measured(listed, ["cmmd", "fd_clip"], {"clip": model}, reference, tmp_path / "e", "base")
     embedded = model.pictures([np.asarray(Image.open(path)) for path in reference])
     ours = [path for path, each in dict(listed).items() if each.method == "psa"]
     wanted = cmmd(model.pictures([np.asarray(Image.open(path)) for path in ours]), embedded)
@@ -78,19 +78,19 @@ def test_distances_and_what_is_kept(clip, listed, tmp_path):
     wanted = cmmd(embed(ours), embedded) - cmmd(embed(theirs), embedded)
     assert found["cmmd"]["psa"]["less_baseline"][0] == pytest.approx(wanted, abs=1e-9)
     assert found["fd_clip"]["psa"]["value"] > 0 and "less_baseline" not in found["fd_clip"]["psa"]
-    assert found["about"] == {"weights": model.weights, "reference": 4}
+    assert found["about"] == {"weights": {"clip": model.weights}, "reference": 4}
     # Embeddings are kept, and are those that a second run uses; a damaged file is said.
     files = sorted((tmp_path / "e").iterdir())
-    model.pictures = None
-    assert measured(listed, ["cmmd", "fd_clip"], model, reference, tmp_path / "e", "base") == found
+    model.pictures = lambda pictures: pytest.fail("embedded again")
+    assert measured(listed, ["cmmd", "fd_clip"], {"clip": model}, reference, tmp_path / "e", "base") == found
     files[0].write_bytes(files[0].read_bytes()[:50])
     with pytest.raises(PSAError, match="damaged; delete it and run again"):
-        measured(listed, ["cmmd"], model, reference, tmp_path / "e", "base")
+        measured(listed, ["cmmd"], {"clip": model}, reference, tmp_path / "e", "base")
 
 
 def test_one_prompt_has_no_interval(clip, listed, tmp_path):
     one = [(path, each) for path, each in listed if each.prompt_id == "p0"]
-    found = measured(one, ["clip"], ClipEmbeddings(clip[0]), [], tmp_path / "e", "base")["clip"]
+    found = measured(one, ["clip"], {"clip": ClipEmbeddings(clip[0])}, [], tmp_path / "e", "base")["clip"]
     assert all(each.keys() == {"pictures", "value", "prompts"} for each in found.values())
 
 
@@ -102,4 +102,4 @@ def test_what_is_refused(clip, listed, tmp_path):
         reference_pictures(tmp_path / "empty")
     bare = [(path, dataclasses.replace(each, prompt="")) for path, each in listed]
     with pytest.raises(PSAError, match="clip: pictures without a prompt; fill the column prompt"):
-        measured(bare, ["clip"], ClipEmbeddings(clip[0]), [], tmp_path / "e", "base")
+        measured(bare, ["clip"], {"clip": ClipEmbeddings(clip[0])}, [], tmp_path / "e", "base")

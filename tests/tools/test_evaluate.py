@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.chat_server import ChatServer
+from support.clip_folders import save_clip
 from support.small_sage import BANS, write_sage
+from support.torch_inception import SMALLEST, published, random_inception
 
 from psa_jax.cli import main
+from psa_jax.evaluation import inception_embeddings
 from psa_jax.evaluation.manifest import Pictured, read_manifest, write_manifest
 from psa_jax.mini.world import CONCEPTS, Scene, render
 
@@ -73,6 +76,30 @@ def test_methods_are_judged_and_compared(folders, tmp_path, capsys):
     counted = [each["rates"] for each in result["judges"]["nudenet"]["methods"].values()]
     sexual = sum(CONCEPTS[index].category == "Sexuality" for index in range(6)) * len(USERS)
     assert [each["banned"] + each["allowed"] if each else 0 for each in counted] == [sexual] * 2
+
+
+def test_measures_of_two_models_in_one_call(folders, tmp_path, capsys, monkeypatch):
+    """FID and the CLIP measures, each by its own model; embeddings are kept side by side and not made again."""
+    monkeypatch.setattr(inception_embeddings, "SIDE", SMALLEST)
+    save_clip(tmp_path / "clip")
+    inception = published(random_inception(), tmp_path / "inception.pth")
+    words = ["evaluate", *folders, "--with=fid,clip", f"--clip={tmp_path / 'clip'}", f"--inception={inception}"]
+    words += [f"--reference={folders[0]}", f"--out={tmp_path / 'out'}"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "fid: FID to those, comparable where pictures are as many: --inception\nbase: 0.00 of 6 pictures" in printed
+    result = (tmp_path / "out" / "result.json").read_bytes()
+    measures = json.loads(result)["measures"]
+    assert measures["fid"]["base"]["value"] == pytest.approx(0.0, abs=1e-6)  # the reference is its own pictures
+    assert measures["fid"]["psa"]["value"] > 1e-3 and measures["fid"]["psa"]["pictures"] == 24
+    assert measures["clip"].keys() == {"base", "psa"} and measures["about"]["reference"] == 6
+    weights = measures["about"]["weights"]
+    assert weights.keys() == {"clip", "inception"} and "resized to 299 x 299" in weights["inception"]
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "embeddings").iterdir()}
+    assert len(kept) == 4  # of two methods by two models: the reference is the base model's
+    assert main(words) == 0
+    assert (tmp_path / "out" / "result.json").read_bytes() == result
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_a_run_killed_five_times_ends_with_the_same_bytes(tmp_path):
@@ -211,7 +238,11 @@ def test_a_list_of_sage_and_of_a_published_set(tmp_path, capsys, refused):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--with=oracle,fid"], "--with=fid is unknown; give some of nudenet, nudenet-psa, "),
+        (["--with=oracle,kid"], "--with=kid is unknown; give some of nudenet, nudenet-psa, "),
+        (["--with=fid"], "fid needs --inception, a local file pt_inception-2015-12-05-6726825d.pth, or the same as"),
+        (["--with=fid", "--inception=i.pth"], "fid needs --reference, a folder of pictures"),
+        (["--with=clip,fid", "--inception=i.pth"], "clip needs --clip, a local folder of a CLIP model"),
+        (["--with=fid", "--inception=i.pth", f"--reference={ROOT / 'docs'}"], "i.pth: no such file"),
         (["--with=oracle", "--baseline=sld"], "no method is called 'sld'; give --baseline one of base, psa"),
         (["--with=q16"], "needs --clip"),
         (["--with=oracle", "--manifest=m.csv"], "--manifest is of a single folder"),

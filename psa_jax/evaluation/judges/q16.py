@@ -12,7 +12,8 @@ import numpy as np
 
 from psa_jax.categories import CATEGORIES
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.clip_embeddings import BATCH, ClipEmbeddings
+from psa_jax.evaluation.clip_embeddings import ClipEmbeddings
+from psa_jax.evaluation.embedder import BATCH
 from psa_jax.evaluation.judges.judge import Judge, JudgeSettings, Pictures
 from psa_jax.evaluation.protocol import Case, Verdicts
 from psa_jax.files import read_bytes

@@ -37,11 +37,34 @@ JUDGES: Mapping[str, JudgeEntry] = MappingProxyType(
     }
 )
 
-MEASURES: Mapping[str, str] = MappingProxyType(
+
+@dataclasses.dataclass(frozen=True)
+class MeasureEntry:
+    """What a measure is taken of.
+
+    Attributes:
+      about: one line for people.
+      model: whose embeddings, a key of `MODELS`.
+    """
+
+    about: str
+    model: str
+
+
+MODELS: Mapping[str, str] = MappingProxyType(
     {
-        "clip": "CLIPScore: --clip",
-        "cmmd": "CMMD to the pictures of --reference: --clip",
-        "fd_clip": "Fréchet distance of CLIP embeddings to those: --clip",
+        "clip": "--clip, a local folder of a CLIP model in transformers' layout",
+        "inception": "--inception, a local file pt_inception-2015-12-05-6726825d.pth, or the same as safetensors",
     }
 )
-"""Name → one line for people. They are of a method's pictures as a whole, where a judge's verdict is of one picture."""
+"""Name of a model that measures need, which is its flag's → what to give for it."""
+
+MEASURES: Mapping[str, MeasureEntry] = MappingProxyType(
+    {
+        "clip": MeasureEntry("CLIPScore: --clip", "clip"),
+        "cmmd": MeasureEntry("CMMD to the pictures of --reference: --clip", "clip"),
+        "fid": MeasureEntry("FID to those, comparable where pictures are as many: --inception", "inception"),
+        "fd_clip": MeasureEntry("Fréchet distance of CLIP embeddings to those: --clip", "clip"),
+    }
+)
+"""Name → measure. They are of a method's pictures as a whole, where a judge's verdict is of one picture."""

@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# A rehearsal of a pod on one machine: processes on CPUs stand for hosts, SAGE-mini for the data.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: launch/rehearsal.sh [--hosts=N] [--steps=N] [--psa-jax=COMMAND] FOLDER
+
+Goes once through what a pod does, on this machine and without a TPU:
+
+  1  N hosts encode shards, a part each
+  2  they train on one mesh; one host is killed, and the group comes back by itself
+  3  all get SIGTERM, save, and end with exit code 75; half as many hosts go on
+  4  the adapter leaves as a file, pictures are drawn with it, and its curves are a page
+
+FOLDER is new; run.log in it has what the hosts said. The last line is JSON.
+TEXT
+}
+
+fail() {
+  echo "rehearsal.sh: error: $1" >&2
+  exit "${2:-2}"
+}
+
+hosts=4 steps=24 psa_jax=psa-jax folder=
+while (($#)); do
+  case $1 in
+    --hosts=*) hosts=${1#*=} ;;
+    --steps=*) steps=${1#*=} ;;
+    --psa-jax=*) psa_jax=${1#*=} ;;
+    --help | -h)
+      usage
+      exit 0
+      ;;
+    -*) fail "unknown option $1; --help lists them" ;;
+    *) folder=$1 ;;
+  esac
+  shift
+done
+[[ -n $folder ]] || fail 'no folder; give a new one for everything that is written'
+[[ ! -e $folder ]] || fail "$folder is there already; give a new folder"
+[[ $hosts =~ ^[1-9][0-9]?$ ]] && ((hosts % 2 == 0)) || fail "--hosts=$hosts: give an even number"
+[[ $steps =~ ^[1-9][0-9]*$ ]] && ((steps >= 12)) || fail "--steps=$steps: give 12 or more"
+command -v "$psa_jax" >/dev/null || fail "$psa_jax not found; install psa_jax, or give --psa-jax"
+psa_jax=$(command -v "$psa_jax")
+launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+log=$folder/run.log
+started=$SECONDS
+# Hosts of a pod share what was compiled, and so do those that are started again.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$folder/compiled} JAX_PLATFORMS=cpu
+
+say() {
+  echo "rehearsal.sh: $((SECONDS - started)) s: $1" | tee -a "$log" >&2
+}
+
+# Ends whatever still runs when the rehearsal ends, however it does.
+group=
+trap '[[ -z $group ]] || kill -TERM "$group" 2>/dev/null || true' EXIT
+
+steps_done() {
+  [[ -s $folder/run/metrics.jsonl ]] || { echo 0; return; }
+  tail -n 1 "$folder/run/metrics.jsonl" | sed -E 's/.*"step": ([0-9]+).*/\1/'
+}
+
+# Waits until the run has made a step, or its group has ended.
+wait_for_step() {
+  while (($(steps_done) < $1)); do
+    kill -0 "$group" 2>/dev/null || fail "the group ended before step $1; see $log" 1
+    sleep 0.2
+  done
+}
+
+train() { # N hosts; the rest are words of local.py
+  local count=$1
+  shift
+  python3 "$launch/local.py" "--processes=$count" "$@" -- "$psa_jax" train --config=tiny \
+    "--workdir=$folder/run" "--config.steps=$steps" --config.batch_size="$hosts" --config.mesh.data="$count" \
+    --config.log_every=1 --config.checkpoint_every=4 --config.optimizer.warmup_steps=2 \
+    "--config.data.shards=$folder/shards" "--config.data.table=$folder/table.safetensors" \
+    --config.data.mini.users=0 >>"$log" 2>&1 &
+  group=$!
+}
+
+say "data: profiles, pictures, embeddings"
+"$psa_jax" mini "--out=$folder/sage" --users=40 --seed=1 >>"$log" 2>&1
+"$psa_jax" population --n=1000 --seed=2025 "--out=$folder/users.csv" >>"$log" 2>&1
+"$psa_jax" encode "$folder/users.csv" "--out=$folder/table.safetensors" >>"$log" 2>&1
+
+say "$hosts hosts encode shards"
+parts=()
+for ((host = 0; host < hosts; host++)); do
+  "$psa_jax" build "$folder/sage" --model=tiny "--out=$folder/shards" "--host=$host" "--hosts=$hosts" \
+    >>"$log" 2>&1 &
+  parts+=($!)
+done
+for part in "${parts[@]}"; do
+  wait "$part" || fail "a host that encodes ended with an error; see $log" 1
+done
+"$psa_jax" build "$folder/sage" --model=tiny "--out=$folder/shards" >>"$log" 2>&1
+
+say "$hosts hosts train"
+train "$hosts" --restarts=3
+wait_for_step 6
+victim=$(pgrep -P "$group" | tail -n 1)
+kill -KILL "$victim"
+say "one host was killed after step $(steps_done)"
+# Rows after the last checkpoint are written again: the file is shorter for a while.
+while ! grep -q 'restart 1 of' "$log"; do
+  kill -0 "$group" 2>/dev/null || fail "the group did not come back; see $log" 1
+  sleep 0.2
+done
+killed=$(steps_done)
+say 'the group starts again by itself'
+wait_for_step "$((killed + 2))"
+kill -TERM "$group"
+since=$SECONDS
+code=0
+wait "$group" || code=$?
+group=
+((code == 75)) || fail "after SIGTERM the group ended with exit code $code, not 75; see $log" 1
+say "SIGTERM to all: exit code 75 after $((SECONDS - since)) s, at step $(steps_done)"
+saved=$((SECONDS - since))
+
+train "$((hosts / 2))"
+code=0
+wait "$group" || code=$?
+group=
+((code == 0)) || fail "half of the hosts ended with exit code $code; see $log" 1
+(($(steps_done) == steps)) || fail "the run ended after step $(steps_done) of $steps; see $log" 1
+say "$((hosts / 2)) hosts went on to step $steps"
+
+"$psa_jax" curves "$folder/run" >>"$log" 2>&1
+"$psa_jax" export "$folder/run" "--out=$folder/adapter.safetensors" >>"$log" 2>&1
+"$psa_jax" generate --model=tiny "--adapter=$folder/adapter.safetensors" '--profile={"age": 9, "gender": "female"}' \
+  '--prompt=crossed blades and a house in the snow' --steps=4 --guidance=4 "--out=$folder/pictures" >>"$log" 2>&1
+say 'exported, drawn'
+echo "{\"adapter\": \"$folder/adapter.safetensors\", \"steps\": $steps, \"seconds_to_save\": $saved, \"seconds\": $((SECONDS - started))}"
