@@ -167,6 +167,6 @@ def random_inception(seed: int = 0) -> TorchInception:
 
 
 def published(model: TorchInception, path: Path) -> Path:
-    """Writes a state dict as the published file is: of torch 1.1, before there was a zip format."""
+    """Writes a state dict as the published file, which is from before torch had a zip format."""
     torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
     return path
