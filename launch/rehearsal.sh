@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: launch/rehearsal.sh [--hosts=N] [--steps=N] [--psa-jax=COMMAND] FOLDER
+usage: launch/rehearsal.sh [OPTIONS] FOLDER
 
 Goes once through what a pod does, on this machine and without a TPU:
 
@@ -12,6 +12,14 @@ Goes once through what a pod does, on this machine and without a TPU:
   2  they train on one mesh; one host is killed, and the group comes back by itself
   3  all get SIGTERM, save, and end with exit code 75; half as many hosts go on
   4  the adapter leaves as a file, pictures are drawn with it, and its curves are a page
+
+
+  --hosts=N          even (default: 4)
+  --steps=N          of training, from 12 (default: 24)
+  --config=NAME      of the training (default: tiny)
+  --model=MODEL      its base model (default: tiny, the embedded one)
+  --users=N          of SAGE-mini's training split (default: 100)
+  --psa-jax=COMMAND  (default: psa-jax)
 
 FOLDER is new; run.log in it has what the hosts said. The last line is JSON.
 TEXT
@@ -22,11 +30,14 @@ fail() {
   exit "${2:-2}"
 }
 
-hosts=4 steps=24 psa_jax=psa-jax folder=
+hosts=4 steps=24 config=tiny model=tiny users=100 psa_jax=psa-jax folder=
 while (($#)); do
   case $1 in
     --hosts=*) hosts=${1#*=} ;;
     --steps=*) steps=${1#*=} ;;
+    --config=*) config=${1#*=} ;;
+    --model=*) model=${1#*=} ;;
+    --users=*) users=${1#*=} ;;
     --psa-jax=*) psa_jax=${1#*=} ;;
     --help | -h)
       usage
@@ -41,6 +52,7 @@ done
 [[ ! -e $folder ]] || fail "$folder is there already; give a new folder"
 [[ $hosts =~ ^[1-9][0-9]?$ ]] && ((hosts % 2 == 0)) || fail "--hosts=$hosts: give an even number"
 [[ $steps =~ ^[1-9][0-9]*$ ]] && ((steps >= 12)) || fail "--steps=$steps: give 12 or more"
+[[ $users =~ ^[1-9][0-9]*$ ]] || fail "--users=$users: give a number"
 command -v "$psa_jax" >/dev/null || fail "$psa_jax not found; install psa_jax, or give --psa-jax"
 psa_jax=$(command -v "$psa_jax")
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -75,30 +87,30 @@ wait_for_step() {
 train() { # N hosts; the rest are words of local.py
   local count=$1
   shift
-  python3 "$launch/local.py" "--processes=$count" "$@" -- "$psa_jax" train --config=tiny \
+  python3 "$launch/local.py" "--processes=$count" "$@" -- "$psa_jax" train "--config=$config" "--config.model=$model" \
     "--workdir=$folder/run" "--config.steps=$steps" --config.batch_size="$hosts" --config.mesh.data="$count" \
-    --config.log_every=1 --config.checkpoint_every=4 --config.optimizer.warmup_steps=2 \
+    --config.log_every=1 --config.checkpoint_every=$((steps / 6)) --config.optimizer.warmup_steps=2 \
     "--config.data.shards=$folder/shards" "--config.data.table=$folder/table.safetensors" \
     --config.data.mini.users=0 >>"$log" 2>&1 &
   group=$!
 }
 
 say "data: profiles, pictures, embeddings"
-"$psa_jax" mini "--out=$folder/sage" --users=40 --seed=1 >>"$log" 2>&1
+"$psa_jax" mini "--out=$folder/sage" "--users=$users" --seed=1 >>"$log" 2>&1
 "$psa_jax" population --n=1000 --seed=2025 "--out=$folder/users.csv" >>"$log" 2>&1
 "$psa_jax" encode "$folder/users.csv" "--out=$folder/table.safetensors" >>"$log" 2>&1
 
 say "$hosts hosts encode shards"
 parts=()
 for ((host = 0; host < hosts; host++)); do
-  "$psa_jax" build "$folder/sage" --model=tiny "--out=$folder/shards" "--host=$host" "--hosts=$hosts" \
+  "$psa_jax" build "$folder/sage" "--model=$model" "--out=$folder/shards" "--host=$host" "--hosts=$hosts" \
     >>"$log" 2>&1 &
   parts+=($!)
 done
 for part in "${parts[@]}"; do
   wait "$part" || fail "a host that encodes ended with an error; see $log" 1
 done
-"$psa_jax" build "$folder/sage" --model=tiny "--out=$folder/shards" >>"$log" 2>&1
+"$psa_jax" build "$folder/sage" "--model=$model" "--out=$folder/shards" >>"$log" 2>&1
 
 say "$hosts hosts train"
 train "$hosts" --restarts=3
@@ -133,7 +145,7 @@ say "$((hosts / 2)) hosts went on to step $steps"
 
 "$psa_jax" curves "$folder/run" >>"$log" 2>&1
 "$psa_jax" export "$folder/run" "--out=$folder/adapter.safetensors" >>"$log" 2>&1
-"$psa_jax" generate --model=tiny "--adapter=$folder/adapter.safetensors" '--profile={"age": 9, "gender": "female"}' \
+"$psa_jax" generate "--model=$model" "--adapter=$folder/adapter.safetensors" '--profile={"age": 9, "gender": "female"}' \
   '--prompt=crossed blades and a house in the snow' --steps=4 --guidance=4 "--out=$folder/pictures" >>"$log" 2>&1
 say 'exported, drawn'
 echo "{\"adapter\": \"$folder/adapter.safetensors\", \"steps\": $steps, \"seconds_to_save\": $saved, \"seconds\": $((SECONDS - started))}"
