@@ -122,7 +122,7 @@ def panels_of(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:
     """
     known = {metric for panel in PANELS for metric in panel.series.values()}
     own = [Panel(name.replace("_", " "), "", None, {name: name}) for name in curves if name not in known]
-    return [_drawing(panel, curves) for panel in (*PANELS, *own) if any(m in curves for m in panel.series.values())]
+    return [drawing(panel, curves) for panel in (*PANELS, *own) if any(m in curves for m in panel.series.values())]
 
 
 def curves_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str] | None = None) -> dict[str, Curve]:
@@ -193,12 +193,17 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _drawing(panel: Panel, curves: Mapping[str, Curve]) -> dict[str, Any]:
-    """One panel for the template: points of the raw and the smoothed lines, ticks and texts."""
+def drawing(panel: Panel, curves: Mapping[str, Curve]) -> dict[str, Any]:
+    """One panel for the template: points of the raw and the smoothed lines, ticks and texts.
+
+    Args:
+      panel: with at least one series that has a curve.
+      curves: by the names that the panel's series give.
+    """
     lines = {label: _checked(metric, curves[metric]) for label, metric in panel.series.items() if metric in curves}
     steps, values = (np.concatenate([line[axis] for line in lines.values()]) for axis in (0, 1))
     reach = values if panel.level is None else np.append(values, panel.level)
-    y_ticks, x_ticks = _ticks(reach.min(), reach.max()), _ticks(min(0.0, steps.min()), steps.max())
+    y_ticks, x_ticks = round_ticks(reach.min(), reach.max()), round_ticks(min(0.0, steps.min()), steps.max())
     # The lines end at the right edge, wherever the next round step would be.
     span = steps.max() - x_ticks[0] or 1.0
 
@@ -209,7 +214,7 @@ def _drawing(panel: Panel, curves: Mapping[str, Curve]) -> dict[str, Any]:
         return TOP + (HEIGHT - TOP - BOTTOM) * (y_ticks[-1] - value) / (y_ticks[-1] - y_ticks[0])
 
     def line(label: str, step: np.ndarray, value: np.ndarray) -> dict[str, Any]:
-        window = max(1, len(value) // 20)
+        window = _window(len(value))
         smooth = _moving_mean(value, window)
         x, y = to_x(step), to_y(smooth)
         return {
@@ -230,9 +235,9 @@ def _drawing(panel: Panel, curves: Mapping[str, Curve]) -> dict[str, Any]:
         "lines": drawn,
         "bands": _bands([each.pop("at") for each in drawn], to_x),
         "level": None if panel.level is None else float(to_y(np.array([panel.level]))[0]),
-        "y_ticks": [(float(to_y(np.array([tick]))[0]), _tick_text(tick, y_ticks)) for tick in y_ticks],
+        "y_ticks": [(float(to_y(np.array([tick]))[0]), tick_text(tick, y_ticks)) for tick in y_ticks],
         "x_ticks": [
-            (float(to_x(np.array([tick]))[0]), _tick_text(tick, x_ticks)) for tick in x_ticks if tick <= steps.max()
+            (float(to_x(np.array([tick]))[0]), tick_text(tick, x_ticks)) for tick in x_ticks if tick <= steps.max()
         ],
         "steps": f"{steps.max():.0f}",
         "box": dict(width=WIDTH, height=HEIGHT, left=LEFT, right=WIDTH - RIGHT, top=TOP, bottom=HEIGHT - BOTTOM),
@@ -275,6 +280,17 @@ def _checked(name: str, curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np
     return step, value
 
 
+def last_value(curve: Curve) -> float:
+    """What a drawing says at the end of a line: the mean over the latest twentieth of its values."""
+    values = curve["value"]
+    return float(np.mean(values[-_window(len(values)) :]))
+
+
+def _window(count: int) -> int:
+    """Values that a smoothed line averages over, of a line of so many."""
+    return max(1, count // 20)
+
+
 def _moving_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
     """Mean over the last `window` values; at the start, over all values so far."""
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -283,7 +299,7 @@ def _moving_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarr
     return (total[end] - total[start]) / (end - start)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers that enclose [low, high]."""
     if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-300):
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
@@ -294,7 +310,8 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * stride for i in range(first, last + 1)]
 
 
-def _tick_text(tick: float, ticks: list[float]) -> str:
+def tick_text(tick: float, ticks: list[float]) -> str:
+    """A tick of `round_ticks` with as many digits as tell it from its neighbours."""
     stride = ticks[1] - ticks[0]
     digits = max(0, -math.floor(math.log10(stride) + 1e-9))
     # A stride of 0.25 or 2.5 has one digit more than its size says.

@@ -2,6 +2,9 @@
 
 import math
 import statistics
+from collections.abc import Sequence
+
+from scipy.special import stdtrit
 
 from psa_jax.errors import PSAError
 
@@ -75,3 +78,27 @@ def sum_of_shares(*shares: tuple[float, float, float]) -> tuple[float, float]:
     below = math.hypot(*(share - low for share, low, _ in shares))
     above = math.hypot(*(high - share for share, _, high in shares))
     return value - below, value + above
+
+
+def mean_interval(values: Sequence[int | float], confidence: float = CONFIDENCE) -> tuple[float, float | None]:
+    """Mean of n draws of a normal distribution, and half the width of its interval: t_{n−1} · s / √n.
+
+    Args:
+      values: at least one, such as a metric of trainings that differ in their seed.
+      confidence: coverage, between 0 and 1.
+
+    Returns:
+      The mean, and the half width; None for one value, which says nothing about others.
+
+    Raises:
+      PSAError: no value.
+
+    Source: Student, The probable error of a mean, Biometrika 6 (1908).
+    """
+    if not values:
+        raise PSAError("interval of no values: give at least one")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    t = float(stdtrit(len(values) - 1, 0.5 + confidence / 2))
+    return mean, t * statistics.stdev(values, mean) / math.sqrt(len(values))

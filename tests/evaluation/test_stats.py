@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import binomtest
 
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.stats import selectivity_interval, wilson
+from psa_jax.evaluation.stats import mean_interval, selectivity_interval, wilson
 
 
 # Newcombe (1998), Two-sided confidence intervals for the single proportion, table I, method 3.
@@ -47,3 +47,12 @@ def test_selectivity_interval_of_a_perfect_model_ends_at_one() -> None:
     low, high = selectivity_interval(50, 50, 60, 60)
     assert high == 1.0
     assert 0.85 < low < 1.0
+
+
+def test_the_interval_of_a_mean():
+    """Of 1, 2, 3, 4, 5: s = √2.5, t of four degrees of freedom 2.776445, so ± 2.776445·√(2.5/5) = 1.963243."""
+    mean, half = mean_interval([1, 2, 3, 4, 5])
+    assert mean == 3.0 and half == pytest.approx(1.963243, abs=1e-6)
+    assert mean_interval([7.5]) == (7.5, None)
+    with pytest.raises(PSAError, match="interval of no values"):
+        mean_interval([])
