@@ -1,7 +1,8 @@
 """The flags of every command. Imports nothing heavy: `psa-jax COMMAND --help` must answer at once."""
 
-from argparse import ArgumentParser, BooleanOptionalAction, _ArgumentGroup
+from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace, _ArgumentGroup
 from pathlib import Path
+from typing import Any
 
 from psa_jax.diffusion.sampler_registry import SAMPLERS, with_karras
 from psa_jax.diffusion.sld_strengths import STRENGTHS
@@ -296,10 +297,23 @@ def experiment(parser: ArgumentParser) -> None:
     parser.epilog = "--config.KEY=VALUE sets any value of the configuration, such as --config.seed=1."
 
 
+class _Instead(Action):
+    """A flag that stands for what the command does, which then needs no --workdir."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            if action.dest == "workdir":
+                action.required = False
+
+
 def train(parser: ArgumentParser) -> None:
     """Flags of `psa-jax train`."""
     experiment(parser)
     base_model_of_config(parser)
+    parser.add_argument(
+        "--print-config", action=_Instead, nargs=0, default=False, help="print the whole configuration as JSON, and end"
+    )
     parser.add_argument(
         "--init-from", type=path, metavar="FILE", help="adapter of the same kind and sizes to start from"
     )

@@ -33,7 +33,11 @@ def run(args: Namespace) -> int:
     if args.init_from is not None:
         with args.config.unlocked():
             args.config.init_from = str(args.init_from)
+    if args.print_config:
+        print(args.config.to_json_best_effort(indent=1))
     validate(args.config, "train", workdir)
+    if args.print_config:
+        return 0
     join(args.coordinator, args.num_processes, args.process_id)
     require_joined()
     with lost_peers_named():
