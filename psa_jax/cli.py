@@ -20,7 +20,7 @@ from psa_jax.leaving import leave_group
 from psa_jax.renamed import COMMANDS as OLD_COMMANDS
 from psa_jax.renamed import print_notice
 from psa_jax.rules import quoted
-from psa_jax.tools import arguments, evaluate_arguments
+from psa_jax.tools import arguments, evaluate_arguments, sweep_arguments
 
 
 class Command(NamedTuple):
@@ -46,6 +46,10 @@ COMMANDS = {
     "pretrain": Command("train the embedded base model and the oracle", arguments.experiment, "pretrain"),
     "train": Command("train an adapter on preference pairs", arguments.train, "train"),
     "compare": Command("train several kinds of adapter and objectives, and compare them", arguments.compare, "compare"),
+    "sweep": Command("train every point of a sweep of a configuration", sweep_arguments.points, "sweep"),
+    "sweep report": Command(
+        "tabulate and draw what the points of a sweep measured", sweep_arguments.report, "sweep_report"
+    ),
     "curves": Command("draw the learning curves of a run as a page", arguments.curves, "curves"),
     "memory": Command(
         "compute the memory of a training step, also on TPUs that are not here", arguments.memory, "memory"

@@ -26,9 +26,11 @@ SAID_BY = {
     "evaluate_prompts": ["evaluate prompts"],
     "evaluate_verdicts": ["evaluate verdicts"],
     "import_": ["import"],
+    "sweep_report": ["sweep report"],
 }
 """File in tools/ -> the commands that it is of, where it is not named as its command."""
 NO_ADVICE = {"--bits", "--version", "--no-deps"}  # of psa-jax itself, and of pip
+NO_ADVICE |= {"--apply", "--job-name", "--name", "--yes"}  # of schedulers, which `sweep` calls
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*(?:\.[\w.{}]+)?")
 COMMAND = re.compile(r"psa-jax ([a-z]+)([^;()]*)")
@@ -66,7 +68,8 @@ GROUPS = {key for key in KEYS if any(other.startswith(f"{key}.") for other in KE
 TEXTS = [
     (path.relative_to(PACKAGE).as_posix(), line, text)
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name not in ("arguments.py", "evaluate_arguments.py", "renamed.py")  # flags; names that are gone
+    if path.name
+    not in ("arguments.py", "evaluate_arguments.py", "sweep_arguments.py", "renamed.py")  # flags; names that are gone
     for line, text in texts(path)
 ]
 

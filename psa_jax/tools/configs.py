@@ -8,8 +8,9 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,9 @@ from psa_jax.errors import PSAError
 from psa_jax.renamed import KEYS, print_notice
 from psa_jax.rules import quoted
 from psa_jax.tools.arguments import CONFIGS
+
+SWEEPS = CONFIGS / "sweeps"
+"""Generators of overrides for every configuration."""
 
 
 def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
@@ -38,6 +42,22 @@ def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     Raises:
       PSAError: there is no `--config`, the file cannot be used, a key is unknown or a value has another type.
     """
+    source, overrides, rest = split_config(argv)
+    return read_config(source, overrides), rest
+
+
+def split_config(argv: Sequence[str]) -> tuple[str, list[tuple[str, str]], list[str]]:
+    """What an argument list says of a configuration, as text, without reading the file.
+
+    Args:
+      argv: arguments as typed; `--name=value` and `--name value` are the same.
+
+    Returns:
+      The source (`NAME[:arg]` or `FILE[:arg]`), keys with their values, in order, and the other arguments.
+
+    Raises:
+      PSAError: there is no `--config`, or an option has no value.
+    """
     source, overrides, rest = None, [], []
     words = iter(argv)
     for word in words:
@@ -55,7 +75,7 @@ def load_config(argv: Sequence[str]) -> tuple[ConfigDict, list[str]]:
             overrides.append((name.removeprefix("--config."), value))
     if source is None:
         raise PSAError(f"no configuration; give --config=NAME[:arg] ({', '.join(shipped())}) or --config=FILE[:arg]")
-    return read_config(source, overrides), rest
+    return source, overrides, rest
 
 
 def read_config(source: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
@@ -110,6 +130,45 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in files if "\ndef get_config(" in path.read_text(encoding="utf-8")}
 
 
+def read_sweep(source: str, name: str, config: ConfigDict) -> list[dict[str, Any]]:
+    """What a generator of overrides yields: `sweep_NAME` of the configuration's own file, else of configs/sweeps.
+
+    Args:
+      source: of the configuration.
+      name: of the generator after `sweep_`; empty for `sweep`.
+      config: given to a generator that takes an argument.
+
+    Returns:
+      Key → value, such as {"objective.beta": 30.0}, once for each value of the sweep.
+
+    Raises:
+      PSAError: there is no such generator, it fails, or it yields something else.
+    """
+    own = _find(source.partition(":")[0])
+    wanted, known = f"sweep_{name}" if name else "sweep", set()
+    for path in (own, *sorted(SWEEPS.glob("*.py"))):
+        module = _load_module(path)
+        found = {word for word, each in vars(module).items() if re.match(r"sweep(_|$)", word) and callable(each)}
+        known |= found
+        if wanted in found:
+            return _yielded(path, wanted, getattr(module, wanted), config)
+    close = difflib.get_close_matches(wanted, known, n=1)
+    names = ", ".join(sorted(word.removeprefix("sweep_") for word in known if word != "sweep"))
+    hint = f"did you mean {close[0].removeprefix('sweep_')}? there are" if close and name else "give one of"
+    raise PSAError(f"--sweep: neither {own} nor {SWEEPS} has {wanted}(); {hint} {names}")
+
+
+def _yielded(path: Path, name: str, generator: Any, config: ConfigDict) -> list[dict[str, Any]]:
+    arguments = [config] if inspect.signature(generator).parameters else []
+    values = _call(path, name, lambda: list(generator(*arguments)))
+    for each in values:
+        if not isinstance(each, Mapping) or not each or not all(isinstance(key, str) for key in each):
+            raise PSAError(f"{path}: {name} yields {quoted(each)}; yield {{key: value}}, such as {{'seed': 1}}")
+    if not values:
+        raise PSAError(f"{path}: {name} yields nothing; yield {{key: value}} for each value")
+    return [dict(each) for each in values]
+
+
 def _find(source: str) -> Path:
     """Finds the file of a name or a path."""
     path, named, here = Path(source), shipped().get(source), Path(f"{source}.py")
@@ -155,23 +214,52 @@ def _override(config: ConfigDict, key: str, text: str, path: Path) -> None:
     *groups, leaf = key.split(".")
     holder, known = config, ""
     for name in groups:
-        holder, known = _get(holder, name, option, known, path), f"{known}{name}."
+        if name not in holder:
+            raise _unknown(config, key, f"{known}{name}", holder, path)
+        holder, known = holder[name], f"{known}{name}."
         if not isinstance(holder, ConfigDict):
             raise PSAError(
                 f"{option}: {known[:-1]} of {path} is a value, not a group; write --config.{known[:-1]}=VALUE"
             )
-    current = _get(holder, leaf, option, known, path)
+    if leaf not in holder:
+        raise _unknown(config, key, key, holder, path)
+    current = holder[leaf]
     if isinstance(current, ConfigDict):
         raise PSAError(f"{option}: is a group in {path}; set one of its keys: {', '.join(sorted(current))}")
     holder[leaf] = _parse(text, holder.get_type(leaf), current, option)
 
 
-def _get(holder: ConfigDict, name: str, option: str, known: str, path: Path) -> Any:
-    if name not in holder:
-        close = difflib.get_close_matches(name, holder, n=1)
-        advice = f"did you mean {known}{close[0]}?" if close else f"keys there: {', '.join(sorted(holder))}"
-        raise PSAError(f"{option}: {path} has no key {known}{name}; {advice}")
-    return holder[name]
+def _unknown(config: ConfigDict, key: str, absent: str, holder: ConfigDict, path: Path) -> PSAError:
+    """The error for a key that is not there: it names the nearest ones, or else those of the group."""
+    close = nearest_keys(key, config)
+    meant = f"{', '.join(close[:-1])} or {close[-1]}" if close[1:] else "".join(close)
+    advice = f"did you mean {meant}?" if close else f"keys there: {', '.join(sorted(holder))}"
+    return PSAError(f"--config.{key}: {path} has no key {absent}; {advice}")
+
+
+def nearest_keys(key: str, config: ConfigDict) -> list[str]:
+    """Up to three keys of a configuration that a mistyped one may mean, the nearest first.
+
+    A key is near if it is written alike as a whole, or if its last part is, in whatever group: beta, objective.beta.
+    """
+    scores = {}
+    for known in _dotted(config):
+        whole, end = (
+            difflib.SequenceMatcher(None, *pair).ratio()
+            for pair in ((key, known), (key.rpartition(".")[2], known.rpartition(".")[2]))
+        )
+        scores[known] = max(whole, 0.9 * end)
+    best = max(scores.values(), default=0.0)
+    near = [known for known, score in scores.items() if score >= max(0.7, best - 0.1)]
+    return sorted(near, key=lambda known: (-scores[known], known))[:3]
+
+
+def _dotted(config: ConfigDict, before: str = "") -> Iterator[str]:
+    """Every key with its groups, groups included."""
+    for name in config:
+        yield before + name
+        if isinstance(config.get(name), ConfigDict):
+            yield from _dotted(config[name], f"{before}{name}.")
 
 
 def _parse(text: str, kind: type, current: Any, option: str) -> Any:

@@ -12,7 +12,7 @@ from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.tools import arguments, export, flags
 
 TEXT = {"forget", "methods", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
-TEXT |= {"baseline", "sld_concept", "judges", "method", "split", "judge_model"}
+TEXT |= {"baseline", "sld_concept", "judges", "method", "split", "judge_model", "launcher_args", "metric"}
 """What is neither a path nor a number."""
 PATHS = (flags.path, flags.place)
 NO_PATHS = {
@@ -38,6 +38,7 @@ TAKEN = {
     "judge_timeout": {"1.5", "9" * 30},
     "learning_rate": {"1.5", "9" * 30},
     "strength": {"1.5", "9" * 30},
+    "search_seed": {"0"},
 }
 """Which of NUMBERS each flag takes."""
 

@@ -1,0 +1,1 @@
+"""Sweeps: many trainings that differ in a few keys of one configuration."""
