@@ -65,7 +65,15 @@ class _Running:
         self.process = self._start()
         return True
 
+    def tell(self, signals: int) -> None:
+        """Passes on that the sweep got so many signals: the first one as SIGTERM, more as SIGKILL."""
+        if signals > self._told:
+            self._told = signals
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM if signals == 1 else signal.SIGKILL)
+
     def _start(self) -> subprocess.Popen:
+        self._told = 0
         self.job.folder.mkdir(parents=True, exist_ok=True)
         with (self.job.folder / LOG_FILE).open("ab") as log, _on(self._cores):
             log.write(f"$ {shlex.join(self.job.words)}\n".encode())
@@ -101,9 +109,6 @@ def run_jobs(
 
     def stop(number: int, frame: FrameType | None) -> None:
         signals.append(number)
-        for each in running:
-            with contextlib.suppress(ProcessLookupError):
-                each.process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -113,6 +118,8 @@ def run_jobs(
                 running.append(_Running(waiting.pop(0), slot, places[slot]))
                 print_on_main(f"{running[-1].job.name}: started")
             time.sleep(_LOOK)
+            for each in running:  # not in the handler: one may just be starting
+                each.tell(len(signals))
             for each in [each for each in running if each.process.poll() is not None]:
                 outcome = _outcome(each, bool(signals))
                 if outcome is not None:
@@ -123,6 +130,8 @@ def run_jobs(
                     if ended is not None:
                         ended(each.job.name, outcome)
     finally:
+        for each in running:  # none, but after an error
+            each.tell(1)
         for number, handler in before.items():
             signal.signal(number, handler)
     return found | {job.name: Outcome(INTERRUPTED, "not started") for job in waiting}

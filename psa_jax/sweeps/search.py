@@ -1,18 +1,20 @@
 """A search in place of all points: Optuna proposes values of the generators by what earlier trials measured."""
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from psa_jax.errors import PSAError, Stopped
 from psa_jax.evaluation.curves import curves_of, last_value, read_rows
-from psa_jax.sweeps.local import DONE, INTERRUPTED, Outcome
+from psa_jax.sweeps.local import DIVERGED, DONE, INTERRUPTED, Outcome
 from psa_jax.sweeps.plan import Point
 
 JOURNAL = "search.journal"
 """In the folder of a sweep: all trials."""
 _NAME = "psa_jax.sweep"
+_REPEATS = 10  # proposals of points that have been tried, before another one is drawn
 
 Train = Callable[[Sequence[Point]], Mapping[Point, Outcome]]
 
@@ -34,10 +36,10 @@ def search(
     seed: int,
     at_once: int,
 ) -> tuple[dict[Point, Outcome], dict[Point, float]]:
-    """Tries points until there are so many trials, those of earlier calls included.
+    """Tries points until so many different ones have been tried, those of earlier calls included.
 
-    Each key of the points is a parameter whose choices are its values. A trial that was cut off is tried again first. A
-    point that is proposed again is not trained again, but counts as a trial. The sampler is TPE.
+    Each key of the points is a parameter whose choices are its values. The sampler is TPE; where it only proposes what
+    has been tried, another point is drawn. A point that failed or was cut off is tried again in the next call.
 
     Args:
       points: what may be tried.
@@ -61,31 +63,55 @@ def search(
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    choices = choices_of(points)
-    study = _open(workdir / JOURNAL, choices, best, metric, seed)
+    study = _open(workdir / JOURNAL, choices_of(points), best, metric, seed)
     outcomes: dict[Point, Outcome] = {}
     values: dict[Point, float] = {}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        values[point_of(trial.params, points)] = trial.value
-    cut_off = [(trial.number, trial.params) for trial in study.get_trials(states=(TrialState.RUNNING,))]
-    while cut_off or (left := trials - len(study.get_trials(deepcopy=False))) > 0:
-        batch, cut_off = cut_off[:at_once], cut_off[at_once:]
-        for _ in range(0 if batch else min(at_once, left)):
-            trial = study.ask()
-            batch.append((trial.number, {key: trial.suggest_categorical(key, each) for key, each in choices.items()}))
-        proposed = {number: point_of(params, points) for number, params in batch}
-        new = [point for point in dict.fromkeys(proposed.values()) if point not in outcomes]
-        outcomes |= train(new) if new else {}
-        for number, point in proposed.items():
-            outcome = outcomes[point]
-            if outcome.state == INTERRUPTED:
-                raise Stopped("stopped by a signal; run the same command again, the search goes on")
-            if outcome.state == DONE:
+    tried: set[Point] = set()
+    cut_off: dict[Point, int] = {}
+    for trial in study.get_trials(deepcopy=False):
+        point = point_of(trial.params, points)
+        if trial.state == TrialState.RUNNING:
+            cut_off[point] = trial.number
+        else:
+            tried.add(point)
+        if trial.state == TrialState.COMPLETE:
+            values[point] = trial.value
+    most = min(trials, len(points))
+    while cut_off or len(tried) < most:
+        batch = dict(list(cut_off.items())[:at_once])
+        cut_off = {point: number for point, number in cut_off.items() if point not in batch}
+        for _ in range(0 if batch else min(at_once, most - len(tried))):
+            number, point = _propose(study, points, tried | batch.keys(), seed)
+            batch[point] = number
+        found = train(list(batch))
+        outcomes |= found
+        if any(outcome.state == INTERRUPTED for outcome in found.values()):
+            raise Stopped("stopped by a signal; run the same command again, the search goes on")
+        for point, number in batch.items():
+            tried.add(point)
+            if found[point].state == DONE:
                 values[point] = value_of(workdir / point.name, metric)
                 study.tell(number, values[point])
-            else:
+            elif found[point].state == DIVERGED:
                 study.tell(number, state=TrialState.FAIL)
     return outcomes, values
+
+
+def _propose(study: Any, points: Sequence[Point], tried: Collection[Point], seed: int) -> tuple[int, Point]:
+    """Number of a trial and its point, which has not been tried."""
+    from optuna.trial import TrialState
+
+    choices = choices_of(points)
+    for attempt in range(_REPEATS + 1):
+        if attempt == _REPEATS:
+            left = [point for point in points if point not in tried]
+            study.enqueue_trial(random.Random(seed + len(study.trials)).choice(left).overrides)
+        trial = study.ask()
+        point = point_of({key: trial.suggest_categorical(key, each) for key, each in choices.items()}, points)
+        if point not in tried:
+            break
+        study.tell(trial.number, state=TrialState.FAIL)  # of failed trials the sampler learns nothing
+    return trial.number, point
 
 
 def choices_of(points: Sequence[Point]) -> dict[str, list[str]]:

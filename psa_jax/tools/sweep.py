@@ -22,6 +22,7 @@ from psa_jax.sweeps.points import DONE as IS_DONE
 from psa_jax.sweeps.points import state_of
 from psa_jax.sweeps.results import direction
 from psa_jax.sweeps.search import choices_of, require_optuna, search
+from psa_jax.tools.arguments import BASE_MODEL
 from psa_jax.tools.configs import read_config, read_sweep, split_config
 from psa_jax.training.settings import validate
 
@@ -76,6 +77,7 @@ def run(args: Namespace) -> int:
       Stopped: by a signal; the points saved, and the same command goes on.
     """
     source, base, _ = split_config(args.words)
+    base += [(name, str(vars(args)[name])) for name in BASE_MODEL if vars(args).get(name)]
     _check_flags(args)
     points = points_of(args.sweep, lambda name: read_sweep(source, name, args.config))
     configs = {point: _config(source, base, point, args.workdir) for point in points}

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from psa_jax.tools.arguments import experiment
+from psa_jax.tools.arguments import base_model_of_config, experiment
 from psa_jax.tools.flags import count, path, seed
 
 LAUNCHERS = {
@@ -18,6 +18,7 @@ LAUNCHERS = {
 def points(parser: ArgumentParser) -> None:
     """Flags of `psa-jax sweep`."""
     experiment(parser)
+    base_model_of_config(parser)
     parser.add_argument(
         "--sweep",
         nargs="?",
@@ -40,7 +41,7 @@ def points(parser: ArgumentParser) -> None:
     here.add_argument("--cores", type=count, metavar="N", help="CPU cores of each point (default: they share all)")
     search = parser.add_argument_group("search", "local; the values of each generator are the choices")
     search.add_argument("--search", choices=["optuna"], help="try points that promise much, not all of them")
-    search.add_argument("--trials", type=count, metavar="N", help="how many, those of earlier calls included")
+    search.add_argument("--trials", type=count, metavar="N", help="how many points, those of earlier calls included")
     search.add_argument("--search-seed", type=seed, default=0, metavar="SEED", help="of the search (default: 0)")
     metric(search)
 

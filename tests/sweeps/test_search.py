@@ -51,14 +51,14 @@ def optuna():
 
 
 def test_the_best_is_found_and_the_journal_is_gone_on_with(optuna, tried, tmp_path):
-    run(tmp_path, tried, trials=5)
-    assert 1 <= len(tried.names) == len(set(tried.names)) <= 5
-    before = len(tried.names)
-    _, values = run(tmp_path, tried, trials=60)
+    assert len(run(tmp_path, tried, trials=5)[0]) == 5
+    outcomes, values = run(tmp_path, tried, trials=8)
+    assert len(outcomes) == 3 and len(values) == len(set(tried.names)) == len(tried.names) == 8
+    outcomes, values = run(tmp_path, tried, trials=60)  # more than there are
+    assert len(outcomes) == 4 and set(values) == set(POINTS)
     assert min(values, key=values.__getitem__).overrides == BEST
     assert all(value == loss_of(point) for point, value in values.items())
-    assert len(tried.names) > before
-    assert run(tmp_path, tried, trials=60)[0] == {}  # they have been tried
+    assert run(tmp_path, tried, trials=60) == ({}, values)
 
 
 def test_the_same_seed_proposes_the_same(optuna, tried, tmp_path):
@@ -78,12 +78,18 @@ def test_the_same_seed_proposes_the_same(optuna, tried, tmp_path):
     assert proposed[0] == proposed[1] != proposed[2]
 
 
-def test_what_fails_is_no_value_and_what_was_cut_off_is_tried_first(optuna, tried, tmp_path):
+def test_what_fails_or_was_cut_off_is_tried_first(optuna, tried, tmp_path):
+    states = iter(("diverged", "failed"))
+
     def fails(points):
-        return {point: Outcome("diverged", "") for point in points}
+        return {point: Outcome(next(states), "") for point in points}
 
     outcomes, values = run(tmp_path, fails, trials=2)
-    assert values == {} and {outcome.state for outcome in outcomes.values()} == {"diverged"}
+    assert values == {} and [outcome.state for outcome in outcomes.values()] == ["diverged", "failed"]
+    (failed,) = [point for point, outcome in outcomes.items() if outcome.state == "failed"]
+    run(tmp_path, tried, trials=2)
+    assert tried.names == [failed.name]
+    tried.names.clear()
     asked = []
 
     def cut_off(points):

@@ -2,7 +2,11 @@
 
 import fcntl
 import json
+import os
 import shlex
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +125,45 @@ def test_what_was_stopped_goes_on_and_what_diverged_is_given_up(standin, sweep, 
     assert (code, last["done"], last["diverged"], last["failed"]) == (0, 3, [NAMES[1]], [])
     assert [words[-1].rpartition("/")[2] for words in made.calls] == [NAMES[2]]
     assert f"psa-jax: {NAMES[1]}: diverged before, given up; delete its folder to try it again" in err
+
+
+def test_a_signal_stops_all_and_the_same_command_goes_on(standin, sweep, tmp_path):
+    made = standin(**{NAMES[1]: ["wait", "0"]})
+    log = tmp_path / "w" / NAMES[1] / "log.txt"
+
+    def send() -> None:
+        while not log.exists() or b"\nwaiting" not in log.read_bytes():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send).start()
+    code, last, err = sweep()
+    assert (code, last) == (75, None)
+    assert err[-1] == "psa-jax: error: stopped by a signal; 3 of 4 points are left; run the same command again"
+    assert len(made.calls) == 2
+    assert sweep()[1]["done"] == 4 and len(made.calls) == 3
+
+
+def test_a_search_tries_some_of_them(standin, sweep, tmp_path):
+    pytest.importorskip("optuna", reason="the extra `search` is not installed")
+    made = standin(**{NAMES[0]: ["nan"]})
+    code, last, err = sweep("--search=optuna", "--trials=3")
+    tried = {words[-1].rpartition("/")[2] for words in made.calls}
+    assert code == 0 and len(tried) == last["points"] == 3
+    code, last, err = sweep("--search=optuna", "--trials=30")
+    assert code == 0 and tried | {words[-1].rpartition("/")[2] for words in made.calls} == set(NAMES)
+    # The stand-in's loss is β/60 + seed/10, and the point that has the least of both diverges.
+    assert f"psa-jax: best loss so far: 0.6 with {NAMES[1]}" in err
+    code, _, (line,) = sweep("--search=optuna", "--trials=3", of="beta+two")
+    assert code == 1 and "--search takes every combination" in line
+
+
+def test_flags_of_the_base_model_are_those_of_train(own, tmp_path, capsys):
+    words = ["sweep", f"--config={own}", "--sweep=two", f"--workdir={tmp_path / 'w'}", "--launcher=print"]
+    assert main([*words, "--model=tiny"]) == 0
+    assert all(" --config.model=tiny " in line for line in capsys.readouterr().out.splitlines())
+    assert main([*words, "--model=/nowhere"]) == 1
+    assert "point seed=0: model is /nowhere, which is not there" in capsys.readouterr().err
 
 
 def test_points_are_added_and_others_stay(standin, sweep, tmp_path):
