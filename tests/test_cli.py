@@ -18,7 +18,7 @@ from psa_jax import cli, leaving
 from psa_jax.errors import PeerLost, PSAError, Stopped
 from psa_jax.renamed import UNTIL, print_notice
 from psa_jax.tools import arguments
-from psa_jax.tools.configs import load_config, nearest_keys, read_config, shipped
+from psa_jax.tools.configs import load_config, read_config, shipped
 
 ROOT = Path(psa_jax.__file__).resolve().parents[1]
 
@@ -372,28 +372,6 @@ def test_a_value_is_read_as_the_type_in_the_file(config_file: Path, key: str, te
 def test_a_bad_override_names_key_and_file(config_file: Path, override: str, message: str) -> None:
     with pytest.raises(PSAError, match=message):
         load_config([f"--config={config_file}", override])
-
-
-@pytest.mark.parametrize(
-    ("key", "nearest"),
-    [
-        ("beta", ["objective.beta"]),
-        ("objective.bta", ["objective.beta"]),
-        ("objectiv.beta", ["objective.beta"]),
-        ("learning_rate", ["optimizer.learning_rate"]),
-        ("optimizer.sft_weight", ["objective.sft_weight"]),
-        ("validate.row", ["validate.rows"]),
-        ("mini.users", ["data.mini.users"]),
-        ("quantum", []),
-    ],
-)
-def test_an_unknown_key_names_its_neighbours_in_any_group(key: str, nearest: list[str]) -> None:
-    config = read_config("sd15")
-    assert nearest_keys(key, config)[: len(nearest) or 1] == nearest
-    assert len(nearest_keys("learning_rate", read_config("tiny"))) == 3  # of many
-    said = f"did you mean {nearest[0]}" if nearest else "keys there: "
-    with pytest.raises(PSAError, match=re.escape(said)):
-        read_config("sd15", [(key, "1")])
 
 
 @pytest.mark.parametrize(
