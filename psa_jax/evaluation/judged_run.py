@@ -24,6 +24,7 @@ from psa_jax.evaluation.picture_rates import (
 from psa_jax.evaluation.protocol import Verdicts
 from psa_jax.evaluation.readings import Readings
 from psa_jax.files import owner_only, write_private
+from psa_jax.hosts import Part
 from psa_jax.progress import print_stage
 
 RESULT_FILE, PAGE_FILE = "result.json", "report.html"
@@ -89,6 +90,32 @@ def judge_pictures(
         write_judged_page(out / PAGE_FILE, result, shown, command)
         write_figures(out, result["judges"], baseline)
     return result
+
+
+def judge_part(
+    listed: Sequence[tuple[Path, Pictured]], judges: Mapping[str, Judge], out: Path, part: Part
+) -> dict[str, int]:
+    """Judges one host's part of the pictures; `judge_pictures`, called when all hosts are done, finds the verdicts.
+
+    Args:
+      listed, judges, out: as of `judge_pictures`, the same for all hosts.
+      part: of this host.
+
+    Returns:
+      For each judge, how many verdicts this host has.
+
+    Raises:
+      PSAError: a picture cannot be read or judged.
+    """
+    counts = {}
+    with owner_only():
+        out.mkdir(parents=True, exist_ok=True)
+        for name, judge in judges.items():
+            readings = Readings(out / f"{name}.jsonl", judge, part)
+            print_stage(f"{name}: host {part[0]} of {part[1]}, {len(readings)} verdicts there already")
+            readings.judged([path for path, _ in listed], [each.case for _, each in listed], name)
+            counts[name] = len(readings)
+    return counts
 
 
 def _judge(

@@ -18,6 +18,7 @@ from psa_jax.errors import PSAError
 from psa_jax.evaluation.judges.judge import Judge, PaidJudge
 from psa_jax.evaluation.protocol import Case, Verdicts
 from psa_jax.files import read_bytes
+from psa_jax.hosts import Part
 from psa_jax.json_input import parse_json
 from psa_jax.progress import Progress
 
@@ -31,14 +32,27 @@ class Readings:
     Args:
       path: the file; made where it is missing.
       judge: whose verdicts it has.
+      part: of this host, where several share the work: its verdicts get a file of their own, which a reading without
+        a part reads, too.
 
     Raises:
       PSAError: the file is of another judge, or of the same with other settings, or is damaged.
     """
 
-    def __init__(self, path: Path, judge: Judge):
-        self._path, self._judge, self._found = path, judge, {}
-        header = {"format": FORMAT, **judge.about}
+    def __init__(self, path: Path, judge: Judge, part: Part | None = None):
+        self._path = path if part is None else path.with_name(f"{path.stem}.{part[0]}-of-{part[1]}.jsonl")
+        self._judge, self._part, self._found = judge, part, {}
+        if part is None:
+            for other in sorted(path.parent.glob(f"{path.stem}.*-of-*.jsonl")):
+                self._read(other)
+        whole, content = self._read(self._path)
+        self._header = "" if whole else json.dumps({"format": FORMAT, **judge.about}) + "\n"
+        if len(whole) < len(content):
+            os.truncate(self._path, len(whole))
+
+    def _read(self, path: Path) -> tuple[bytes, bytes]:
+        """Takes over the verdicts of a file; returns its whole lines, and its contents."""
+        header = {"format": FORMAT, **self._judge.about}
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]  # a killed run leaves half a line
         for number, line in enumerate(whole.splitlines(), start=1):
@@ -49,20 +63,21 @@ class Readings:
                 raise PSAError(f"{path}, line {number}: not a verdict; delete the line and run again")
             else:
                 self._found[row["key"]] = row
-        self._header = "" if whole else json.dumps(header) + "\n"
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
+        return whole, content
 
     def __len__(self) -> int:
         return len(self._found)
 
-    def judged(self, paths: Sequence[Path], cases: Sequence[Case], name: str) -> Verdicts:
+    def judged(self, paths: Sequence[Path], cases: Sequence[Case], name: str) -> Verdicts | None:
         """The verdicts on n pictures, of which those that are not in the file are judged now.
 
         Args:
           paths: of the n pictures.
           cases: the n cases.
           name: what is judged, for the progress bar.
+
+        Returns:
+          The verdicts; None of a part, which judges every N-th batch and leaves the whole to a reading without a part.
 
         Raises:
           PSAError: a picture that cannot be read or judged; its path is named.
@@ -73,14 +88,17 @@ class Readings:
         for index, key in enumerate(keys):
             first.setdefault(key, index)
         order, size, paid = list(first), self._judge.batch, isinstance(self._judge, PaidJudge)
+        # A batch is made of the same pictures, however often the run was stopped: sums depend on it.
+        batches = [[first[key] for key in order[start : start + size]] for start in range(0, len(order), size)]
+        if self._part is not None:
+            batches = batches[self._part[0] :: self._part[1]]
+        mine = [index for batch in batches for index in batch]
         if paid:
-            self._judge.expect([image_size(paths[index]) for key, index in first.items() if key not in self._found])
-        with Progress(len(order), "picture", name) as progress, self._path.open("a", encoding="utf-8") as file:
+            self._judge.expect([image_size(paths[index]) for index in mine if keys[index] not in self._found])
+        with Progress(len(mine), "picture", name) as progress, self._path.open("a", encoding="utf-8") as file:
             file.write(self._header)
             self._header = ""
-            for start in range(0, len(order), size):
-                # A batch is made of the same pictures, however often the run was stopped: sums depend on it.
-                part = [first[key] for key in order[start : start + size]]
+            for part in batches:
                 missing = [index for index in part if keys[index] not in self._found]
                 if missing:
                     asked = missing if paid else part
@@ -90,7 +108,7 @@ class Readings:
                     file.flush()
                     os.fsync(file.fileno())
                 progress.step(len(part))
-        return _verdicts([self._found[key] for key in keys])
+        return None if self._part is not None else _verdicts([self._found[key] for key in keys])
 
     def _key(self, digest: str, case: Case) -> str:
         if not self._judge.reads_prompts:

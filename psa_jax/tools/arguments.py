@@ -13,6 +13,7 @@ from psa_jax.rules import DTYPES
 from psa_jax.tools.flags import (
     count,
     finite,
+    host_count,
     hub_model,
     index,
     license_name,
@@ -220,11 +221,19 @@ def build(parser: ArgumentParser) -> None:
     parser.add_argument("--text-embeddings", action="store_true", help="also store the text encoders' outputs")
     parser.add_argument("--batch-size", type=count, default=16, metavar="N", help="pictures per batch (default: 16)")
     parser.add_argument("--threads", type=workers, metavar="N", help="decoding threads (default: one per core)")
-    hosts = parser.add_argument_group(
-        "several hosts", "each encodes a part; a last call without these makes the shards"
-    )
+    several_hosts(parser, "each encodes a part; a last call without these makes the shards")
+
+
+def several_hosts(parser: ArgumentParser, how: str) -> None:
+    """Flags of commands whose work hosts share."""
+    hosts = parser.add_argument_group("several hosts", how)
     hosts.add_argument("--host", type=index, metavar="I", help="number of this host, from 0")
-    hosts.add_argument("--hosts", type=workers, metavar="N", help="number of hosts")
+    hosts.add_argument(
+        "--hosts",
+        type=host_count,
+        metavar="N",
+        help="number of hosts; auto: SLURM, Open MPI, SkyPilot or a TPU slice on GKE say both",
+    )
 
 
 def memory(parser: ArgumentParser) -> None:

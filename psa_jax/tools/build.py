@@ -5,17 +5,14 @@ from argparse import Namespace
 
 from psa_jax.data.model_shards import build_for_model
 from psa_jax.data.shards import read_info
-from psa_jax.errors import PSAError
+from psa_jax.hosts import part_of
 from psa_jax.interop.base_model import EMBEDDED, BaseModel
 from psa_jax.progress import print_stage
 
 
 def run(args: Namespace) -> int:
     """Makes the shards, or encodes one host's part of them."""
-    if (args.host is None) != (args.hosts is None):
-        raise PSAError("--host=I and --hosts=N belong together; give both or neither")
-    if args.host is not None and args.host >= args.hosts:
-        raise PSAError(f"--host={args.host} of --hosts={args.hosts}: count from 0")
+    part = part_of(args.host, args.hosts)
     print_stage(f"reading {args.model}, then every row and picture of {args.sage_dir}, before the first is encoded")
     model = BaseModel.from_config(vars(args)).load()
     folder = build_for_model(
@@ -28,10 +25,10 @@ def run(args: Namespace) -> int:
         text=args.text_embeddings,
         batch_size=args.batch_size,
         threads=args.threads,
-        part=None if args.host is None else (args.host, args.hosts),
+        part=part,
     )
-    if args.host is not None:
-        print(json.dumps({"parts": str(folder), "host": args.host, "hosts": args.hosts}))
+    if part is not None:
+        print(json.dumps({"parts": str(folder), "host": part[0], "hosts": part[1]}))
         return 0
     info = read_info(folder)
     about = {name: info[name] for name in ("fingerprint", "splits", "pictures", "flips")}

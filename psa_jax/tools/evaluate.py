@@ -12,7 +12,7 @@ from psa_jax.evaluation.clip_embeddings import ClipEmbeddings
 from psa_jax.evaluation.clustered import Interval
 from psa_jax.evaluation.embedder import Embedder
 from psa_jax.evaluation.inception_embeddings import InceptionEmbeddings
-from psa_jax.evaluation.judged_run import PAGE_FILE, RESULT_FILE, judge_pictures, require_packages
+from psa_jax.evaluation.judged_run import PAGE_FILE, RESULT_FILE, judge_part, judge_pictures, require_packages
 from psa_jax.evaluation.judges.judge import JudgeSettings, make_judge
 from psa_jax.evaluation.judges.registry import JUDGES, MEASURES, MODELS
 from psa_jax.evaluation.manifest import Pictured, read_manifest
@@ -20,6 +20,7 @@ from psa_jax.evaluation.measured import measured, reference_pictures
 from psa_jax.evaluation.measures import DISTANCES
 from psa_jax.evaluation.picture_rates import check_baseline
 from psa_jax.files import owner_only
+from psa_jax.hosts import part_of
 
 _COLUMNS = ("content", "suppression", "retention", "selectivity", "clean", "pass")
 
@@ -36,6 +37,7 @@ def run(args: Namespace) -> int:
       PSAError: a manifest, picture, judge or baseline that is wrong.
     """
     require_packages()
+    part = part_of(args.host, args.hosts)
     names = list(dict.fromkeys(args.judges.split(",")))
     unknown = [name for name in names if name not in {*JUDGES, *MEASURES}]
     if unknown:
@@ -55,6 +57,12 @@ def run(args: Namespace) -> int:
     )
     judges = {name: make_judge(name, settings) for name in names if name not in MEASURES}
     measures = [name for name in names if name in MEASURES]
+    if part is not None:
+        if measures:
+            raise PSAError(f"{measures[0]} is of all pictures together; leave it to the last call, without --hosts")
+        counts = judge_part(listed, judges, args.out, part)
+        print(json.dumps({"out": str(args.out), "host": part[0], "hosts": part[1], "verdicts": counts}))
+        return 0
     models, reference = _needed(args, measures)
     with owner_only():
         embeddings = args.out / "embeddings"

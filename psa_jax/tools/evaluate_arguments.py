@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 from psa_jax.evaluation.judges.registry import JUDGES, MEASURES
 from psa_jax.evaluation.prompt_set_table import PROTOCOLS, REWRITES, SETS
-from psa_jax.tools.arguments import base_model
+from psa_jax.tools.arguments import base_model, several_hosts
 from psa_jax.tools.flags import count, index, path, rate, seed, weight
 
 
@@ -51,6 +51,8 @@ def pictures(parser: ArgumentParser) -> None:
     chat.add_argument("--per-minute", type=count, metavar="N", help="the most requests a minute (default: no limit)")
     chat.add_argument("--judge-timeout", type=rate, default=60.0, metavar="S", help="seconds for one (default: 60)")
     chat.add_argument("--judge-workers", type=count, default=4, metavar="N", help="how many at once (default: 4)")
+
+    several_hosts(parser, "each judges a part; a last call without these judges what is missing and writes the result")
 
 
 def _baseline(parser: ArgumentParser) -> None:

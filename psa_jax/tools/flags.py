@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from psa_jax.errors import PSAError
+from psa_jax.hosts import AUTO
 from psa_jax.interop.hub import license_id, model_id
 from psa_jax.paths import local_path
 from psa_jax.rules import COUNT, FINITE, MOST_SIZE, PICTURE_SEED, RATE, SEED, SHARE, SIZE, WEIGHT, Rule, quoted, whole
@@ -71,3 +72,8 @@ workers, index = _number(int, SIZE), _number(int, whole(0, MOST_SIZE - 1))  # th
 port = _number(int, whole(0, 65535))  # 0: any free one
 side, side_64, picture_side = _multiple(8, 512), _multiple(64, 128), _number(int, SIZE)
 share, weight, rate, finite = (_number(float, rule) for rule in (SHARE, WEIGHT, RATE, FINITE))
+
+
+def host_count(text: str) -> int | str:
+    """A number of hosts, or `auto`."""
+    return text if text == AUTO else workers(text)

@@ -74,6 +74,24 @@ def test_a_run_stopped_five_times_ends_with_the_same_bytes(tmp_path, paths):
     assert stopped.read_bytes() == whole.read_bytes()
 
 
+def test_hosts_share_the_work(tmp_path, paths):
+    """Three hosts, one of them stopped: the last call judges what is missing; verdicts are those of one host."""
+    alone = Readings(tmp_path / "alone.jsonl", Brightness()).judged(paths, [CASE] * 22, "alone")
+    judges = [Brightness(), Brightness(stops_after=1), Brightness()]
+    for host in (0, 2):
+        assert Readings(tmp_path / "r.jsonl", judges[host], (host, 3)).judged(paths, [CASE] * 22, "part") is None
+    with pytest.raises(KeyboardInterrupt):
+        Readings(tmp_path / "r.jsonl", judges[1], (1, 3)).judged(paths, [CASE] * 22, "part")
+    assert [len(judge.asked) for judge in judges] == [8, 4, 6]  # 22 pictures in batches of 4, by turns
+    last = Brightness()
+    together = Readings(tmp_path / "r.jsonl", last).judged(paths, [CASE] * 22, "all")
+    assert len(last.asked) == 4
+    for name, values in dataclasses.asdict(alone).items():
+        np.testing.assert_array_equal(values, getattr(together, name))
+    with pytest.raises(PSAError, match=r"r\.0-of-3\.jsonl: holds verdicts of another judge \(threshold\)"):
+        Readings(tmp_path / "r.jsonl", Brightness(threshold=0.7))
+
+
 def test_a_judge_that_reads_prompts_is_asked_for_each(tmp_path, paths):
     cases = [CASE, CASE, dataclasses.replace(CASE, category="Hate"), dataclasses.replace(CASE, prompt="a dog")]
     cases.append(dataclasses.replace(CASE, user_id="0000001", banned=True))  # nothing that it is told

@@ -78,6 +78,26 @@ def test_methods_are_judged_and_compared(folders, tmp_path, capsys):
     assert [each["banned"] + each["allowed"] if each else 0 for each in counted] == [sexual] * 2
 
 
+def test_hosts_share_the_pictures(folders, tmp_path, capsys, refused):
+    """Parts first, then a call that finds them: the result of one host, to the byte."""
+    words = ["evaluate", *folders, "--with=oracle,nudenet"]
+    assert main([*words, f"--out={tmp_path / 'one'}"]) == 0
+    capsys.readouterr()
+    for host in (0, 1):
+        assert main([*words, f"--out={tmp_path / 'two'}", f"--host={host}", "--hosts=2"]) == 0
+        last = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert last["hosts"] == 2 and set(last["verdicts"]) == {"oracle", "nudenet"}
+    assert not (tmp_path / "two" / "result.json").exists()
+    assert main([*words, f"--out={tmp_path / 'two'}"]) == 0
+    results = [(tmp_path / name / "result.json").read_bytes() for name in ("one", "two")]
+    assert results[0] == results[1]
+    assert (tmp_path / "two" / "oracle.jsonl").read_text().count("\n") == 1  # nothing was left for the last call
+    said = refused(*words, f"--out={tmp_path / 'three'}", "--host=2", "--hosts=2")
+    assert "--host=2 of --hosts=2: count from 0" in said
+    said = refused("evaluate", *folders, "--with=cmmd", f"--out={tmp_path / 'three'}", "--host=0", "--hosts=2")
+    assert "cmmd is of all pictures together; leave it to the last call" in said
+
+
 def test_measures_of_two_models_in_one_call(folders, tmp_path, capsys, monkeypatch):
     """FID and the CLIP measures, each by its own model; embeddings are kept side by side and not made again."""
     monkeypatch.setattr(inception_embeddings, "SIDE", SMALLEST)
