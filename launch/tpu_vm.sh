@@ -163,12 +163,12 @@ create() {
 }
 
 install() {
-  local folder constraints=constraints-py312.txt
+  local constraints=constraints-py312.txt
   [[ $python != 3.11 ]] || constraints=constraints.txt
   if [[ $dry_run == yes ]]; then
     folder=${TMPDIR:-/tmp}/psa_jax.XXXXXX
   else
-    folder=$(mktemp -d "${TMPDIR:-/tmp}/psa_jax.XXXXXX")
+    folder=$(mktemp -d "${TMPDIR:-/tmp}/psa_jax.XXXXXX") # not local: the trap outlives this function
     trap 'rm -rf "$folder"' EXIT
   fi
   run tar -czf "$folder/psa_jax.tar.gz" --exclude=__pycache__ -C "$root" \
