@@ -89,6 +89,16 @@ def smallest_pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def run_inputs(smallest_pipeline, tmp_path_factory) -> tuple[Path, Path]:
+    """Folder of the smallest model, and one with shards of SAGE-mini and a table for it."""
+    from psa_jax.mini.prepare import prepare
+
+    model, folder = smallest_pipeline[1], tmp_path_factory.mktemp("run_inputs")
+    prepare(folder, model, users=8, seed=3, resolution=32, splits=("train",))
+    return model.folder, folder
+
+
+@pytest.fixture(scope="session")
 def sd1(tmp_path_factory):
     """A folder of a random pipeline and the pipeline of diffusers that wrote it: read only."""
     return _saved(tmp_path_factory, "sd1")
