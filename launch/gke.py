@@ -22,7 +22,7 @@ from pathlib import PurePosixPath
 STOPPED = 75  # psa_jax.errors.STOPPED, which a machine that only submits need not have
 CHIPS_A_HOST = 4  # of the machine types below
 SPOT_GRACE, GRACE = 15, 60  # seconds from SIGTERM to SIGKILL; a Spot node gets no more unless its pool is made for it
-GCLUSTER_NAME = 28  # characters
+GCLUSTER_NAME, XPK_NAME = 28, 39  # most characters of a job's name
 COUNTED = 50  # restarts for the tools that count exit code 75, too
 CONTAINER = JOB = "psa-jax"
 FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -304,6 +304,8 @@ def equivalents(job: Job) -> str:
         lines.append(f"# it takes names of at most {GCLUSTER_NAME} characters: give a shorter one")
     lines.append(shlex.join([*gcluster, command]))
     lines += ["# xpk, in its own queue; with --dry-run --output-manifest-file=FILE it only writes the JobSet"]
+    if len(job.name) > XPK_NAME:
+        lines.append(f"# it takes names of at most {XPK_NAME} characters: give a shorter one")
     if job.topology in job.chip.not_in_xpk:
         return "\n".join([*lines, f"# it has no {job.chip.xpk}-{job.topology}"])
     xpk = ["uvx", "xpk", "workload", "create", "--cluster=CLUSTER", "--project=PROJECT", "--zone=ZONE"]
