@@ -182,7 +182,8 @@ def test_a_stopped_run_is_queued_again_and_ends_as_one_that_was_not(slurm, run_i
     assert "slurm.sbatch: exit code 75: queued again" in job.log
     assert re.search(r"stopped by a signal after step \d+, with a", job.log)
 
-    slurm.ask("scontrol", "update", f"JobId={job.number}", "StartTime=now")  # SLURM would wait for two minutes
+    # SLURM would wait for two minutes. At once, slurmd may refuse the job, taking its credential for that it revoked.
+    slurm.ask("scontrol", "update", f"JobId={job.number}", "StartTime=now+10")
     job.wait_until(lambda: job.about("JobState") == "COMPLETED")
     assert re.search(r"resumed at step \d+", job.log), job.log
     assert rows(job.workdir / "run") == rows(alone.workdir / "run")
