@@ -6,6 +6,8 @@
           categories, by swap distillation; and a self-attention over the prompt, which was not measured there
 :dpo      kind `text`, 4 user tokens, DPO with an SFT term on the winner
 :paper    the published adapter and recipe (PSA, arXiv 2508.01151): one token, β 5000, no SFT term, 5,000 steps
+:debug    ten steps of one pair, with everything that a run does on its way: a metric of every step, held-out measures,
+          checkpoints and the adapter; in float32, so that what is not finite is no matter of rounding
 :smoke    three steps of one pair, to test an installation
 
 Where memory is short: raise `accumulate`, which computes a step in that many parts (`batch_size` must be a multiple of
@@ -19,7 +21,7 @@ import ml_collections
 
 from psa_jax.preference.objective import Objective
 
-MODES = ("", "dpo", "paper", "smoke")
+MODES = ("", "dpo", "paper", "debug", "smoke")
 
 
 def base_config(objective: Objective) -> ml_collections.ConfigDict:
@@ -105,7 +107,7 @@ def experiment_config(
         raise ValueError(f"there is no mode {arg!r} (only {', '.join(mode for mode in MODES if mode)})")
     config = base_config(Objective(beta=5000.0, sft_weight=500.0))
     config.batch_size, config.accumulate = batch_size, accumulate
-    if arg in ("", "smoke"):
+    if arg in ("", "debug", "smoke"):
         edit_by_swap(config)
         # Captions of SAGE's pairs are free paraphrases: a word's edit depends on the others.
         config.adapter.mixing, config.adapter.pooled = True, pooled
@@ -119,4 +121,14 @@ def experiment_config(
         config.steps, config.log_every, config.optimizer.warmup_steps = 3, 1, 1
         config.batch_size, config.accumulate, config.mesh.data = 1, 1, 1
         config.validate.every = 0
+    elif arg == "debug":
+        debug(config)
     return config.lock()
+
+
+def debug(config: ml_collections.ConfigDict) -> None:
+    """Sets ten steps of one pair in which everything happens that happens in a run, on one device."""
+    config.steps, config.batch_size, config.accumulate, config.mesh.data = 10, 1, 1, 1
+    config.log_every, config.checkpoint_every, config.keep_checkpoints = 1, 5, 1
+    config.validate.update(every=5, rows=8, batch_size=8)
+    config.optimizer.warmup_steps, config.dtype, config.hang_timeout = 2, "float32", 600.0

@@ -11,7 +11,8 @@ MODEL_DIR is a folder of SD1.x in diffusers' layout, USERS.csv lists the users o
 learning rate 5e-6 constant after 500 warm-up steps, 5,000 steps, β 5000, no SFT term, text dropout 0.2, clipping at 1.
 Only timesteps are drawn otherwise: spread evenly over each batch. Users were embedded by Qwen2.5-7B there:
 psa-jax encode USERS.csv --encoder=qwen --model=QWEN_DIR --out=qwen.safetensors
---config=configs/sd15.py:dpo is preference learning of the kind text; :smoke is three steps of one pair.
+--config=configs/sd15.py:dpo is preference learning of the kind text; :debug is ten steps of one
+pair with held-out measures and checkpoints, :smoke three steps.
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
 its learning rate is untried on real weights. A step of :dpo with 8 pairs on one H100, random weights: 0.14 s and 10.1

@@ -9,7 +9,8 @@ MODEL_DIR is a folder of SD2.x in diffusers' layout (for a model of 512 px, --re
 of SAGE_DIR.
 
 --config=configs/sd21.py:paper is the published adapter and recipe of SD1.5 (see configs/sd15.py); none was published
-for SD2.x. --config=configs/sd21.py:dpo is preference learning of the kind text; :smoke is three steps of one pair.
+for SD2.x. --config=configs/sd21.py:dpo is preference learning of the kind text; :debug is ten steps of one
+pair with held-out measures and checkpoints, :smoke three steps.
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
 its learning rate is untried on real weights. Time of a step: not measured; psa-jax memory tells its memory. The

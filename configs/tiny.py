@@ -11,7 +11,7 @@ from psa_jax.preference.objective import Objective
 
 from . import common
 
-MODES = ("", "dpo", "smoke", "dpo-smoke")
+MODES = ("", "dpo", "debug", "smoke", "dpo-smoke")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -19,6 +19,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     (none)       the kind `edit` with the gate by categories, by swap distillation
     :dpo         the kind `text` by Diffusion-DPO, as earlier versions had it
+    :debug       ten steps of one pair, with everything that a run does on its way
     :smoke, :dpo-smoke    a few seconds of training, for tests
 
     Raises:
@@ -41,6 +42,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     (_dpo if arg.startswith("dpo") else _swap)(config)
     config.pretrain = _pretrain()
+    if arg == "debug":
+        common.debug(config)
     if arg.endswith("smoke"):
         config.steps, config.batch_size, config.data.mini.users = 4, 4, 40
         config.optimizer.warmup_steps = 1

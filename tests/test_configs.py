@@ -53,7 +53,7 @@ def read(name: str, mode: str):
     return read_config(f"{CONFIGS / name}.py" + (f":{mode}" if mode else ""))
 
 
-@pytest.mark.parametrize("mode", ["", "dpo", "paper", "smoke"])
+@pytest.mark.parametrize("mode", ["", "dpo", "paper", "debug", "smoke"])
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models(name, mode):
     config, tiny = read(name, mode), read("tiny", "")
@@ -65,7 +65,7 @@ def test_released_models(name, mode):
     objective = Objective(**config.objective)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     check_batch(config.batch_size, mesh, config.accumulate)
-    if mode in ("", "smoke"):
+    if mode in ("", "debug", "smoke"):
         adapter = config.adapter
         assert (adapter.kind, adapter.gate, adapter.tokens, adapter.mixing) == ("edit", "categories", 0, True)
         assert adapter.pooled == (name == "sdxl")
