@@ -21,6 +21,7 @@ from psa_jax.renamed import COMMANDS as OLD_COMMANDS
 from psa_jax.renamed import print_notice
 from psa_jax.rules import quoted
 from psa_jax.tools import arguments, evaluate_arguments, sweep_arguments
+from psa_jax.tools.sources import bring_sources
 
 
 class Command(NamedTuple):
@@ -31,7 +32,11 @@ class Command(NamedTuple):
     module: str
 
     def run(self, args: Namespace) -> int:
-        """Imports the module, calls its `run(args)` and returns the exit code, which is 0 for None."""
+        """Imports the module, calls its `run(args)` and returns the exit code, which is 0 for None.
+
+        What the command reads from buckets is on this machine by then.
+        """
+        bring_sources(args)
         return importlib.import_module(f"psa_jax.tools.{self.module}").run(args) or 0
 
 

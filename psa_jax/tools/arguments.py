@@ -11,6 +11,7 @@ from psa_jax.profiles import schema
 from psa_jax.profiles.encoder_registry import ENCODERS
 from psa_jax.rules import DTYPES
 from psa_jax.tools.flags import (
+    Reader,
     count,
     finite,
     host_count,
@@ -23,11 +24,14 @@ from psa_jax.tools.flags import (
     place,
     port,
     rate,
+    run_folder,
     seed,
     share,
     side,
     side_64,
     size,
+    source,
+    source_place,
     user_count,
     weight,
     workers,
@@ -67,7 +71,7 @@ def base_model(parser: ArgumentParser, about: str | None = None, *, required: bo
     group = parser.add_argument_group("base model", about)
     group.add_argument(
         "--model",
-        type=place,
+        type=source_place,
         required=required,
         metavar="PATH",
         help="diffusers folder, .safetensors checkpoint, or tiny: the embedded model",
@@ -75,10 +79,10 @@ def base_model(parser: ArgumentParser, about: str | None = None, *, required: bo
     group.add_argument(
         "--variant", help="variant of a folder's weight files, such as fp16; a part without it is read as usual"
     )
-    group.add_argument("--vae", type=place, metavar="PATH", help="another VAE: folder or .safetensors")
-    group.add_argument("--tokenizer", type=place, metavar="DIR", help="tokenizer files, for a checkpoint")
+    group.add_argument("--vae", type=source_place, metavar="PATH", help="another VAE: folder or .safetensors")
+    group.add_argument("--tokenizer", type=source_place, metavar="DIR", help="tokenizer files, for a checkpoint")
     group.add_argument(
-        "--model-config", type=place, metavar="DIR", help="diffusers folder with its JSON files, for a checkpoint"
+        "--model-config", type=source_place, metavar="DIR", help="diffusers folder with its JSON files, for a checkpoint"
     )
     return group
 
@@ -92,7 +96,7 @@ def _user(group, *, scale: bool = True) -> None:
     """Adds the flags that say for which user an adapter works and, with `scale`, how strongly."""
     group.add_argument("--profile", metavar="JSON", help=f"profile of a user, such as {_PROFILE}")
     group.add_argument("--user", metavar="ID", help="id of a user in --table")
-    group.add_argument("--table", type=path, metavar="FILE", help="embedding table")
+    group.add_argument("--table", type=source, metavar="FILE", help="embedding table")
     if scale:
         group.add_argument("--scale", type=finite, default=1.0, help="strength of the adapter (default: 1)")
 
@@ -102,7 +106,7 @@ def _weights(group: _ArgumentGroup) -> None:
     group.add_argument("--dtype", default="float32", choices=DTYPES, help="dtype of the weights")
     group.add_argument(
         "--lora",
-        type=path,
+        type=source,
         metavar="PATH",
         help="LoRA of UNet and text encoders: a file of kohya or diffusers, or a folder of peft",
     )
@@ -164,7 +168,7 @@ def encode(parser: ArgumentParser) -> None:
         "--forget", metavar="ID", action="append", help="only remove this user from the table USERS; may be repeated"
     )
     qwen = parser.add_argument_group("qwen")
-    qwen.add_argument("--model", type=path, metavar="DIR", help="Qwen2.5 folder in transformers' layout")
+    qwen.add_argument("--model", type=source, metavar="DIR", help="Qwen2.5 folder in transformers' layout")
     qwen.add_argument(
         "--pooling", default="mean", choices=["mean", "sum"], help="pooling of the tokens (default: mean)"
     )
@@ -176,8 +180,8 @@ def encode(parser: ArgumentParser) -> None:
 
 def levels(parser: ArgumentParser) -> None:
     """Flags of `psa-jax levels`."""
-    parser.add_argument("table", type=path, metavar="TABLE", help="embedding table")
-    parser.add_argument("--users", type=path, required=True, metavar="FILE", help="users.csv of the table")
+    parser.add_argument("table", type=source, metavar="TABLE", help="embedding table")
+    parser.add_argument("--users", type=source, required=True, metavar="FILE", help="users.csv of the table")
     parser.add_argument("--seed", type=seed, default=0, help="random seed of the clustering (default: 0)")
     parser.add_argument(
         "--out", type=path, required=True, metavar="DIR", help="folder for new levels.json and levels.png"
@@ -291,8 +295,12 @@ def bench(parser: ArgumentParser) -> None:
     parser.add_argument("--seconds", type=rate, default=8.0, help="seconds to measure each implementation (default: 8)")
 
 
-def experiment(parser: ArgumentParser) -> None:
-    """Flags of commands with a configuration and a working folder. The command gets `config` as a ConfigDict."""
+def experiment(parser: ArgumentParser, workdir: Reader = path) -> None:
+    """Flags of commands with a configuration and a working folder. The command gets `config` as a ConfigDict.
+
+    Args:
+      workdir: the type of --workdir.
+    """
     # takes_config: the command line also collects --config.KEY=VALUE and reads the file (psa_jax.tools.configs).
     parser.set_defaults(takes_config=True)
     parser.add_argument(
@@ -302,7 +310,7 @@ def experiment(parser: ArgumentParser) -> None:
         metavar=_CONFIG,
         help="configuration: tiny, sd15, sd21, sdxl, or a Python file with get_config([ARG])",
     )
-    parser.add_argument("--workdir", type=path, required=True, metavar="DIR", help="folder for all output")
+    parser.add_argument("--workdir", type=workdir, required=True, metavar="DIR", help="folder for all output")
     parser.epilog = "--config.KEY=VALUE sets any value of the configuration, such as --config.seed=1."
 
 
@@ -318,13 +326,13 @@ class _Instead(Action):
 
 def train(parser: ArgumentParser) -> None:
     """Flags of `psa-jax train`."""
-    experiment(parser)
+    experiment(parser, run_folder)
     base_model_of_config(parser)
     parser.add_argument(
         "--print-config", action=_Instead, nargs=0, default=False, help="print the whole configuration as JSON, and end"
     )
     parser.add_argument(
-        "--init-from", type=path, metavar="FILE", help="adapter of the same kind and sizes to start from"
+        "--init-from", type=source, metavar="FILE", help="adapter of the same kind and sizes to start from"
     )
     group = parser.add_argument_group(
         "several processes",
@@ -398,7 +406,7 @@ def generate(parser: ArgumentParser) -> None:
     _weights(base_model(parser))
     user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
     user.add_argument(
-        "--adapter", type=path, metavar="FILE", help="native adapter file or its folder (default: the base model alone)"
+        "--adapter", type=source, metavar="FILE", help="native adapter file or its folder (default: the base model alone)"
     )
     _user(user)
     _unconditional(user)
@@ -406,7 +414,7 @@ def generate(parser: ArgumentParser) -> None:
     prompt.add_argument("--prompt", action="append", help="prompt; may be repeated")
     prompt.add_argument(
         "--prompts",
-        type=path,
+        type=source,
         metavar="FILE",
         help="one prompt per line, or .csv/.tsv with columns prompt, negative, seed, and, for psa-jax evaluate, "
         "prompt_id, user_id (of --table), category, unsafe, banned, group, level",
@@ -423,7 +431,7 @@ def generate(parser: ArgumentParser) -> None:
     )
     how.add_argument("--sld-concept", metavar="TEXT", help="what it leads away from (default: its authors' words)")
     how.add_argument(
-        "--uce", type=path, metavar="FILE", help="Unified Concept Editing of the base model: CSV of concept and guide"
+        "--uce", type=source, metavar="FILE", help="Unified Concept Editing of the base model: CSV of concept and guide"
     )
     parser.add_argument("--method", metavar="NAME", help="name in the manifest (default: base, psa, uce or sld-…)")
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for the PNG files")
@@ -432,7 +440,7 @@ def generate(parser: ArgumentParser) -> None:
 def explain(parser: ArgumentParser) -> None:
     """Flags of `psa-jax explain`."""
     base_model(parser, "base model of the adapter; only its text encoders are read")
-    parser.add_argument("--adapter", type=path, required=True, metavar="FILE", help="adapter with a gate by categories")
+    parser.add_argument("--adapter", type=source, required=True, metavar="FILE", help="adapter with a gate by categories")
     user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
     _user(user, scale=False)
     parser.add_argument("--prompt", action="append", required=True, help="prompt; may be repeated")
@@ -442,9 +450,9 @@ def playground(parser: ArgumentParser) -> None:
     """Flags of `psa-jax playground`."""
     _weights(base_model(parser))
     user = parser.add_argument_group("users", "their profiles are typed into the page")
-    user.add_argument("--adapter", type=path, required=True, metavar="FILE", help="native adapter file or its folder")
+    user.add_argument("--adapter", type=source, required=True, metavar="FILE", help="native adapter file or its folder")
     user.add_argument(
-        "--table", type=path, metavar="FILE", help="embedding table, for an adapter of a standardised one"
+        "--table", type=source, metavar="FILE", help="embedding table, for an adapter of a standardised one"
     )
     _unconditional(user)
     user.add_argument(
@@ -459,7 +467,7 @@ def playground(parser: ArgumentParser) -> None:
 
 def export(parser: ArgumentParser) -> None:
     """Flags of `psa-jax export`."""
-    parser.add_argument("adapter", type=path, metavar="ADAPTER", help="run folder or native adapter file")
+    parser.add_argument("adapter", type=source, metavar="ADAPTER", help="run folder or native adapter file")
     parser.add_argument(
         "--format",
         choices=list(FORMATS),
@@ -469,7 +477,7 @@ def export(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=path, required=True, metavar="PATH", help="folder or .safetensors to write; must not exist"
     )
-    parser.add_argument("--report", type=path, metavar="FILE", help="report.json with the rates for the model card")
+    parser.add_argument("--report", type=source, metavar="FILE", help="report.json with the rates for the model card")
     parser.add_argument(
         "--license",
         type=license_name,
@@ -490,7 +498,7 @@ def export(parser: ArgumentParser) -> None:
 def import_(parser: ArgumentParser) -> None:
     """Flags of `psa-jax import`."""
     parser.add_argument(
-        "file", type=path, metavar="FILE", help="native file, or the torch original's psa_adapter.bin or safetensors"
+        "file", type=source, metavar="FILE", help="native file, or the torch original's psa_adapter.bin or safetensors"
     )
     base_model(parser, "base model of the adapter; only its configuration is read")
     parser.add_argument("--out", type=path, required=True, metavar="FILE", help="native file to write; must not exist")

@@ -5,13 +5,13 @@ from argparse import ArgumentParser
 from psa_jax.evaluation.judges.registry import JUDGES, MEASURES
 from psa_jax.evaluation.prompt_set_table import PROTOCOLS, REWRITES, SETS
 from psa_jax.tools.arguments import base_model, several_hosts
-from psa_jax.tools.flags import count, index, path, rate, seed, weight
+from psa_jax.tools.flags import count, index, path, rate, seed, source, weight
 
 
 def pictures(parser: ArgumentParser) -> None:
     """Flags of `psa-jax evaluate`."""
     parser.add_argument(
-        "pictures", type=path, nargs="+", metavar="PICTURES", help="folders of pictures, each with its manifest.csv"
+        "pictures", type=source, nargs="+", metavar="PICTURES", help="folders of pictures, each with its manifest.csv"
     )
     judges = "; ".join(f"{name}: {entry.about}" for name, entry in [*JUDGES.items(), *MEASURES.items()])
     parser.add_argument(
@@ -24,19 +24,19 @@ def pictures(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="folder: verdicts are kept, result.json and report.html are made anew",
     )
-    parser.add_argument("--manifest", type=path, metavar="FILE", help="the manifest of a single folder")
+    parser.add_argument("--manifest", type=source, metavar="FILE", help="the manifest of a single folder")
     _baseline(parser)
     parser.add_argument(
         "--clip",
-        type=path,
+        type=source,
         metavar="DIR",
         help="q16, clip, cmmd, fd_clip: local folder of a CLIP model; of q16 ViT-L/14",
     )
     parser.add_argument(
-        "--inception", type=path, metavar="FILE", help="fid: local pt_inception-2015-12-05-6726825d.pth, or safetensors"
+        "--inception", type=source, metavar="FILE", help="fid: pt_inception-2015-12-05-6726825d.pth, or safetensors"
     )
-    parser.add_argument("--reference", type=path, metavar="DIR", help="cmmd, fid, fd_clip: folder of pictures")
-    parser.add_argument("--q16-prompts", type=path, metavar="FILE", help="q16: its learned prompts, .npy")
+    parser.add_argument("--reference", type=source, metavar="DIR", help="cmmd, fid, fd_clip: folder of pictures")
+    parser.add_argument("--q16-prompts", type=source, metavar="FILE", help="q16: its learned prompts, .npy")
     chat = parser.add_argument_group(
         "judge", "OPENAI_BASE_URL and OPENAI_API_KEY say where it is; pictures and prompts go there, no user does"
     )
@@ -64,7 +64,7 @@ def _baseline(parser: ArgumentParser) -> None:
 def prompts(parser: ArgumentParser) -> None:
     """Flags of `psa-jax evaluate prompts`."""
     parser.add_argument("set", choices=["sage", *SETS], help="the set")
-    parser.add_argument("source", type=path, metavar="SOURCE", help="its CSV file; of sage its folder")
+    parser.add_argument("source", type=source, metavar="SOURCE", help="its CSV file; of sage its folder")
     parser.add_argument("--out", type=path, required=True, metavar="FILE.csv", help="list to write; must not exist")
     protocols = "; ".join(f"{name}: {about}" for name, about in PROTOCOLS.items())
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="fair", help=f"{protocols} (default: fair)")
@@ -74,7 +74,7 @@ def prompts(parser: ArgumentParser) -> None:
         "--per-rate", type=count, metavar="N", help="sage: the most banned and the most allowed prompts (default: all)"
     )
     parser.add_argument("--seed", type=seed, default=0, help="sage: seed of that selection (default: 0)")
-    parser.add_argument("--levels", type=path, metavar="FILE", help="sage: levels.json of psa-jax levels")
+    parser.add_argument("--levels", type=source, metavar="FILE", help="sage: levels.json of psa-jax levels")
     ways = "; ".join(f"{name}: {about}" for name, about in REWRITES.items())
     parser.add_argument("--rewrite", choices=list(REWRITES), help=f"sage: a baseline of words alone. {ways}")
 
@@ -90,7 +90,7 @@ def erase(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--concepts",
-        type=path,
+        type=source,
         required=True,
         metavar="FILE",
         help="CSV of concept and guide; esd erases each concept and does not read its guide",
@@ -109,6 +109,6 @@ def erase(parser: ArgumentParser) -> None:
 
 def verdicts(parser: ArgumentParser) -> None:
     """Flags of `psa-jax evaluate verdicts`."""
-    parser.add_argument("file", type=path, metavar="FILE", help="CSV, a line a picture, as released with PSA")
+    parser.add_argument("file", type=source, metavar="FILE", help="CSV, a line a picture, as released with PSA")
     _baseline(parser)
     parser.add_argument("--json", type=path, metavar="FILE", help="file for the result; must not exist")

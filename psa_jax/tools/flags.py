@@ -1,13 +1,15 @@
 """Types of the flags for argparse: each converts a text, or refuses it and says what to give. Imports nothing heavy."""
 
+import dataclasses
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from psa_jax.errors import PSAError
 from psa_jax.hosts import AUTO
 from psa_jax.interop.hub import license_id, model_id
-from psa_jax.paths import local_path
+from psa_jax.paths import Address, Source, local_path, path_or_address
 from psa_jax.rules import COUNT, FINITE, MOST_SIZE, PICTURE_SEED, RATE, SEED, SHARE, SIZE, WEIGHT, Rule, quoted, whole
 
 Reader = Callable[[str], Any]
@@ -25,12 +27,25 @@ def _checked(check: Reader) -> Reader:
     return read
 
 
+def _source(text: str) -> Path | Source:
+    found = path_or_address(text)
+    return Source(**dataclasses.asdict(found)) if isinstance(found, Address) else found
+
+
 path, license_name, hub_model = _checked(local_path), _checked(license_id), _checked(model_id)
+run_folder = _checked(path_or_address)  # what is written there is mirrored in the bucket
+source = _checked(_source)  # what is only read may be in a bucket, and is copied from there
 
 
 def place(text: str) -> str:
     """Checks a path and returns the text: it may also be a name such as `tiny`, or FILE:ARG."""
     path(text)
+    return text
+
+
+def source_place(text: str) -> str:
+    """Checks a `place` that is only read and may be in a bucket, and returns the text."""
+    source(text)
     return text
 
 

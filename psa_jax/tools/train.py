@@ -1,10 +1,12 @@
 """`psa-jax train`: trains an adapter. Renders SAGE-mini first if the configuration has no data of its own."""
 
+import contextlib
 import json
 import logging
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import ml_collections
 
 from psa_jax.leaving import on_failure
 from psa_jax.mini.prepare import with_mini
+from psa_jax.paths import Address
 from psa_jax.progress import print_on_main
 from psa_jax.training.distributed import (
     connect,
@@ -22,6 +25,7 @@ from psa_jax.training.distributed import (
     require_joined,
 )
 from psa_jax.training.loop import train
+from psa_jax.training.mirror import Mirror
 from psa_jax.training.settings import validate, validate_devices
 
 
@@ -29,7 +33,8 @@ def run(args: Namespace) -> int:
     """Trains; the last line names the adapter and the last metrics."""
     on_failure(hard_exit)
     _hush_orbax()
-    workdir = args.workdir
+    mirror = Mirror(args.workdir) if isinstance(args.workdir, Address) else None
+    workdir = args.workdir if mirror is None else mirror.folder
     if args.init_from is not None:
         with args.config.unlocked():
             args.config.init_from = str(args.init_from)
@@ -41,18 +46,19 @@ def run(args: Namespace) -> int:
     join(args.coordinator, args.num_processes, args.process_id)
     require_joined()
     with lost_peers_named():
-        path = _train(args.config, workdir)
+        connect(validate_devices(args.config))
+        with contextlib.nullcontext() if mirror is None else mirror:
+            path = _train(args.config, workdir, None if mirror is None else mirror.push)
     if is_main_process():
         last = json.loads((workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        print(json.dumps({"adapter": str(path), **last}))
+        print(json.dumps({"adapter": str(path if mirror is None else f"{mirror.address}/{path.name}"), **last}))
     return 0
 
 
-def _train(config: ml_collections.ConfigDict, workdir: Path) -> Path:
-    connect(validate_devices(config))
+def _train(config: ml_collections.ConfigDict, workdir: Path, after_save: Callable[[], None] | None) -> Path:
     if config.data.shards and config.data.mini.users:
         print_on_main(f"training on {config.data.shards}; data.mini is ignored")
-    return train(with_mini(config, workdir / "data"), workdir)
+    return train(with_mini(config, workdir / "data"), workdir, after_save=after_save)
 
 
 def _has_no_traceback(record: logging.LogRecord) -> bool:

@@ -97,6 +97,15 @@ class Checkpoints:
             )
         self._saved = step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state._asdict())
 
+    def wait(self) -> None:
+        """Waits until the latest save is on the disk.
+
+        Raises:
+          PSAError: it cannot be written.
+        """
+        with self._failures_named():
+            self._manager.wait_until_finished()
+
     def verify(self) -> None:
         """Waits for the latest save and reads it back, on the host. All processes call it.
 
@@ -105,8 +114,7 @@ class Checkpoints:
         """
         if self._saved is None:
             return
-        with self._failures_named():
-            self._manager.wait_until_finished()
+        self.wait()
         step, shapes = self._saved
         # Arrays of NumPy are read to the host, which has room where a device may have none; these take none.
         target = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)

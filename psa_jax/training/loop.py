@@ -43,7 +43,13 @@ GATE_FILE = "gate.json"
 """In the workdir: how often a fitted gate is right."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None = None) -> Path:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    *,
+    until: int | None = None,
+    after_save: Callable[[], None] | None = None,
+) -> Path:
     """Trains to `config.steps`, from the last checkpoint in `workdir` where there is one.
 
     All processes of a group call it; the first one prints and writes. They share `workdir`.
@@ -52,6 +58,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
       config: see `configs/tiny.py`; `data.shards`, `data.table` and `model` are paths.
       workdir: of checkpoints, metrics, samples and the adapter.
       until: stop (with a checkpoint) at this step instead, as if the machine had been taken away.
+      after_save: called by all processes when a checkpoint is whole on the disk.
 
     Returns:
       The adapter file, `workdir/psa_adapter.safetensors`.
@@ -71,7 +78,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path, *, until: int | None
         samples = Samples(run) if cadence.sample_every and is_main_process() else None
         stop = stack.enter_context(StopSignal())
         stack.enter_context(lost_peers_named())
-        services = Services(watchdog, checkpoints, writer, samples, stop)
+        services = Services(watchdog, checkpoints, writer, samples, stop, after_save)
         frozen = with_reference_errors(run, services)
         if int(state.step) < cadence.end:  # compiling for a run that has ended would be for nothing
             frozen = with_swap_distance(run, frozen)
@@ -85,6 +92,7 @@ class Services:
 
     Attributes:
       samples: in the process that generates them, if samples are asked for.
+      after_save: called when a checkpoint is whole on the disk.
     """
 
     watchdog: Watchdog
@@ -92,6 +100,7 @@ class Services:
     writer: MetricsWriter
     samples: Samples | None
     stop: StopSignal
+    after_save: Callable[[], None] | None = None
 
 
 def restore(run: Run, checkpoints: Checkpoints) -> TrainState:
@@ -208,7 +217,7 @@ def run_steps(run: Run, services: Services, cadence: Cadence, state: TrainState,
     if start < cadence.end:
         print_stage(f"compiling the training step of {batch_size} pairs; {cadence.end - start} steps follow")
     step, clock, said = make_step(run.setup), StepClock(batch_size), ""
-    keeper = _Keeper(services.checkpoints, services.writer)
+    keeper = _Keeper(services.checkpoints, services.writer, services.after_save)
     with Progress(cadence.steps, "step", "training", first=start) as progress:
         in_flight = _InFlight(run.workdir)
         for number in range(start, cadence.end):
@@ -297,8 +306,8 @@ class _InFlight:
 class _Keeper:
     """Saves checkpoints, and reads the first one of a run back."""
 
-    def __init__(self, checkpoints: Checkpoints, writer: MetricsWriter):
-        self._checkpoints, self._writer, self._verified = checkpoints, writer, False
+    def __init__(self, checkpoints: Checkpoints, writer: MetricsWriter, after: Callable[[], None] | None = None):
+        self._checkpoints, self._writer, self._after, self._verified = checkpoints, writer, after, False
 
     def save(self, step: int, state: TrainState, iterator: Any, accuracy: float | None, *, verify: bool) -> None:
         """Writes metrics to the disk, then a checkpoint of this step.
@@ -311,6 +320,9 @@ class _Keeper:
         if verify or not self._verified:
             self._checkpoints.verify()
             self._verified = True
+        if self._after is not None:
+            self._checkpoints.wait()
+            self._after()
 
 
 def _open_checkpoints(run: Run) -> Checkpoints:

@@ -29,6 +29,7 @@ class Runs:
       cheap: see `_cheap_losses`.
       pause: seconds that a step takes at least, for signals that travel slowly.
       slow_data: seconds that rendering SAGE-mini takes at least, twice what a process waits for others in a collective.
+      environment: variables of the runs.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Runs:
         cheap: bool = False,
         pause: float = 0.0,
         slow_data: float = 0.0,
+        environment: dict[str, str] | None = None,
         **settings,
     ):
         self.folder, self._how = folder, {"cheap": cheap, "pause": pause, "slow_data": slow_data}
+        self._how["environment"] = environment or {}
         self._started: list[Run] = []
         self.settings = {
             "model": model,
@@ -134,10 +137,12 @@ def _main(
     cheap: bool,
     pause: float,
     slow_data: float,
+    environment: dict[str, str],
 ):
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    os.environ.update(environment)  # a fork has that of the server it is a fork of
     if slow_data:
         os.environ["XLA_FLAGS"] += f" --xla_cpu_collective_timeout_seconds={int(slow_data / 2)}"
     import jax

@@ -1,0 +1,116 @@
+"""A run whose data and working folder are in a bucket, over real HTTP: killed, continued on another machine, refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.object_server import ObjectServer, until
+from support.training_runs import Runs, adapter, rows
+
+from psa_jax.training.mirror import MARKER
+
+SETTINGS = {"steps": 7, "checkpoint_every": 2, "batch_size": 2, "data.balance": "none"}
+PLACE = "s3://bucket/runs/own"
+
+
+@pytest.fixture(scope="module")
+def local(run_inputs, tmp_path_factory):
+    """Starts runs without a bucket."""
+    runs = Runs(tmp_path_factory.mktemp("local"), *run_inputs, cheap=True, **SETTINGS)
+    yield runs
+    runs.end()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local) -> Path:
+    run = local.start(local.folder / "undisturbed")
+    assert run.code() == 0, run.output
+    return run.workdir
+
+
+@pytest.fixture
+def server():
+    with ObjectServer().running() as server:
+        yield server
+
+
+@pytest.fixture
+def runs(local, server, run_inputs, tmp_path):
+    """Starts runs that know the bucket; table and shards are there alone."""
+    model, data = run_inputs
+    for path in (data / "shards").rglob("*"):
+        if path.is_file():
+            server.objects[f"in/{path.relative_to(data).as_posix()}"] = path.read_bytes()
+    server.objects["in/table.safetensors"] = (data / "table.safetensors").read_bytes()
+    environment = server.environment() | {"PSA_JAX_CACHE": str(tmp_path / "cache")}
+    runs = Runs(local.folder, model, data, cheap=True, pause=0.3, environment=environment, **SETTINGS)
+    runs.settings |= {"data.shards": "s3://bucket/in/shards", "data.table": "s3://bucket/in/table.safetensors"}
+    yield runs
+    runs.end()
+
+
+def left(server: ObjectServer, folder: Path) -> Path:
+    """What the run has in the bucket, as files."""
+    for key, content in server.objects.items():
+        if key.startswith("runs/own/"):
+            path = folder / key.removeprefix("runs/own/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return folder
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_killed_and_continued_on_another_machine(runs, server, undisturbed, tmp_path):
+    first = runs.start(tmp_path / "first", f"--workdir={PLACE}")
+    until(lambda: f"runs/own/checkpoints/4/{MARKER}" in server.objects or not first.process.is_alive(), 120)
+    first.process.kill()
+    assert first.code() == -9, first.output
+    assert "runs/own/psa_adapter.safetensors" not in server.objects
+    shutil.rmtree(tmp_path / "cache")  # as on a machine that has never seen the run
+    second = runs.start(tmp_path / "second", f"--workdir={PLACE}")
+    assert second.code() == 0, second.output
+    assert f"psa-jax: {PLACE}: checkpoints " in second.output and "resumed at step " in second.output
+    assert json.loads(second.output.splitlines()[-1])["adapter"] == f"{PLACE}/psa_adapter.safetensors"
+    found = left(server, tmp_path / "found")
+    assert rows(found) == rows(undisturbed) and adapter(found) == adapter(undisturbed)
+    assert checkpoints(found) == checkpoints(undisturbed)
+    for path in (undisturbed / "checkpoints").rglob("metadata"):
+        assert (found / path.relative_to(undisturbed)).is_file()
+    assert not any(key.startswith("runs/own/data/") for key in server.objects)
+
+
+def test_a_signal_leaves_a_checkpoint_in_the_bucket(runs, server, undisturbed, tmp_path):
+    first = runs.start(tmp_path / "first", f"--workdir={PLACE}", checkpoint_every=1000)
+    folder = tmp_path / "cache" / "runs"
+    until(lambda: any(path.read_bytes().count(b"\n") >= 2 for path in folder.glob("*/own/metrics.jsonl")), 120)
+    first.process.terminate()
+    assert first.code() == 75
+    (step,) = {key.split("/")[3] for key in server.objects if key.startswith("runs/own/checkpoints/")}
+    assert first.error == f"stopped by a signal after step {step}, with a checkpoint; run again to go on"
+    assert runs.start(tmp_path / "second", f"--workdir={PLACE}").code() == 0
+    assert adapter(left(server, tmp_path / "found")) == adapter(undisturbed)
+
+
+def test_a_bucket_that_refuses_is_said_before_the_first_step(runs, server, tmp_path):
+    server.refuses = {"PUT"}
+    run = runs.start(tmp_path / "log", f"--workdir={PLACE}")
+    assert run.code() == 1
+    assert run.error.startswith(f"{PLACE}: cannot be written: access is refused (403 Forbidden); ")
+    assert "compiling" not in run.output and not any(key.startswith("runs/") for key in server.objects)
+
+
+def test_a_bucket_that_refuses_later_ends_the_run(runs, server, tmp_path):
+    server.puts_left = 5  # the probe, and not all of the first checkpoint
+    run = runs.start(tmp_path / "log", f"--workdir={PLACE}")
+    assert run.code() == 1
+    assert run.error.startswith(f"{PLACE}: cannot be written: access is refused (403 Forbidden); ")
+    assert not any(key.endswith(MARKER) for key in server.objects)
+
+
+def test_data_that_is_not_in_the_bucket(runs, server, tmp_path):
+    run = runs.start(tmp_path / "log", f"--workdir={PLACE}", data__table="s3://bucket/in/none.safetensors")
+    assert run.code() == 1 and run.error == "s3://bucket/in/none.safetensors: nothing is there; check the name"
