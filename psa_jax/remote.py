@@ -145,12 +145,12 @@ class Bucket:
         wanted = list(objects)
         for parent in {(folder / each.name).parent for each in wanted}:
             parent.mkdir(parents=True, exist_ok=True)
-        mebibytes = -(-sum(each.size for each in wanted) // 2**20)
-        with Progress(mebibytes, "MiB", what) as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
+        megabytes = -(-sum(each.size for each in wanted) // 10**6)
+        with Progress(megabytes, "megabyte", what) as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
             done, shown = 0, 0
             for number, size in enumerate(_in_time(pool, lambda each: self._download(each, folder / each.name), wanted)):
                 done += size
-                now = mebibytes if number == len(wanted) - 1 else done // 2**20
+                now = megabytes if number == len(wanted) - 1 else done // 10**6
                 if now > shown:
                     progress.step(now - shown)
                 shown = now
@@ -342,7 +342,7 @@ def require_room(address: Address, objects: Iterable[Object], folder: Path) -> s
     size, free = sum(each.size for each in objects), shutil.disk_usage(folder).free
     if size > free:
         raise PSAError(
-            f"{address}: {size / 2**30:.1f} GiB, and {folder} has room for {free / 2**30:.1f}; make room, or set "
-            f"{CACHE} to a folder on another disk"
+            f"{address}: {size / 1e9:.1f} GB, and {folder} has room for {free / 1e9:.1f}; make room, or set {CACHE} to a "
+            "folder on another disk"
         )
-    return f"{size / 2**20:,.1f} MiB"
+    return f"{size / 1e6:,.1f} MB"

@@ -86,7 +86,7 @@ def test_a_file_and_a_folder_are_copied_once(server, scheme, capsys):
     assert fetch(at("data", scheme)) == folder
     assert before == sum(method == "GET" and "prefix" not in path for method, path in server.requests)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"psa-jax: copying {scheme}://bucket/data to {folder.parent} (12.2 MiB)"
+    assert lines[0] == f"psa-jax: copying {scheme}://bucket/data to {folder.parent} (12.8 MB)"
     assert lines[-1] == f"psa-jax: {scheme}://bucket/data: its copy in {folder.parent} is used, of the same version"
 
 

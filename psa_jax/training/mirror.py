@@ -17,7 +17,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from psa_jax.errors import PeerLost, PSAError
-from psa_jax.json_input import parse_json
 from psa_jax.paths import Address
 from psa_jax.progress import print_on_main, print_stage
 from psa_jax.remote import ADAPTER, CACHE, Bucket, Object, cache_folder, locked, require_room
@@ -127,10 +126,13 @@ class Mirror:
     def _listed(self, step: int) -> dict[str, int]:
         """Files and sizes of a checkpoint, by its marker."""
         name = f"{CHECKPOINTS}/{step}/{MARKER}"
-        listed = parse_json(self._bucket.read(name).decode("utf-8", "replace"), f"{self.address}/{name}").get("files")
-        if not isinstance(listed, dict):
-            raise PSAError(f"{self.address}/{name}: lists no files; remove this checkpoint from the bucket")
-        return listed
+        try:
+            return dict(json.loads(self._bucket.read(name))["files"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise PSAError(
+                f"{self.address}/{name}: lists no files, so that psa-jax train did not write this checkpoint; "
+                "use another --workdir, or remove it from the bucket"
+            ) from error
 
     def push(self) -> None:
         """Copies to the bucket what is new; every process may call it, process 0 does it.

@@ -120,7 +120,11 @@ class ObjectServer:
             def answer(self):
                 parts = urlsplit(self.path)
                 bucket, _, key = unquote(parts.path).strip("/").partition("/")
-                body = self._body()
+                size = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(size)
+                if len(body) < size:  # who puts it has been killed: there is no such object
+                    self.close_connection = True
+                    return
                 with server._lock:
                     server.requests.append((self.command, unquote(self.path)))
                     server.authorization.append(self.headers.get("Authorization", ""))
@@ -136,9 +140,6 @@ class ObjectServer:
                 if self.command != "HEAD" and status != 204:
                     with contextlib.suppress(OSError):  # who asked has gone
                         self.wfile.write(content)
-
-            def _body(self) -> bytes:
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
