@@ -22,8 +22,8 @@ from psa_jax.progress import print_on_main, print_stage
 from psa_jax.remote import ADAPTER, CACHE, Bucket, Object, cache_folder, locked, require_room
 from psa_jax.training.distributed import any_process, is_main_process, wait_for_all
 
-MARKER = "commit_success.txt"
-"""The last object of a checkpoint, which lists the others; Orbax looks for this name in a bucket, too."""
+MARKER = "whole.json"
+"""The last object of a checkpoint, which lists the others. Orbax' own marker is one of these: it is on the disk, too."""
 CHECKPOINTS = "checkpoints"
 NOT_MIRRORED = ("data", "wandb")
 """Folders that stay on this machine: SAGE-mini is drawn again, Weights & Biases has its own copy."""
