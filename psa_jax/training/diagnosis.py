@@ -22,7 +22,9 @@ from psa_jax.errors import PSAError
 from psa_jax.files import write
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import MODELS
+from psa_jax.paths import Address
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.remote import Bucket, cache_folder
 from psa_jax.training.settings import validate, validate_devices
 
 LEAST_ROOM = 1 << 30
@@ -41,7 +43,7 @@ class Setting:
     """
 
     config: ml_collections.ConfigDict | None = None
-    workdir: Path | None = None
+    workdir: Path | Address | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ def room(setting: Setting) -> str:
     Raises:
       PSAError: less than `LEAST_ROOM` of disk.
     """
-    place = setting.workdir or Path.cwd()
+    place = cache_folder() if isinstance(setting.workdir, Address) else setting.workdir or Path.cwd()
     there = next(each for each in (place, *place.absolute().parents) if each.exists())
     free = shutil.disk_usage(there).free
     if free < LEAST_ROOM:
@@ -162,7 +164,7 @@ def configuration(setting: Setting) -> str:
       PSAError: the first mistake.
     """
     config = setting.config
-    validate(config, "train", setting.workdir)
+    validate(config, "train", None if isinstance(setting.workdir, Address) else setting.workdir)
     return f"{config.adapter.kind}, {config.steps} steps of {config.batch_size} pairs in {config.dtype}"
 
 
@@ -196,6 +198,9 @@ def workdir(setting: Setting) -> str:
     place = setting.workdir
     if place is None:
         return "not given; --workdir=DIR checks it, too"
+    if isinstance(place, Address):
+        Bucket(place).probe()
+        return f"{place}: can be written"
     there = next(each for each in (place, *place.absolute().parents) if each.exists())
     probe = there / f".psa-jax-doctor-{os.getpid()}"
     write(probe, b"")

@@ -14,10 +14,14 @@ from psa_jax.tools import arguments, export, flags
 TEXT = {"forget", "methods", "topology", "coordinator", "variant", "profile", "user", "prompt", "negative"}
 TEXT |= {"baseline", "sld_concept", "judges", "method", "split", "judge_model", "launcher_args", "metric"}
 """What is neither a path nor a number."""
-PATHS = (flags.path, flags.place)
+SOURCES = (flags.source, flags.source_place, flags.run_folder)
+"""What may be in a bucket."""
+PATHS = (flags.path, flags.place, *SOURCES)
+IN_A_BUCKET = "gs://bucket/x"
 NO_PATHS = {
-    "gs://bucket/x": "gs://bucket/x: only paths on this machine can be used; copy or mount it and give the local path",
-    "https://host/x": "only paths on this machine",
+    IN_A_BUCKET: "gs://bucket/x: only paths on this machine can be used here; give one, and copy from or to there you",
+    "gs://me:secret@bucket/x": "gs://…: an address with credentials, a port or a query; ",
+    "https://host/x": "https://host/x: only paths on this machine",
     "": "an empty path; give one, such as . for the folder you are in",
     "a\udcff.safetensors": "'a\\udcff.safetensors': a path that is not UTF-8",
     "a\0b": "'a\\x00b': a path cannot hold a zero byte",
@@ -51,6 +55,17 @@ def actions() -> list[tuple[str, argparse.Action]]:
         for action in cli._command_parser(command)._actions
         if action.nargs is None and action.choices is None
     ]
+
+
+def test_what_may_be_in_a_bucket():
+    """What is only read, and where a training writes; nothing else that a command writes."""
+    taken = {(command, action.dest) for command, action in actions() if action.type in SOURCES}
+    assert {command for command, dest in taken if dest == "workdir"} == {"train", "doctor"}
+    assert {dest for _, dest in taken} == {
+        *("model", "vae", "tokenizer", "model_config", "adapter", "table", "lora", "uce", "prompts", "init_from"),
+        *("file", "report", "users", "manifest", "clip", "reference", "q16_prompts", "source", "levels", "concepts"),
+        "workdir",
+    }
 
 
 def cases(paths: bool) -> list:
@@ -96,6 +111,9 @@ def test_every_flag_is_a_path_or_a_number_or_listed_here():
 @pytest.mark.parametrize("value", NO_PATHS)
 def test_what_is_no_path_here(run, command: str, action: argparse.Action, value: str):
     code, lines = run(command, *words(command, action, value))
+    if value == IN_A_BUCKET and action.type in SOURCES:  # taken, without what else the command needs
+        assert code == 0 or (code == 2 and lines[0].startswith("usage: "))
+        return
     assert code == 1 and len(lines) == 1
     name = action.option_strings[0] if action.option_strings else action.metavar
     assert lines[0].startswith(f"psa-jax: error: {name}: ") and NO_PATHS[value] in lines[0]
