@@ -1,8 +1,8 @@
 """Buckets of Google Cloud Storage and S3: what is in them, copied here whole, and files put there whole.
 
-The library is obstore (extra `remote`): one wheel that speaks both, with credentials and endpoint of the environment. Its
-puts are atomic: nobody sees half an object. A folder in a bucket has no such moment, so a reader needs a marker that is put
-last (`psa_jax.training.mirror`).
+The library is obstore (extra `remote`): one wheel that speaks both, with credentials and endpoint of the environment.
+Its puts are atomic: nobody sees half an object. A folder in a bucket has no such moment, so a reader needs a marker
+that is put last (`psa_jax.training.mirror`).
 """
 
 import contextlib
@@ -15,7 +15,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ class Bucket:
         with failures_named(self.address, "read"):
             listed = [entry for part in obstore.list(self._store, f"{self.address.key}/") for entry in part]
         found = [self._object(entry) for entry in listed]
-        folders = {"/".join(each.name.split("/")[:depth]) for each in found for depth in range(each.name.count("/") + 1)}
+        folders = {
+            "/".join(each.name.split("/")[:depth]) for each in found for depth in range(each.name.count("/") + 1)
+        }
         return sorted(
             (each for each in found if each.name and not (each.size == 0 and each.name in folders)),
             key=lambda each: each.name,
@@ -145,17 +148,15 @@ class Bucket:
         wanted = list(objects)
         for parent in {(folder / each.name).parent for each in wanted}:
             parent.mkdir(parents=True, exist_ok=True)
-        megabytes = -(-sum(each.size for each in wanted) // 10**6)
-        with Progress(megabytes, "megabyte", what) as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
-            done, shown = 0, 0
-            for number, size in enumerate(_in_time(pool, lambda each: self._download(each, folder / each.name), wanted)):
-                done += size
-                now = megabytes if number == len(wanted) - 1 else done // 10**6
-                if now > shown:
-                    progress.step(now - shown)
-                shown = now
+        total = -(-sum(each.size for each in wanted) // 10**6)
+        with Progress(total, "megabyte", what) as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
+            count = _Megabytes(progress)
+            for _ in _in_time(pool, lambda each: self._download(each, folder / each.name, count), wanted):
+                pass
+            if total > count.shown:
+                progress.step(total - count.shown)
 
-    def _download(self, wanted: Object, path: Path) -> int:
+    def _download(self, wanted: Object, path: Path, count: Callable[[int], None]) -> None:
         import obstore
         from obstore.exceptions import PreconditionError
 
@@ -164,22 +165,36 @@ class Bucket:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE), "wb") as file:
             with failures_named(self.address, "read"):
                 try:
-                    parts = obstore.get(self._store, self._key(wanted.name), options=options).stream(_PART)
-                    for part in parts:
+                    for part in obstore.get(self._store, self._key(wanted.name), options=options).stream(_PART):
                         written += file.write(part)
+                        count(len(part))
                 except PreconditionError:
                     written = -1
             file.flush()
             os.fsync(file.fileno())
         if written != wanted.size:
             raise PSAError(f"{self.address}: {wanted.name or 'it'} changed while it was copied; run again")
-        return written
 
     def upload(self, files: Mapping[str, Path]) -> None:
         """Writes files as objects, each whole, several at the same time."""
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for _ in _in_time(pool, lambda item: self.put(item[0], item[1]), list(files.items())):
                 pass
+
+
+class _Megabytes:
+    """Counts bytes of several threads and shows whole megabytes."""
+
+    def __init__(self, progress: Progress):
+        self._progress, self._done, self._lock = progress, 0, threading.Lock()
+        self.shown = 0
+
+    def __call__(self, size: int) -> None:
+        with self._lock:
+            self._done += size
+            if self._done // 10**6 > self.shown:
+                self._progress.step(self._done // 10**6 - self.shown)
+                self.shown = self._done // 10**6
 
 
 def _in_time(pool: ThreadPoolExecutor, do: Any, items: list) -> Iterator[Any]:
@@ -220,7 +235,9 @@ def open_store(address: Address) -> Any:
     try:
         return kind(address.bucket, client_options=options, retry_config=_RETRIES, **given)
     except (BaseError, ValueError) as error:
-        raise PSAError(f"{address}: cannot be used ({_reason(error)}); correct the environment's credentials") from error
+        raise PSAError(
+            f"{address}: cannot be used ({_reason(error)}); correct the environment's credentials"
+        ) from error
 
 
 def _missing() -> tuple[type[Exception], ...]:
@@ -342,7 +359,7 @@ def require_room(address: Address, objects: Iterable[Object], folder: Path) -> s
     size, free = sum(each.size for each in objects), shutil.disk_usage(folder).free
     if size > free:
         raise PSAError(
-            f"{address}: {size / 1e9:.1f} GB, and {folder} has room for {free / 1e9:.1f}; make room, or set {CACHE} to a "
-            "folder on another disk"
+            f"{address}: {size / 1e9:.1f} GB, and {folder} has room for {free / 1e9:.1f}; make room, or set {CACHE} to "
+            "a folder on another disk"
         )
     return f"{size / 1e6:,.1f} MB"

@@ -35,6 +35,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 LONGEST = ("multiprocess/test_processes.py", "tools/test_demo.py", "training/test_swap.py", "faults/test_kills.py")
+LONGEST += ("faults/test_buckets.py",)
 """Files that take longest: begun last, they would keep one process busy while the others have ended."""
 
 

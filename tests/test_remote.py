@@ -152,7 +152,9 @@ def test_a_bucket_that_refuses_is_not_there_or_does_not_answer(server, scheme, m
         fetch(address)
     other = Address(scheme, "other", "x")
     for use, done in ((lambda: Bucket(other).probe(), "written"), (lambda: fetch(other), "read")):
-        with pytest.raises(PSAError, match=f"^{other}: cannot be {done}: it is not there \\(404 Not Found\\); check bu"):
+        with pytest.raises(
+            PSAError, match=f"^{other}: cannot be {done}: it is not there \\(404 Not Found\\); check bu"
+        ):
             use()
     monkeypatch.setattr(remote, "_RETRIES", {"max_retries": 1})
     for name in ("AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST"):

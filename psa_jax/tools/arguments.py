@@ -82,7 +82,10 @@ def base_model(parser: ArgumentParser, about: str | None = None, *, required: bo
     group.add_argument("--vae", type=source_place, metavar="PATH", help="another VAE: folder or .safetensors")
     group.add_argument("--tokenizer", type=source_place, metavar="DIR", help="tokenizer files, for a checkpoint")
     group.add_argument(
-        "--model-config", type=source_place, metavar="DIR", help="diffusers folder with its JSON files, for a checkpoint"
+        "--model-config",
+        type=source_place,
+        metavar="DIR",
+        help="diffusers folder with its JSON files, for a checkpoint",
     )
     return group
 
@@ -406,7 +409,10 @@ def generate(parser: ArgumentParser) -> None:
     _weights(base_model(parser))
     user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
     user.add_argument(
-        "--adapter", type=source, metavar="FILE", help="native adapter file or its folder (default: the base model alone)"
+        "--adapter",
+        type=source,
+        metavar="FILE",
+        help="native adapter file or its folder (default: the base model alone)",
     )
     _user(user)
     _unconditional(user)
@@ -440,7 +446,9 @@ def generate(parser: ArgumentParser) -> None:
 def explain(parser: ArgumentParser) -> None:
     """Flags of `psa-jax explain`."""
     base_model(parser, "base model of the adapter; only its text encoders are read")
-    parser.add_argument("--adapter", type=source, required=True, metavar="FILE", help="adapter with a gate by categories")
+    parser.add_argument(
+        "--adapter", type=source, required=True, metavar="FILE", help="adapter with a gate by categories"
+    )
     user = parser.add_argument_group("user", f"keys of --profile and their values: {schema.describe()}")
     _user(user, scale=False)
     parser.add_argument("--prompt", action="append", required=True, help="prompt; may be repeated")

@@ -1,7 +1,7 @@
 """A working folder in a bucket: a run writes to this machine's disk, and what it leaves is copied to the bucket.
 
-The bucket is what counts: at its start a run takes from there what is whole. A checkpoint counts with its marker, which is
-put after all of its files and removed before the first of them, so that nobody takes half of one.
+The bucket is what counts: at its start a run takes from there what is whole. A checkpoint counts with its marker, which
+is put after all of its files and removed before the first of them, so that nobody takes half of one.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from psa_jax.remote import ADAPTER, CACHE, Bucket, Object, cache_folder, locked,
 from psa_jax.training.distributed import any_process, is_main_process, wait_for_all
 
 MARKER = "whole.json"
-"""The last object of a checkpoint, which lists the others. Orbax' own marker is one of these: it is on the disk, too."""
+"""The last object of a checkpoint, which lists the others; Orbax' own marker, which is on the disk, is among them."""
 CHECKPOINTS = "checkpoints"
 NOT_MIRRORED = ("data", "wandb")
 """Folders that stay on this machine: SAGE-mini is drawn again, Weights & Biases has its own copy."""
@@ -137,8 +137,8 @@ class Mirror:
     def push(self) -> None:
         """Copies to the bucket what is new; every process may call it, process 0 does it.
 
-        Metrics and logs come first, then checkpoints, then the removal of those that the run no longer keeps: a checkpoint
-        in the bucket never is without its rows. The adapter comes last of all files.
+        Metrics and logs come first, then checkpoints, then the removal of those that the run no longer keeps: a
+        checkpoint in the bucket never is without its rows. The adapter comes last of all files.
 
         Raises:
           PSAError: the bucket cannot be written; what is whole there stays.
@@ -173,9 +173,7 @@ class Mirror:
         }
 
     def _put_checkpoint(self, step: int, folder: Path) -> None:
-        files = {
-            path.relative_to(self.folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-        }
+        files = {path.relative_to(self.folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         self._bucket.upload(files)
         sizes = {name: path.stat().st_size for name, path in files.items()}
         self._bucket.put(f"{CHECKPOINTS}/{step}/{MARKER}", json.dumps({"files": sizes}).encode())

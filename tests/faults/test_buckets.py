@@ -1,9 +1,11 @@
-"""A run whose data and working folder are in a bucket, over real HTTP: killed, continued on another machine, refused."""
+"""Runs whose data and working folder are in a bucket, over real HTTP: killed, continued elsewhere, refused."""
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.object_server import ObjectServer, until
 from support.training_runs import Runs, adapter, rows
@@ -109,6 +111,46 @@ def test_a_bucket_that_refuses_later_ends_the_run(runs, server, tmp_path):
     assert run.code() == 1
     assert run.error.startswith(f"{PLACE}: cannot be written: access is refused (403 Forbidden); ")
     assert not any(key.endswith(MARKER) for key in server.objects)
+
+
+def group(local: Runs, run_inputs, server: ObjectServer, folder: Path, caches: tuple[str, str]) -> list:
+    """Two processes that train together at PLACE, each with its folder of copies; data are on the disk."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    started = []
+    for index, cache in enumerate(caches):
+        environment = server.environment() | {"PSA_JAX_CACHE": str(folder / cache)}
+        one = Runs(local.folder, *run_inputs, cheap=True, environment=environment, **SETTINGS)
+        flags = [f"--coordinator={address}", "--num-processes=2", f"--process-id={index}", f"--workdir={PLACE}"]
+        started.append(one.start(folder / f"log{index}", *flags, mesh__data=2))
+    return started
+
+
+def test_two_processes_that_share_a_disk(local, run_inputs, server, undisturbed, tmp_path):
+    both = group(local, run_inputs, server, tmp_path, ("cache", "cache"))
+    assert [run.code() for run in both] == [0, 0], both[0].output + both[1].output
+    found = left(server, tmp_path / "found")
+    assert checkpoints(found) == checkpoints(undisturbed) and (found / "psa_adapter.safetensors").is_file()
+    losses = [[row["loss"] for row in rows(folder)] for folder in (found, undisturbed)]
+    np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_that_share_none(local, run_inputs, server, tmp_path):
+    both = group(local, run_inputs, server, tmp_path, ("one", "other"))
+    assert [run.code() for run in both] == [1, 1]
+    for run in both:
+        assert run.error.startswith(f"{PLACE}: the processes write to disks of their own, ")
+        assert run.error.endswith("set PSA_JAX_CACHE to a folder on a shared disk")
+    assert not any(key.startswith("runs/") for key in server.objects)
+
+
+def test_two_processes_and_a_bucket_that_refuses(local, run_inputs, server, tmp_path):
+    server.refuses = {"PUT"}
+    both = group(local, run_inputs, server, tmp_path, ("cache", "cache"))
+    assert [run.code() for run in both] == [1, 1]
+    assert both[0].error.startswith(f"{PLACE}: cannot be written: access is refused (403 Forbidden); ")
+    assert both[1].error == f"{PLACE}: process 0 cannot use it; its own error says why"
 
 
 def test_data_that_is_not_in_the_bucket(runs, server, tmp_path):

@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
+
 class ObjectServer:
     """One bucket, `bucket`.
 

@@ -140,9 +140,9 @@ def test_a_run_that_fails_leaves_its_logs(server):
 
 
 def test_two_runs_at_one_place(server):
-    with Mirror(PLACE), pytest.raises(PSAError, match="another run on this machine writes there; wait for its end"):
-        with Mirror(PLACE):
-            pass
+    said = "another run on this machine writes there; wait for its end"
+    with Mirror(PLACE), pytest.raises(PSAError, match=said), Mirror(PLACE):
+        pytest.fail("it was entered")
     with Mirror(PLACE):
         pass
 
