@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from psa_jax.errors import PSAError
 from psa_jax.paths import Address, Source, address_or_none
 from psa_jax.tools.arguments import BASE_MODEL
 
@@ -34,9 +35,12 @@ def _bring_keys(config: Any, copies: dict[str, Path]) -> None:
         group, _, name = key.rpartition(".")
         holder = config.get(group) if group else config
         value = holder.get(name) if holder is not None else None
-        if isinstance(value, str) and (address := address_or_none(value)):
-            with config.unlocked():
-                holder[name] = str(_copy(address, copies))
+        try:
+            if isinstance(value, str) and (address := address_or_none(value)):
+                with config.unlocked():
+                    holder[name] = str(_copy(address, copies))
+        except PSAError as error:
+            raise PSAError(f"{key}: {error}") from error
 
 
 def _copy(address: Address, copies: dict[str, Path]) -> Path:

@@ -155,4 +155,5 @@ def test_two_processes_and_a_bucket_that_refuses(local, run_inputs, server, tmp_
 
 def test_data_that_is_not_in_the_bucket(runs, server, tmp_path):
     run = runs.start(tmp_path / "log", f"--workdir={PLACE}", data__table="s3://bucket/in/none.safetensors")
-    assert run.code() == 1 and run.error == "s3://bucket/in/none.safetensors: nothing is there; check the name"
+    assert run.code() == 1
+    assert run.error == "data.table: s3://bucket/in/none.safetensors: nothing is there; check the name"

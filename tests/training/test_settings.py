@@ -170,7 +170,11 @@ def test_paths_are_of_this_machine(complete, key: str, value: str):
         (f"objective.loss={'x' * 5000}", f"objective.loss is '{'x' * 79}…; choose sigmoid"),
         (f"mesh.data={2**31}", "mesh.data is 2147483648; give a whole number from 1 to 65536, or -1 for all"),
         ("data.shards=a\udcff", "data.shards: 'a\\udcff': a path that is not UTF-8"),
-        ("model=gs://bucket/sd15", "model: gs://bucket/sd15: only paths on this machine can be used"),
+        ("model=gs://bucket", "model: gs://bucket: a whole bucket; give a folder in it, such as "),
+        (
+            "reference.folder=gs://b/x",
+            "reference.folder: gs://b/x: only paths on this machine can be used here; give one",
+        ),
     ],
 )
 def test_a_command_says_it_first(no_work, capsys, tmp_path, command: str, setting: str, said: str):
@@ -228,7 +232,7 @@ def test_a_workdir_that_cannot_be_a_folder(no_work, capsys, tmp_path, command: s
         (["shards=DATA", "table=/no/such.safetensors"], "data.table is /no/such.safetensors, which is not there; make"),
         (["shards=DATA"], "the configuration leaves data.table open; give --config.data.table=PATH"),
         (["table=DATA/table.safetensors"], "the configuration leaves data.shards open; give --config.data.shards=PATH"),
-        (["shards=gs://bucket/shards", "table=t"], "data.shards: gs://bucket/shards: only paths on this machine can "),
+        (["shards=gs://me:secret@bucket/x", "table=t"], "data.shards: gs://…: an address with credentials, a port or "),
         (["mini.users=0"], "the configuration leaves data.shards open; give --config.data.shards=PATH"),
     ],
 )
