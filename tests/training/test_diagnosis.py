@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from support.object_server import ObjectServer
 
+from psa_jax import remote
 from psa_jax.cli import main
 from psa_jax.data.shards import open_shards
 from psa_jax.errors import PSAError
+from psa_jax.paths import Address
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training import diagnosis
 from psa_jax.training.diagnosis import Setting, diagnose
@@ -85,6 +88,18 @@ def test_room_and_cache(machine, monkeypatch, tmp_path):
     assert "cannot be written; give a folder" in named(diagnose(Setting()), "cache").said
     monkeypatch.setenv(diagnosis.CACHE, "gs://bucket/cache")
     assert named(diagnose(Setting()), "cache").well
+
+
+def test_a_workdir_in_a_bucket_is_tried(machine, monkeypatch, tmp_path):
+    place = Address("s3", "bucket", "run")
+    with ObjectServer().running() as server:
+        for name, value in (server.environment() | {remote.CACHE: str(tmp_path / "copies")}).items():
+            monkeypatch.setenv(name, value)
+        assert diagnosis.workdir(Setting(workdir=place)) == "s3://bucket/run: can be written" and server.objects == {}
+        assert str(tmp_path / "copies") in named(diagnose(Setting(workdir=place)), "room").said
+        server.refuses = {"PUT"}
+        with pytest.raises(PSAError, match="s3://bucket/run: cannot be written: access is refused"):
+            diagnosis.workdir(Setting(workdir=place))
 
 
 def test_a_configuration_that_is_ready(machine, training_config, tmp_path):

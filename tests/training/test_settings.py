@@ -172,8 +172,8 @@ def test_paths_are_of_this_machine(complete, key: str, value: str):
         ("data.shards=a\udcff", "data.shards: 'a\\udcff': a path that is not UTF-8"),
         ("model=gs://bucket", "model: gs://bucket: a whole bucket; give a folder in it, such as "),
         (
-            "reference.folder=gs://b/x",
-            "reference.folder: gs://b/x: only paths on this machine can be used here; give one",
+            "reference.folder=gs://bkt/x",
+            "reference.folder: gs://bkt/x: only paths on this machine can be used here; give one",
         ),
     ],
 )
