@@ -20,7 +20,7 @@ from psa_jax.leaving import leave_group
 from psa_jax.renamed import COMMANDS as OLD_COMMANDS
 from psa_jax.renamed import print_notice
 from psa_jax.rules import quoted
-from psa_jax.tools import arguments, evaluate_arguments, sweep_arguments
+from psa_jax.tools import arguments, drawing_arguments, evaluate_arguments, sweep_arguments
 from psa_jax.tools.sources import bring_sources
 
 
@@ -59,10 +59,12 @@ COMMANDS = {
     "memory": Command(
         "compute the memory of a training step, also on TPUs that are not here", arguments.memory, "memory"
     ),
-    "generate": Command("generate pictures for a user", arguments.generate, "generate"),
-    "explain": Command("show what an adapter replaces in a prompt, and why", arguments.explain, "explain"),
+    "generate": Command("generate pictures for a user", drawing_arguments.generate, "generate"),
+    "explain": Command("show what an adapter replaces in a prompt, and why", drawing_arguments.explain, "explain"),
     "playground": Command(
-        "serve a page to this machine: one prompt, several users side by side", arguments.playground, "playground"
+        "serve a page to this machine: one prompt, several users side by side",
+        drawing_arguments.playground,
+        "playground",
     ),
     "evaluate": Command("judge folders of pictures and compare their methods", evaluate_arguments.pictures, "evaluate"),
     "evaluate prompts": Command(

@@ -62,7 +62,19 @@ def test_what_may_be_in_a_bucket():
     taken = {(command, action.dest) for command, action in actions() if action.type in SOURCES}
     assert {command for command, dest in taken if dest == "workdir"} == {"train", "doctor"}
     assert {dest for _, dest in taken} == {
-        *("model", "vae", "tokenizer", "model_config", "adapter", "table", "lora", "uce", "prompts", "init_from"),
+        *(
+            "model",
+            "vae",
+            "tokenizer",
+            "model_config",
+            "adapter",
+            "table",
+            "lora",
+            "uce",
+            "prompts",
+            "inception",
+            "init_from",
+        ),
         *("file", "report", "users", "manifest", "clip", "reference", "q16_prompts", "source", "levels", "concepts"),
         "workdir",
     }
