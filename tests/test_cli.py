@@ -5,7 +5,6 @@ import json
 import os
 import re
 import resource
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -450,45 +449,6 @@ def test_help_names_the_shipped_configs(command, capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     assert set(shipped()) <= set(re.findall(r"\w+", capsys.readouterr().out.partition("options:")[2]))
-
-
-DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "configs").rglob("*.py")),
-    ROOT / "launch" / "README.md",
-]
-LEAST = {
-    "README.md": 6,
-    "docs/commands.md": 18,
-    "docs/training.md": 5,
-    "configs/sd15.py": 4,
-    "configs/tiny.py": 2,
-    "launch/README.md": 3,
-}
-"""Commands that a document has."""
-
-
-def commands(path: Path) -> list[list[str]]:
-    """Words after `psa-jax` of every command on lines of its own, also one that a launcher is given after `--`."""
-    text = re.sub(r"\\\n\s+", "", path.read_text(encoding="utf-8"))  # a line that goes on
-    before = r"(?:(?:\.venv/bin/)?psa-jax|(?:python )?launch/\S+ .*?-- (?:\S*/)?psa-jax) "
-    indent = "    " if path.suffix == ".md" else ""
-    found = re.findall(f"^{indent}{before}([a-z].*)$", text, re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in found]
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_of_the_documents_are_taken(path: Path, monkeypatch) -> None:
-    """By the parsers themselves; what is in backticks inside a sentence may be a part of a command."""
-    monkeypatch.chdir(ROOT)
-    found = commands(path)
-    assert len(found) >= LEAST.get(path.relative_to(ROOT).as_posix(), 0)
-    for name, words in map(cli.command_of, found):
-        args, rest = cli._command_parser(name).parse_known_args(words)
-        if getattr(args, "takes_config", False):
-            _, rest = load_config([f"--config={args.config}", *rest])
-        assert not rest, (name, words)
 
 
 @pytest.mark.parametrize("command", ["generate", "export"])
