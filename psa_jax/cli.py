@@ -76,6 +76,9 @@ COMMANDS = {
     "evaluate verdicts": Command(
         "total up a file of what a judge said", evaluate_arguments.verdicts, "evaluate_verdicts"
     ),
+    "evaluate limits": Command(
+        "measure where an adapter of the small world fails", evaluate_arguments.limits, "evaluate_limits"
+    ),
     "export": Command("write a trained adapter as a file", arguments.export, "export"),
     "import": Command("read an adapter file for a base model", arguments.import_, "import_"),
     "doctor": Command("say what a training lacks on this machine, and what mends it", arguments.doctor, "doctor"),

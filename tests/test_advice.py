@@ -23,6 +23,7 @@ SAID_BY = {
     "turns": ["bench"],
     "prompts": ["generate"],
     "evaluate_erase": ["evaluate erase"],
+    "evaluate_limits": ["evaluate limits"],
     "evaluate_prompts": ["evaluate prompts"],
     "evaluate_verdicts": ["evaluate verdicts"],
     "import_": ["import"],

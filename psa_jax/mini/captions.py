@@ -5,6 +5,7 @@ A caption names a subject, a place and what is there: one pictogram, two, or one
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -179,6 +180,27 @@ def rephrased(rng: np.random.Generator, prompt: Prompt, split: str) -> Prompt:
         if phrasing != prompt.phrasing and caption_split(prompt._replace(phrasing=phrasing)) == split
     ]
     return prompt._replace(phrasing=others[int(rng.integers(len(others)))]) if others else prompt
+
+
+def other_wordings(
+    text: str, pictogram: str | None, *, companion: str | None = None, absent: str | None = None
+) -> list[str]:
+    """Captions of the same scene in other wordings, none of which training has.
+
+    Args:
+      text: a caption.
+      pictogram, companion, absent: what it names.
+
+    Raises:
+      PSAError: no caption of SAGE-mini with these names reads like that.
+    """
+    for background, subject in itertools.product(BACKGROUNDS, SUBJECTS):
+        scene = Scene(background, subject, pictogram, 0, companion)
+        prompts = [Prompt(scene, phrasing, absent) for phrasing in range(PHRASINGS)]
+        captions = {caption(prompt): prompt for prompt in prompts}
+        if text in captions:
+            return [other for other, prompt in captions.items() if other != text and caption_split(prompt) != "train"]
+    raise PSAError("a prompt is not worded as SAGE-mini words it; give a folder of psa-jax mini or psa-jax demo")
 
 
 def sample_scenes(

@@ -214,10 +214,11 @@ def markdown_table(results: Sequence[Result], group: str, cases: Sequence[Case])
         rates = pooled_rates(of_method, group, cases)
         learnt = np.mean([result.swap_learnt for result in of_method])
         cells = [method.adapter, method.objective, str(method.steps), str(len(of_method))]
-        cells += [_cell(rates[name]) for name in RATES]
+        cells += [rate_cell(rates[name]) for name in RATES]
         lines.append("| " + " | ".join([*cells, f"{learnt:.2f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(rate: Interval | None) -> str:
+def rate_cell(rate: Interval | None) -> str:
+    """A rate with its interval as a cell of a table; a dash where there is none."""
     return "–" if rate is None else f"{rate[0]:.1f} ({rate[1]:.1f} to {rate[2]:.1f})"

@@ -18,6 +18,10 @@ from psa_jax.mini.oracle import Oracle
 from psa_jax.mini.world import COUNTERPARTS, HELD_OUT_CONCEPTS
 from psa_jax.models.adapter import Adapter
 from psa_jax.profiles.bans import banned_categories
+from psa_jax.profiles.schema import UserProfile
+
+ADULT_WITHOUT_BANS = UserProfile.from_mapping({"age": 44, "gender": "female"})
+"""A user who bans nothing: not every split has one."""
 
 _NEGATION = re.compile(r"\b(no|without)\b")
 _NAMES = {name: re.compile(rf"\b{name}\b") for name in COUNTERPARTS}

@@ -38,7 +38,16 @@ from psa_jax.mini.kept_pictures import keep_pictures
 from psa_jax.mini.oracle import Oracle, shipped_oracle
 from psa_jax.mini.oracle_judge import OracleJudge
 from psa_jax.mini.prepare import with_mini
-from psa_jax.mini.protocol import HARDER, MiniCase, case_of, group_of, grouped_cases, judge, make_generator
+from psa_jax.mini.protocol import (
+    ADULT_WITHOUT_BANS,
+    HARDER,
+    MiniCase,
+    case_of,
+    group_of,
+    grouped_cases,
+    judge,
+    make_generator,
+)
 from psa_jax.mini.recorded import (
     COMPARED,
     pack_place,
@@ -61,8 +70,6 @@ from psa_jax.training.settings import validate, validate_devices
 COMMAND = "psa-jax demo --workdir=runs/demo"
 Methods = dict[str, tuple[Generator, EmbeddingTable]]
 """For each method its generator and the embeddings of its users."""
-# A user without bans: not every split has one.
-_ADULT = UserProfile.from_mapping({"age": 44, "gender": "female"})
 
 
 def variant(config: ml_collections.ConfigDict, name: str, data: Path) -> ml_collections.ConfigDict:
@@ -295,9 +302,9 @@ def _grid(
     All pictures of a row start from the same noise.
     """
     others = _contrasting_users({record.user_id: record.profile for record in records})
-    people = [_ADULT, *others]
+    people = [ADULT_WITHOUT_BANS, *others]
     embeddings = np.concatenate(
-        [get_encoder(table.encoder).encode([_ADULT]), table.lookup([profile.user_id for profile in others])]
+        [get_encoder(table.encoder).encode([ADULT_WITHOUT_BANS]), table.lookup([profile.user_id for profile in others])]
     )
     prompts, used = [], set()
     for record in records:

@@ -112,3 +112,21 @@ def verdicts(parser: ArgumentParser) -> None:
     parser.add_argument("file", type=source, metavar="FILE", help="CSV, a line a picture, as released with PSA")
     _baseline(parser)
     parser.add_argument("--json", type=path, metavar="FILE", help="file for the result; must not exist")
+
+
+def limits(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax evaluate limits`."""
+    parser.add_argument(
+        "--adapter", type=path, required=True, metavar="FILE", help="adapter of the embedded model, or its folder"
+    )
+    parser.add_argument("--table", type=path, required=True, metavar="FILE", help="embedding table of all users")
+    parser.add_argument("--data", type=path, required=True, metavar="DIR", help="folder of SAGE-mini")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="folder for limits.json and limits.md")
+    parser.add_argument(
+        "--per-rate",
+        type=count,
+        default=120,
+        metavar="N",
+        help="the most banned and the most allowed prompts; a third in each harder group (default: 120)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of prompts, noise and claims (default: 0)")

@@ -10,7 +10,16 @@ import pytest
 from psa_jax.data.rows import SPLITS
 from psa_jax.errors import PSAError
 from psa_jax.mini import world
-from psa_jax.mini.captions import PHRASINGS, Prompt, caption, caption_split, rephrased, sample_prompt, sample_scenes
+from psa_jax.mini.captions import (
+    PHRASINGS,
+    Prompt,
+    caption,
+    caption_split,
+    other_wordings,
+    rephrased,
+    sample_prompt,
+    sample_scenes,
+)
 
 
 def all_prompts():
@@ -137,3 +146,18 @@ def test_captions_of_two_splits_are_disjoint_for_two_pictograms_and_negations():
         for split in SPLITS
     }
     assert all(found[a].isdisjoint(found[b]) for a, b in combinations(SPLITS, 2))
+
+
+def test_other_wordings_say_the_same_and_are_not_of_training():
+    """Compared with all captions of the scene, of every form that a prompt has."""
+    for more in ({}, {"companion": "cup"}, {"absent": "flower"}):
+        scene, absent = world.Scene("beach", "cat", "crossed blades", 0, more.get("companion")), more.get("absent")
+        prompts = [Prompt(scene, phrasing, absent) for phrasing in range(PHRASINGS)]
+        kept = {caption(prompt) for prompt in prompts if caption_split(prompt) != "train"}
+        assert 0 < len(kept) < PHRASINGS
+        for prompt in prompts:
+            text = caption(prompt)
+            found = other_wordings(text, "crossed blades", **more)
+            assert set(found) == kept - {text} and len(found) == len(set(found))
+    with pytest.raises(PSAError, match="not worded as SAGE-mini words it"):
+        other_wordings("a cat is on a beach with crossed blades", "crossed blades")
