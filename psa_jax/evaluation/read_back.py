@@ -4,13 +4,16 @@ import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clustered import Interval
 from psa_jax.evaluation.stats import wilson
 
 FOLDS = 5
+ATTACKERS = {"linear": "logistic regression", "forest": "a random forest"}
+"""Name → what reads: the first only what a column says by itself, the second what columns say together."""
+_TREES = 100
 
 
 def require_classifier(command: str) -> None:
@@ -19,8 +22,8 @@ def require_classifier(command: str) -> None:
         raise PSAError(f"{command} reads attributes back with scikit-learn: pip install 'psa_jax[eval]'")
 
 
-def read_back(inputs: Float[np.ndarray, "n d"], values: Sequence[str], seed: int = 0) -> Interval:
-    """Share of users whose value of an attribute logistic regression says right, in percent with its interval.
+def read_back(inputs: Shaped[np.ndarray, "n d"], values: Sequence[str], seed: int = 0, by: str = "linear") -> Interval:
+    """Share of users whose value of an attribute is read right, in percent with its interval.
 
     Each fifth of the users is read by a model of the other four. Columns are standardised, so that small differences
     count as much as large ones.
@@ -28,7 +31,8 @@ def read_back(inputs: Float[np.ndarray, "n d"], values: Sequence[str], seed: int
     Args:
       inputs: numbers of n users, as an attacker has them.
       values: the attribute of each.
-      seed: of the split into fifths.
+      seed: of the split into fifths, and of the forest.
+      by: one of ATTACKERS.
 
     Returns:
       The share with Wilson's interval: each user counts once.
@@ -36,7 +40,8 @@ def read_back(inputs: Float[np.ndarray, "n d"], values: Sequence[str], seed: int
     Raises:
       PSAError: a value that fewer than FOLDS users have.
     """
-    from sklearn.linear_model import LogisticRegression  # imported late: of the `eval` extra
+    from sklearn.ensemble import RandomForestClassifier  # imported late: of the `eval` extra
+    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -44,9 +49,12 @@ def read_back(inputs: Float[np.ndarray, "n d"], values: Sequence[str], seed: int
     rarest = min(values.count(value) for value in set(values)) if values else 0
     if rarest < FOLDS:
         raise PSAError(f"an attribute has a value of {rarest} users; give at least {FOLDS} users of each value")
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    readers = {
+        "linear": LogisticRegression(max_iter=5000),
+        "forest": RandomForestClassifier(_TREES, random_state=seed),
+    }
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    read = cross_val_predict(model, inputs, np.asarray(values), cv=folds)
+    read = cross_val_predict(make_pipeline(StandardScaler(), readers[by]), inputs, np.asarray(values), cv=folds)
     return _share(int((read == np.asarray(values)).sum()), len(values))
 
 

@@ -22,7 +22,7 @@ from psa_jax.diffusion.scheduler_config import sampler_name
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.clustered import clustered_rates, clustered_share
 from psa_jax.evaluation.protocol import Verdicts
-from psa_jax.evaluation.read_back import guessed, read_back
+from psa_jax.evaluation.read_back import ATTACKERS, guessed, read_back
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.mini.captions import other_wordings
 from psa_jax.mini.oracle import Oracle
@@ -384,7 +384,7 @@ def read_attributes(table: EmbeddingTable, adapter: Adapter, seed: int) -> dict[
       seed: of the split of users into folds.
 
     Returns:
-      For each of ATTRIBUTES_READ the shares that are right, in percent with intervals.
+      For each of ATTRIBUTES_READ the shares that are right, in percent with intervals: `guess`, and by each of ATTACKERS.
     """
     users = sample_population(POPULATION)
     embeddings = table.apply(get_encoder(table.encoder).encode(users))
@@ -396,6 +396,6 @@ def read_attributes(table: EmbeddingTable, adapter: Adapter, seed: int) -> dict[
     found = {}
     for name in ATTRIBUTES_READ:
         values = [getattr(user, name) for user in users]
-        shares = {"guess": guessed(values)} | {kind: read_back(rows, values, seed) for kind, rows in inputs.items()}
-        found[name] = shares | {"users": len(users)}
+        read = {kind: {by: read_back(rows, values, seed, by) for by in ATTACKERS} for kind, rows in inputs.items()}
+        found[name] = {"guess": guessed(values), **read, "users": len(users)}
     return found

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from psa_jax.evaluation.read_back import ATTACKERS
 from psa_jax.mini.comparison import rate_cell
 from psa_jax.mini.limits import RATES, VARIATIONS
 
 _READ = {
-    "guess": "guessing",
     "embedding": "the embedding",
     "gates": "the seven gate numbers",
     "bits": "their bits",
@@ -53,11 +53,12 @@ def _row(name: str, rates: Mapping[str, Any]) -> str:
 
 def _read_back(found: Mapping[str, Any]) -> Iterator[str]:
     kinds = [kind for kind in _READ if kind in next(iter(found.values()))]
-    yield f"| read back from | {' | '.join(_READ[kind] for kind in kinds)} | users |"
-    yield "|---" * (2 + len(kinds)) + "|"
+    yield f"| read back | by | {' | '.join(_READ[kind] for kind in kinds)} | guessing | users |"
+    yield "|---" * (4 + len(kinds)) + "|"
     for attribute, shares in found.items():
-        cells = [rate_cell(shares[kind]) for kind in kinds]
-        yield f"| {attribute.replace('_', ' ')} | {' | '.join(cells)} | {shares['users']} |"
+        for by, words in ATTACKERS.items():
+            cells = [rate_cell(shares[kind][by]) for kind in kinds] + [rate_cell(shares["guess"])]
+            yield f"| {attribute.replace('_', ' ')} | {words} | {' | '.join(cells)} | {shares['users']} |"
 
 
 def _about(report: Mapping[str, Any]) -> Iterator[str]:

@@ -23,6 +23,15 @@ def test_what_the_numbers_say_is_read_and_what_they_do_not_say_is_guessed():
     assert read_back(1.0 - 1e-4 * columns, VALUES)[0] == 100.0
 
 
+def test_a_forest_reads_what_columns_say_together():
+    """Whether two signs are equal: neither column says anything by itself."""
+    signs = np.random.default_rng(1).choice([-1.0, 1.0], (400, 2))
+    values = ["equal" if first == second else "different" for first, second in signs]
+    assert read_back(signs, values, by="linear")[0] < 65
+    assert read_back(signs, values, by="forest")[0] == 100.0
+    assert read_back(signs, values, by="forest") == read_back(signs, values, by="forest")
+
+
 def test_guessing_by_hand():
     share, low, high = guessed(["a"] * 5 + ["b"] * 3 + ["c"] * 2)
     assert share == 50.0

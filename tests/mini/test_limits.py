@@ -224,10 +224,10 @@ def test_attributes_are_read_from_what_is_given(subject, smallest_pipeline, monk
     bits = np.array([[category in banned_categories(user) for category in CATEGORIES] for user in users], float)
     for name, shares in found.items():
         values = [getattr(user, name) for user in users]
-        assert shares["bits"] == shares["gates"] == read_back(bits, values, 0)
+        assert shares["bits"]["linear"] == shares["gates"]["linear"] == read_back(bits, values, 0)
+        assert shares["gates"].keys() == {"linear", "forest"} and shares["users"] == 300
         assert shares["guess"][0] == pytest.approx(max(map(values.count, values)) / 3)
-        assert shares["guess"][0] < shares["bits"][0] < shares["embedding"][0]
-        assert shares["users"] == 300
+        assert shares["guess"][0] < shares["bits"]["linear"][0] < shares["embedding"]["linear"][0]
     blind = AdapterConfig.for_unet(smallest_pipeline[1].unet.config, user_dim=ENCODER.dim, kind="text", tokens=2)
     assert read_attributes(subject.table, random_adapter(blind), 0)["religion"].keys() == {
         "guess",

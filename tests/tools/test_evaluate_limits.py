@@ -70,7 +70,7 @@ def test_what_it_writes(words, tmp_path, monkeypatch, capsys, refused):
     ids = EmbeddingTable.load(words["table"]).ids
     assert not [user for user in ids if user in page + json.dumps(report) + out + err]
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o600}
-    assert "| … against the claimed user's bans |" in page and "| religion | 34.0 (" in page
+    assert "| … against the claimed user's bans |" in page and "| religion | logistic regression | 100.0 (" in page
     assert "limits.json: exists already; give another --out" in refused(*given)
 
 
