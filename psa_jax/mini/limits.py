@@ -384,7 +384,7 @@ def read_attributes(table: EmbeddingTable, adapter: Adapter, seed: int) -> dict[
       seed: of the split of users into folds.
 
     Returns:
-      For each of ATTRIBUTES_READ the shares that are right, in percent with intervals: `guess`, and by each of ATTACKERS.
+      For each of ATTRIBUTES_READ the percent that is right, with intervals: `guess`, and by each of ATTACKERS.
     """
     users = sample_population(POPULATION)
     embeddings = table.apply(get_encoder(table.encoder).encode(users))
