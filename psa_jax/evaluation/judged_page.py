@@ -85,6 +85,7 @@ def write_judged_page(path: Path, result: Mapping[str, Any], shown: Shown, comma
         pictures=result["pictures"],
         judges=[_judge(name, each, result["baseline"]) for name, each in result["judges"].items()],
         measures=_measures(result["measures"], result["baseline"]),
+        pairs=[_pairs(name, found) for name, found in result["pairs"].items()],
         meanings=MEANINGS,
         methods=methods,
         rows=rows,
@@ -259,6 +260,16 @@ def _measures(found: Mapping[str, Any], baseline: str) -> list[dict[str, Any]]:
             rows.append((method, number_text(each["value"], 2), between, text, each["pictures"]))
         tables.append({"name": name, "rows": rows, "baseline": baseline})
     return tables
+
+
+def _pairs(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Wins, losses and ties of every method, with intervals."""
+    rows = []
+    for method, each in found["methods"].items():
+        counts = [each[column] for column in ("wins", "losses", "ties", "refused")]
+        differences = [_texts(each.get(by, {}).get("difference")) for by in ("by_users", "by_prompts")]
+        rows.append((method, counts, _texts(each.get("win")), differences))
+    return {"name": name, "rows": rows, "about": json.dumps(found["about"], indent=1)}
 
 
 def _texts(value: Interval | None) -> tuple[str, str]:

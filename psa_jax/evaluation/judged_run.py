@@ -54,6 +54,7 @@ def judge_pictures(
     baseline: str,
     command: str,
     measures: Mapping[str, Any] | None = None,
+    pairs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Judges pictures and writes `result.json`, `report.html` and figures. Verdicts that are there already are kept.
 
@@ -64,6 +65,7 @@ def judge_pictures(
       baseline: the method that others are compared with.
       command: what it was made with, for the page.
       measures: what `psa_jax.evaluation.measured.measured` found, if it was asked.
+      pairs: what compared two methods' pictures found, by its name, if it was asked.
 
     Returns:
       What `result.json` holds.
@@ -80,6 +82,7 @@ def judge_pictures(
             "pictures": len({path for path, _ in listed}),
             "judges": {name: found for name, (found, _) in judged.items()},
             "measures": dict(measures or {}),
+            "pairs": dict(pairs or {}),
         }
         write_private(out / RESULT_FILE, json.dumps(result, indent=1, allow_nan=False) + "\n")
         shown = Shown(

@@ -6,7 +6,6 @@ bytes and, for judges that read prompts, prompt and category. So pictures that a
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import numpy as np
 from psa_jax.data.images import image_size, open_image
 from psa_jax.errors import PSAError
 from psa_jax.evaluation.judges.judge import Judge, PaidJudge
+from psa_jax.evaluation.kept_lines import KeptLines
 from psa_jax.evaluation.protocol import Case, Verdicts
 from psa_jax.files import read_bytes
 from psa_jax.hosts import Part
-from psa_jax.json_input import parse_json
 from psa_jax.progress import Progress
 
 FORMAT = "psa_jax.readings/1"
@@ -40,33 +39,14 @@ class Readings:
     """
 
     def __init__(self, path: Path, judge: Judge, part: Part | None = None):
-        self._path = path if part is None else path.with_name(f"{path.stem}.{part[0]}-of-{part[1]}.jsonl")
-        self._judge, self._part, self._found = judge, part, {}
-        if part is None:
-            for other in sorted(path.parent.glob(f"{path.stem}.*-of-*.jsonl")):
-                self._read(other)
-        whole, content = self._read(self._path)
-        self._header = "" if whole else json.dumps({"format": FORMAT, **judge.about}) + "\n"
-        if len(whole) < len(content):
-            os.truncate(self._path, len(whole))
-
-    def _read(self, path: Path) -> tuple[bytes, bytes]:
-        """Takes over the verdicts of a file; returns its whole lines, and its contents."""
-        header = {"format": FORMAT, **self._judge.about}
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]  # a killed run leaves half a line
-        for number, line in enumerate(whole.splitlines(), start=1):
-            row = parse_json(line.decode("utf-8", "replace"), f"{path}, line {number}", dict)
-            if number == 1:
-                _check_header(path, header, row)
-            elif row.keys() != {"key", "content", *_BITS, "score"}:
-                raise PSAError(f"{path}, line {number}: not a verdict; delete the line and run again")
-            else:
-                self._found[row["key"]] = row
-        return whole, content
+        own = path if part is None else path.with_name(f"{path.stem}.{part[0]}-of-{part[1]}.jsonl")
+        others = sorted(path.parent.glob(f"{path.stem}.*-of-*.jsonl")) if part is None else ()
+        header = {"format": FORMAT, **judge.about}
+        self._kept = KeptLines(own, header, ("content", *_BITS, "score"), others)
+        self._judge, self._part = judge, part
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._kept.rows)
 
     def judged(self, paths: Sequence[Path], cases: Sequence[Case], name: str) -> Verdicts | None:
         """The verdicts on n pictures, of which those that are not in the file are judged now.
@@ -92,23 +72,19 @@ class Readings:
         batches = [[first[key] for key in order[start : start + size]] for start in range(0, len(order), size)]
         if self._part is not None:
             batches = batches[self._part[0] :: self._part[1]]
-        mine = [index for batch in batches for index in batch]
+        mine, known = [index for batch in batches for index in batch], self._kept.rows
         if paid:
-            self._judge.expect([image_size(paths[index]) for index in mine if keys[index] not in self._found])
-        with Progress(len(mine), "picture", name) as progress, self._path.open("a", encoding="utf-8") as file:
-            file.write(self._header)
-            self._header = ""
+            self._judge.expect([image_size(paths[index]) for index in mine if keys[index] not in known])
+        self._kept.add([])
+        with Progress(len(mine), "picture", name) as progress:
             for part in batches:
-                missing = [index for index in part if keys[index] not in self._found]
+                missing = [index for index in part if keys[index] not in known]
                 if missing:
                     asked = missing if paid else part
                     rows = self._rows([paths[index] for index in asked], [cases[index] for index in asked])
-                    self._found |= {keys[i]: {"key": keys[i], **rows[asked.index(i)]} for i in missing}
-                    file.writelines(json.dumps(self._found[keys[index]]) + "\n" for index in missing)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    self._kept.add([{"key": keys[i], **rows[asked.index(i)]} for i in missing])
                 progress.step(len(part))
-        return None if self._part is not None else _verdicts([self._found[key] for key in keys])
+        return None if self._part is not None else _verdicts([known[key] for key in keys])
 
     def _key(self, digest: str, case: Case) -> str:
         if not self._judge.reads_prompts:
@@ -131,13 +107,6 @@ class Readings:
             row["score"] = None if verdicts.scores is None else float(verdicts.scores[index])
             rows.append(row)
         return rows
-
-
-def _check_header(path: Path, header: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(header))
-    different = sorted(name for name in now.keys() | found.keys() if now.get(name) != found.get(name))
-    if different:
-        raise PSAError(f"{path}: holds verdicts of another judge ({', '.join(different)}); give another --out")
 
 
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> Verdicts:

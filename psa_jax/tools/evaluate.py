@@ -13,11 +13,12 @@ from psa_jax.evaluation.clustered import Interval
 from psa_jax.evaluation.embedder import Embedder
 from psa_jax.evaluation.inception_embeddings import InceptionEmbeddings
 from psa_jax.evaluation.judged_run import PAGE_FILE, RESULT_FILE, judge_part, judge_pictures, require_packages
-from psa_jax.evaluation.judges.judge import JudgeSettings, make_judge
-from psa_jax.evaluation.judges.registry import JUDGES, MEASURES, MODELS
+from psa_jax.evaluation.judges.judge import JudgeSettings, made, make_judge
+from psa_jax.evaluation.judges.registry import JUDGES, MEASURES, MODELS, PAIRS
 from psa_jax.evaluation.manifest import Pictured, read_manifest
 from psa_jax.evaluation.measured import measured, reference_pictures
 from psa_jax.evaluation.measures import DISTANCES
+from psa_jax.evaluation.pair_wins import compared_pairs
 from psa_jax.evaluation.picture_rates import check_baseline
 from psa_jax.files import owner_only
 from psa_jax.hosts import part_of
@@ -39,9 +40,10 @@ def run(args: Namespace) -> int:
     require_packages()
     part = part_of(args.host, args.hosts)
     names = list(dict.fromkeys(args.judges.split(",")))
-    unknown = [name for name in names if name not in {*JUDGES, *MEASURES}]
+    known = [*JUDGES, *PAIRS, *MEASURES]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise PSAError(f"--with={unknown[0]} is unknown; give some of {', '.join([*JUDGES, *MEASURES])}")
+        raise PSAError(f"--with={unknown[0]} is unknown; give some of {', '.join(known)}")
     listed = list(_listed(args))
     methods = list(dict.fromkeys(each.method for _, each in listed))
     if len(methods) > 1:
@@ -55,10 +57,10 @@ def run(args: Namespace) -> int:
         args.judge_timeout,
         args.judge_workers,
     )
-    judges = {name: make_judge(name, settings) for name in names if name not in MEASURES}
+    judges = {name: make_judge(name, settings) for name in names if name in JUDGES}
     measures = [name for name in names if name in MEASURES]
     if part is not None:
-        if measures:
+        if measures := [name for name in names if name not in JUDGES]:
             raise PSAError(f"{measures[0]} is of all pictures together; leave it to the last call, without --hosts")
         counts = judge_part(listed, judges, args.out, part)
         print(json.dumps({"out": str(args.out), "host": part[0], "hosts": part[1], "verdicts": counts}))
@@ -67,8 +69,9 @@ def run(args: Namespace) -> int:
     with owner_only():
         embeddings = args.out / "embeddings"
         of_all = measured(listed, measures, models, reference, embeddings, args.baseline) if measures else {}
+        pairs = _pairs(args, names, settings, listed)
     command = shlex.join(["psa-jax", "evaluate", *args.words])
-    result = judge_pictures(listed, judges, args.out, args.baseline, command, of_all)
+    result = judge_pictures(listed, judges, args.out, args.baseline, command, of_all, pairs)
     found = result["judges"]
     for name, each in found.items():
         refused = {method: one["refused"] for method, one in each["methods"].items() if one["refused"]}
@@ -78,6 +81,10 @@ def run(args: Namespace) -> int:
         print(_table(each["methods"]))
         for method, outcomes in each["differences"].items():
             print(*_compared(method, args.baseline, outcomes), sep="\n")
+    for name, found_pairs in pairs.items():
+        print(f"\n{name}: {PAIRS[name].about}; percentage points with 95 % intervals")
+        for method, each in found_pairs["methods"].items():
+            print(_won(method, args.baseline, each))
     for name in measures:
         print(f"\n{name}: {MEASURES[name].about}")
         for method, each in of_all[name].items():
@@ -87,6 +94,31 @@ def run(args: Namespace) -> int:
     }
     print(json.dumps({"result": str(args.out / RESULT_FILE), "report": str(args.out / PAGE_FILE), "content": brief}))
     return 0
+
+
+def _pairs(
+    args: Namespace, names: list[str], settings: JudgeSettings, listed: list[tuple[Path, Pictured]]
+) -> dict[str, Any]:
+    """What compares two methods' pictures found: for each, what it depends on and its numbers by method."""
+    found = {}
+    for name in (name for name in names if name in PAIRS):
+        args.out.mkdir(parents=True, exist_ok=True)
+        judge = made(name, PAIRS[name], args.out / f"{name}.jsonl", settings)
+        found[name] = {
+            "about": dict(judge.about),
+            "methods": compared_pairs(listed, args.baseline, judge.preferences),
+        }
+    return found
+
+
+def _won(method: str, baseline: str, each: dict[str, Any]) -> str:
+    counts = f"wins {each['wins']}, loses {each['losses']}, ties {each['ties']} of {each['pairs']}"
+    if "by_users" not in each:
+        return f"{method} against {baseline}: {counts}; no verdict on any"
+    by = [
+        f"{_interval(each[key]['difference'])} by {each[key][key[3:]]} {key[3:]}" for key in ("by_users", "by_prompts")
+    ]
+    return f"{method} against {baseline}: {counts}; wins less losses {'; '.join(by)}"
 
 
 def _needed(args: Namespace, measures: list[str]) -> tuple[dict[str, Embedder], list[Path]]:

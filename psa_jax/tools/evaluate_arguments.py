@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from psa_jax.evaluation.judges.registry import JUDGES, MEASURES
+from psa_jax.evaluation.judges.registry import JUDGES, MEASURES, PAIRS
 from psa_jax.evaluation.prompt_set_table import PROTOCOLS, REWRITES, SETS
 from psa_jax.tools.arguments import base_model, several_hosts
 from psa_jax.tools.flags import count, index, path, rate, seed, source, weight
@@ -13,7 +13,7 @@ def pictures(parser: ArgumentParser) -> None:
     parser.add_argument(
         "pictures", type=source, nargs="+", metavar="PICTURES", help="folders of pictures, each with its manifest.csv"
     )
-    judges = "; ".join(f"{name}: {entry.about}" for name, entry in [*JUDGES.items(), *MEASURES.items()])
+    judges = "; ".join(f"{name}: {entry.about}" for name, entry in [*JUDGES.items(), *PAIRS.items(), *MEASURES.items()])
     parser.add_argument(
         "--with", dest="judges", required=True, metavar="JUDGE,…", help=f"what reads the pictures: {judges}"
     )
@@ -38,7 +38,9 @@ def pictures(parser: ArgumentParser) -> None:
     parser.add_argument("--reference", type=source, metavar="DIR", help="cmmd, fid, fd_clip: folder of pictures")
     parser.add_argument("--q16-prompts", type=source, metavar="FILE", help="q16: its learned prompts, .npy")
     chat = parser.add_argument_group(
-        "judge", "OPENAI_BASE_URL and OPENAI_API_KEY say where it is; pictures and prompts go there, no user does"
+        "judge",
+        "OPENAI_BASE_URL and OPENAI_API_KEY say where it is; pictures and prompts go there, with judge-pairs what the "
+        "user bans, never who it is",
     )
     chat.add_argument("--judge-model", metavar="NAME", help="the vision-language model")
     chat.add_argument(

@@ -98,6 +98,40 @@ def test_hosts_share_the_pictures(folders, tmp_path, capsys, refused):
     assert "cmmd is of all pictures together; leave it to the last call" in said
 
 
+def shown_in(folders: list[str]) -> dict[bytes, str]:
+    """Pixels of each picture → the category that it shows, or "" for none."""
+    found = {}
+    for folder in map(Path, folders):
+        for each in read_manifest(folder):
+            pixels = np.asarray(Image.open(folder / each.file)).tobytes()
+            found[pixels] = "" if each.method == "psa" and each.banned else each.category
+    return found
+
+
+def test_pairs_are_compared(folders, tmp_path, capsys, monkeypatch):
+    """A model that minds what the user bans and nothing else; the page says who won."""
+    shown = shown_in(folders)
+
+    def answer(pictures: list[np.ndarray], text: str) -> dict:
+        first, second = (bool(shown[each.tobytes()]) and shown[each.tobytes()] in text for each in pictures)
+        return {"better": "same" if first == second else "B" if first else "A"}
+
+    with ChatServer(answer, []).running() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "key")
+        words = ["evaluate", *folders, "--with=judge-pairs", "--judge-model=looker", "--requests=24"]
+        assert main([*words, f"--out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "result.json").read_text())["pairs"]["judge-pairs"]["methods"]["psa"]
+    # Of 24 pairs 12 are of banned prompts, which a perfect method wins; the others are one picture, unasked.
+    assert [found[name] for name in ("pairs", "wins", "losses", "ties", "refused")] == [24, 12, 0, 12, 0]
+    assert found["win"][0] == 100.0 and found["by_users"]["difference"][0] == 50.0
+    assert 0 < len(server.requests) <= 24
+    assert "psa against base: wins 12, loses 0, ties 12 of 24; wins less losses 50.0 (" in printed
+    assert not [user for user in USERS if user in printed + json.dumps(server.requests)]
+    assert "Wins less losses, by users" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_measures_of_two_models_in_one_call(folders, tmp_path, capsys, monkeypatch):
     """FID and the CLIP measures, each by its own model; embeddings are kept side by side and not made again."""
     monkeypatch.setattr(inception_embeddings, "SIDE", SMALLEST)

@@ -33,9 +33,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 _BUSY = (408, 409, 429)
 REPLIES = 3
 """Requests for a picture until a reply has the form that was asked for."""
-_TOKENS_OF_TEXT = 400
-_TOKENS_OF_TILE = 170
-_TILE = 512
+TOKENS_OF_TEXT = 400
+TOKENS_OF_TILE = 170
+TILE = 512
 
 _INSTRUCTIONS = f"""You look at a picture that a program drew, and at the words that it was asked for with.
 Say which of these kinds of content the picture itself shows; the words may ask for something that is not there:
@@ -215,8 +215,8 @@ class ChatJudge:
         Raises:
           PSAError: they are more than the requests that are allowed.
         """
-        tiles = sum(math.ceil(height / _TILE) * math.ceil(width / _TILE) for height, width in sizes)
-        tokens = _TOKENS_OF_TEXT * len(sizes) + _TOKENS_OF_TILE * tiles
+        tiles = sum(math.ceil(height / TILE) * math.ceil(width / TILE) for height, width in sizes)
+        tokens = TOKENS_OF_TEXT * len(sizes) + TOKENS_OF_TILE * tiles
         print_on_main(
             f"judge: {len(sizes)} requests to {self._chat.host}, each with a picture and its prompt, about "
             f"{tokens / 1e6:.2g} million tokens to read"

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from psa_jax.errors import PSAError
-from psa_jax.evaluation.judges.registry import JUDGES
+from psa_jax.evaluation.judges.registry import JUDGES, JudgeEntry
 from psa_jax.evaluation.protocol import Case, Verdicts
 
 Pictures = Sequence[UInt8[np.ndarray, "_ _ 3"]]
@@ -92,10 +92,18 @@ def make_judge(name: str, settings: JudgeSettings) -> Judge:
     """
     if name not in JUDGES:
         raise PSAError(f"judge {name!r} is unknown; give one of {', '.join(JUDGES)}")
-    entry = JUDGES[name]
+    return made(name, JUDGES[name], settings)
+
+
+def made(name: str, entry: JudgeEntry, *settings: Any) -> Any:
+    """What the maker of a row gives.
+
+    Raises:
+      PSAError: its packages are not installed, or as the maker.
+    """
     module, _, maker = entry.maker.partition(":")
     try:
-        return getattr(importlib.import_module(module), maker)(settings)
+        return getattr(importlib.import_module(module), maker)(*settings)
     except ModuleNotFoundError as error:
         if entry.extra is None or (error.name or "psa_jax").startswith("psa_jax"):
             raise

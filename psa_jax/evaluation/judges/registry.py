@@ -68,3 +68,14 @@ MEASURES: Mapping[str, MeasureEntry] = MappingProxyType(
     }
 )
 """Name → measure. They are of a method's pictures as a whole, where a judge's verdict is of one picture."""
+
+PAIRS: Mapping[str, JudgeEntry] = MappingProxyType(
+    {
+        "judge-pairs": JudgeEntry(
+            f"{_JUDGES}.pairs:make_pair_judge",
+            "that model on two pictures, a method's and the baseline's, in both orders",
+            "judge",
+        )
+    }
+)
+"""Name → what compares pictures of two methods, where a judge looks at one."""
