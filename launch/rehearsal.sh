@@ -12,6 +12,7 @@ Goes once through what a pod does, on this machine and without a TPU:
   2  they train on one mesh; one host is killed, and the group comes back by itself
   3  all get SIGTERM, save, and end with exit code 75; half as many hosts go on
   4  the adapter leaves as a file, pictures are drawn with it, and its curves are a page
+  5  a sweep of four learning rates with two seeds each, two trainings at a time, and its report
 
 
   --hosts=N          even (default: 4)
@@ -20,6 +21,7 @@ Goes once through what a pod does, on this machine and without a TPU:
   --model=MODEL      its base model (default: tiny, the embedded one)
   --users=N          of SAGE-mini's training split (default: 100)
   --psa-jax=COMMAND  (default: psa-jax)
+  --no-sweep         without the last part
 
 FOLDER is new; run.log in it has what the hosts said. The last line is JSON.
 TEXT
@@ -30,7 +32,7 @@ fail() {
   exit "${2:-2}"
 }
 
-hosts=4 steps=24 config=tiny model=tiny users=100 psa_jax=psa-jax folder=
+hosts=4 steps=24 config=tiny model=tiny users=100 sweep=yes psa_jax=psa-jax folder=
 while (($#)); do
   case $1 in
     --hosts=*) hosts=${1#*=} ;;
@@ -38,6 +40,7 @@ while (($#)); do
     --config=*) config=${1#*=} ;;
     --model=*) model=${1#*=} ;;
     --users=*) users=${1#*=} ;;
+    --no-sweep) sweep=no ;;
     --psa-jax=*) psa_jax=${1#*=} ;;
     --help | -h)
       usage
@@ -152,4 +155,28 @@ quietly export "$folder/run" "--out=$folder/adapter.safetensors"
 quietly generate "--model=$model" "--adapter=$folder/adapter.safetensors" '--profile={"age": 9, "gender": "female"}' \
   '--prompt=crossed blades and a house in the snow' --steps=4 --guidance=4 "--out=$folder/pictures"
 say 'exported, drawn'
+
+if [[ $sweep == yes ]]; then
+  cat >"$folder/points.py" <<'PYTHON'
+from psa_jax.tools.configs import read_config
+
+
+def get_config():
+    return read_config("tiny:dpo-smoke")
+
+
+def sweep_rate():
+    for rate in (1e-3, 3e-3, 1e-2, 3e-2):
+        yield {"optimizer.learning_rate": rate}
+
+
+def sweep_two():
+    for seed in (0, 1):
+        yield {"seed": seed}
+PYTHON
+  quietly sweep "--config=$folder/points.py" --sweep=rate,two --jobs=2 "--workdir=$folder/sweep" \
+    "--config.model=$model" "--config.data.shards=$folder/shards" "--config.data.table=$folder/table.safetensors"
+  quietly sweep report "$folder/sweep" --metric=loss
+  say "a sweep of 8 points: $folder/sweep/sweep.html"
+fi
 echo "{\"adapter\": \"$folder/adapter.safetensors\", \"steps\": $steps, \"seconds_to_save\": $saved, \"seconds\": $((SECONDS - started))}"

@@ -50,6 +50,8 @@ def test_two_hosts_in_little(smallest_pipeline, tmp_path):
 @pytest.mark.timeout(1800)
 def test_four_hosts(tmp_path):
     result = assert_rehearsed(rehearse(f"--psa-jax={PSA_JAX}", str(tmp_path / "pod")), tmp_path / "pod", 24, 4)
+    rows = (tmp_path / "pod" / "sweep" / "sweep.csv").read_text().splitlines()
+    assert len(rows) == 1 + 8 and all(",done," in row for row in rows[1:])
     print(f"\n{json.dumps(result)}")
     assert result["seconds"] <= 900
 
