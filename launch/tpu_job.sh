@@ -46,8 +46,8 @@ loop() {
     wait $! || true
     [[ $told == no && ! -e job.exit ]] || exit 0
   done
-  echo "$code" >job.exit
   echo "tpu_job.sh: ended with exit code $code after start $((start > STARTS ? STARTS : start))"
+  echo "$code" >job.exit # last: who sees it finds the line above in the log
 }
 
 background() {

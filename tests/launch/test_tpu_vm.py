@@ -31,7 +31,7 @@ with open({log!r}, "a") as log:
 with open({plan!r}) as plan:
     answers = json.load(plan).get(kind.strip(), [[0, ""]])
 code, text = answers[min(before, len(answers) - 1)]
-print(text, file=sys.stderr if code else sys.stdout)
+print(text, file=sys.stderr if code else sys.stdout, flush=True)
 for word in words:
     if word.startswith("--command="):
         code = subprocess.run(["sh", "-c", word.removeprefix("--command=")], cwd={home!r}).returncode

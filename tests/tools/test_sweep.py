@@ -304,6 +304,7 @@ def trained(small_pipeline, tmp_path_factory):
     return root, [*words, *(f"--config.{key}={value}" for key, value in settings.items())]
 
 
+@pytest.mark.slow
 def test_a_real_sweep(trained, monkeypatch, capsys):
     root, words = trained
     monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
