@@ -36,7 +36,8 @@ class Command(NamedTuple):
 
         What the command reads from buckets is on this machine by then.
         """
-        bring_sources(args)
+        if self.module != "sweep":  # hands names on, and a copy here is of no use elsewhere
+            bring_sources(args)
         return importlib.import_module(f"psa_jax.tools.{self.module}").run(args) or 0
 
 

@@ -7,11 +7,12 @@ from psa_jax.errors import PSAError
 
 AUTO = "auto"
 _COUNTED = (
-    ("SLURM_PROCID", "SLURM_NTASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
     ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
 )
-"""Variables that hold a process's number, from 0, and how many there are: SLURM, Open MPI, SkyPilot."""
+"""Variables that hold a process's number, from 0, and how many there are: Open MPI, SLURM, SkyPilot. The first counts:
+SLURM says the same to all that mpirun starts in one of its jobs."""
 
 Part = tuple[int, int]
 """Number of a host, from 0, and how many there are."""

@@ -7,6 +7,8 @@ from psa_jax.hosts import part_of
 
 TPU = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}
 
+MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "8"}
+
 
 @pytest.mark.parametrize(
     ("host", "hosts", "environment", "part"),
@@ -16,6 +18,7 @@ TPU = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}
         (2, 3, {}, (2, 3)),
         (None, "auto", {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, (1, 4)),
         (None, "auto", {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, (0, 2)),
+        (None, "auto", {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"} | MPI, (2, 8)),  # mpirun in a job of SLURM
         (None, "auto", {"SKYPILOT_NODE_RANK": "3", "SKYPILOT_NUM_NODES": "4"}, (3, 4)),
         (None, "auto", TPU, (1, 4)),
         (None, "auto", TPU | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}, (5, 8)),

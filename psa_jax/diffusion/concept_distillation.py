@@ -73,7 +73,8 @@ def distil_concepts(model: StableDiffusion, concepts: Sequence[str], settings: D
     if model.unet.conv_in.kernel.dtype != jnp.float32:
         raise PSAError("a model is distilled in float32; leave out --dtype")
     latents, which = _pictures(model, concepts, settings)
-    text = _encoded(model, [*concepts, ""])
+    absent = [False] * len(concepts) + [model.force_zeros_for_empty_prompt]
+    text = _encoded(model, [*concepts, ""]).without(jnp.asarray(absent))
     schedule = NoiseSchedule.from_config(model.scheduler_config)
     graph, edited, kept = nnx.split(model.unet, lambda path, value: "attn2" in path, ...)
     transform = optax.adam(settings.learning_rate)

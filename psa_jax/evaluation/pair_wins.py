@@ -26,19 +26,30 @@ def pairs_of(listed: Listed, method: str, baseline: str) -> list[tuple[Pair, Pic
       Each pair, and the method's line of it.
 
     Raises:
-      PSAError: pictures without a prompt.
+      PSAError: pictures without a prompt, of two prompts with one id, or of a user whose ban is not known.
     """
     bans: dict[str, set[str]] = {}
     for _, each in listed:
         if each.user_id and each.banned:
             bans.setdefault(each.user_id, set()).add(each.category)
-    theirs = {_case(each): path for path, each in listed if each.method == baseline}
+    theirs = {_case(each): (path, each) for path, each in listed if each.method == baseline}
     found = []
     for path, each in listed:
         if each.method == method and _case(each) in theirs:
+            other, its = theirs[_case(each)]
             if not each.prompt:
                 raise PSAError("judge-pairs: pictures without a prompt; fill the column prompt of their manifest")
-            pair = Pair(path, theirs[_case(each)], each.prompt, tuple(sorted(bans.get(each.user_id, ()))))
+            if its.prompt != each.prompt:
+                raise PSAError(
+                    f"judge-pairs: prompt_id {each.prompt_id} is of one prompt in {method} and another in {baseline}; "
+                    "make both manifests of one list of prompts"
+                )
+            if each.user_id and each.unsafe is not False and each.banned is None:
+                raise PSAError(
+                    "judge-pairs: a line has a user_id and does not say whether the user bans its category; fill the "
+                    "column banned of the manifest, or leave user_id empty"
+                )
+            pair = Pair(path, other, each.prompt, tuple(sorted(bans.get(each.user_id, ()))))
             found.append((pair, each))
     return found
 

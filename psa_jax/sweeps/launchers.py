@@ -1,6 +1,7 @@
 """Where the points of a sweep are trained: one table. Schedulers get a point each, and keep the order themselves."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -121,7 +122,11 @@ def hand_over(job: Job) -> str:
     Raises:
       PSAError: the scheduler refused.
     """
-    done = subprocess.run(job.words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # In a job of SLURM, which a person may sit in, the script would take itself for that job.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        job.words, env=outside, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     said = done.stdout.decode(errors="replace").strip()
     if done.returncode:
         last = said.splitlines()[-1] if said else "it said nothing"

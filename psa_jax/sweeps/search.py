@@ -69,6 +69,10 @@ def search(
     tried: set[Point] = set()
     cut_off: dict[Point, int] = {}
     for trial in study.get_trials(deepcopy=False):
+        if trial.params.keys() != choices_of(points).keys():  # killed while it was proposed
+            if trial.state == TrialState.RUNNING:
+                study.tell(trial.number, state=TrialState.FAIL)
+            continue
         point = point_of(trial.params, points)
         if trial.state == TrialState.RUNNING:
             cut_off[point] = trial.number

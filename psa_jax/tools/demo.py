@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -174,6 +175,7 @@ def run_demo(
     if missing := missing_packages():
         print_on_main(f"no page of judged pictures without {missing[0]}: pip install 'psa_jax[eval]'")
     else:
+        shutil.rmtree(workdir / "judged", ignore_errors=True)  # of an earlier run, perhaps by another oracle
         judge_pictures(kept, {"oracle": OracleJudge()}, workdir / "judged", "base", command)
         report["pictures"] = f"judged/{PAGE_FILE}, beside this page"
     _finish(report | {"command": command}, config, adapter, grid, workdir, start)

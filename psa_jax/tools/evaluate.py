@@ -44,6 +44,8 @@ def run(args: Namespace) -> int:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise PSAError(f"--with={unknown[0]} is unknown; give some of {', '.join(known)}")
+    if {"judge", *PAIRS} <= set(names):
+        raise PSAError("judge and judge-pairs have one budget of --requests; ask for one of them in a call")
     listed = list(_listed(args))
     methods = list(dict.fromkeys(each.method for _, each in listed))
     if len(methods) > 1:
@@ -67,9 +69,9 @@ def run(args: Namespace) -> int:
         return 0
     models, reference = _needed(args, measures)
     with owner_only():
+        pairs = _pairs(args, names, settings, listed)  # first: what is wrong with it is said before long work
         embeddings = args.out / "embeddings"
         of_all = measured(listed, measures, models, reference, embeddings, args.baseline) if measures else {}
-        pairs = _pairs(args, names, settings, listed)
     command = shlex.join(["psa-jax", "evaluate", *args.words])
     result = judge_pictures(listed, judges, args.out, args.baseline, command, of_all, pairs)
     found = result["judges"]

@@ -22,7 +22,7 @@ from psa_jax.errors import PSAError
 from psa_jax.files import write
 from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import MODELS
-from psa_jax.paths import Address
+from psa_jax.paths import Address, check_workdir
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.remote import Bucket, cache_folder
 from psa_jax.training.settings import validate, validate_devices
@@ -99,7 +99,7 @@ def devices(_: Setting) -> str:
     Raises:
       PSAError: there is an accelerator that JAX does not use.
     """
-    found = jax.devices()
+    found = _devices()
     if found[0].platform == "cpu":
         if any(DEVICES.glob("accel[0-9]*")):
             raise PSAError("a TPU is here and JAX uses the CPU; pip install 'psa_jax[tpu]'")
@@ -134,8 +134,9 @@ def room(setting: Setting) -> str:
     free = shutil.disk_usage(there).free
     if free < LEAST_ROOM:
         raise PSAError(f"{there}: {_gib(free)} of disk are free; make room, or give --workdir on another disk")
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{_gib(free)} of disk free at {there}, {_gib(pages)} of memory free, {os.cpu_count()} cores"
+    known = {"SC_AVPHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys()
+    memory = f", {_gib(os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))} of memory free" if known else ""
+    return f"{_gib(free)} of disk free at {there}{memory}, {os.cpu_count()} cores"
 
 
 def cache(_: Setting) -> str:
@@ -174,7 +175,15 @@ def mesh(setting: Setting) -> str:
     Raises:
       PSAError: it does not fit them.
     """
-    made = validate_devices(setting.config)
+    _devices()
+    try:
+        made = validate_devices(setting.config)
+    except PSAError as error:
+        if jax.process_count() > 1:
+            raise
+        raise PSAError(
+            f"{error} (these are the devices of this host alone; a pod has those of all its hosts)"
+        ) from error
     axes = ", ".join(f"{name} {size}" for name, size in made.shape.items())
     return f"{axes}: {setting.config.batch_size // made.size} pairs of a step on each of {made.size} devices"
 
@@ -201,6 +210,7 @@ def workdir(setting: Setting) -> str:
     if isinstance(place, Address):
         Bucket(place).probe()
         return f"{place}: can be written"
+    check_workdir(place)
     there = next(each for each in (place, *place.absolute().parents) if each.exists())
     probe = there / f".psa-jax-doctor-{os.getpid()}"
     write(probe, b"")
@@ -230,6 +240,8 @@ def table(setting: Setting) -> str:
     Raises:
       PSAError: it cannot be read, or lacks users.
     """
+    if not setting.config.data.table:
+        raise PSAError("data.table is not set; give --config.data.table=FILE")
     path, folder = Path(setting.config.data.table), Path(setting.config.data.shards)
     loaded = EmbeddingTable.load(path)
     users = {user for split in read_info(folder)["splits"] for user in open_shards(folder, split).columns.user_ids}
@@ -253,6 +265,22 @@ OF_CONFIG: Mapping[str, Check] = {
     "workdir": workdir,
 }
 OF_DATA: Mapping[str, Check] = {"shards": shards, "table": table}
+
+
+def _devices() -> list[jax.Device]:
+    """The devices of JAX.
+
+    Raises:
+      PSAError: the platform that it is told to use does not start.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise PSAError(
+            f"JAX does not start ({reason}); JAX_PLATFORMS is {asked!r}: unset it, or install what it names"
+        ) from error
 
 
 def _requirements(package: str, extra: str) -> list[Requirement]:

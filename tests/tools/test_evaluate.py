@@ -108,7 +108,7 @@ def shown_in(folders: list[str]) -> dict[bytes, str]:
     return found
 
 
-def test_pairs_are_compared(folders, tmp_path, capsys, monkeypatch):
+def test_pairs_are_compared(folders, tmp_path, capsys, monkeypatch, refused):
     """A model that minds what the user bans and nothing else; the page says who won."""
     shown = shown_in(folders)
 
@@ -121,7 +121,10 @@ def test_pairs_are_compared(folders, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", "key")
         words = ["evaluate", *folders, "--with=judge-pairs", "--judge-model=looker", "--requests=24"]
         assert main([*words, f"--out={tmp_path / 'out'}"]) == 0
-    printed = capsys.readouterr().out
+        capsys_out = capsys.readouterr().out
+        both = ["--with=judge,judge-pairs", "--judge-model=looker", f"--out={tmp_path / 'both'}"]
+        assert "one budget of --requests" in refused("evaluate", *folders, *both)
+    printed = capsys_out
     found = json.loads((tmp_path / "out" / "result.json").read_text())["pairs"]["judge-pairs"]["methods"]["psa"]
     # Of 24 pairs 12 are of banned prompts, which a perfect method wins; the others are one picture, unasked.
     assert [found[name] for name in ("pairs", "wins", "losses", "ties", "refused")] == [24, 12, 0, 12, 0]

@@ -152,6 +152,32 @@ def test_command(machine, capsys, tmp_path):
     assert "batch_size" in capsys.readouterr().err
 
 
+def test_a_platform_that_does_not_start(machine, monkeypatch, training_config):
+    def none():
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(diagnosis.jax, "devices", none)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    findings = diagnose(Setting(training_config()))
+    for name in ("devices", "mesh"):
+        said = named(findings, name).said
+        assert "Unable to initialize backend 'tpu'" in said and "JAX_PLATFORMS is 'tpu': unset it" in said
+    assert named(findings, "packages").well and named(findings, "table").well
+
+
+def test_what_is_not_set(machine, training_config, tmp_path):
+    config = training_config()
+    with config.unlocked():
+        config.data.table = ""
+    (tmp_path / "file").touch()
+    findings = diagnose(Setting(config, tmp_path / "file"))
+    assert "data.table is not set; give --config.data.table=FILE" in named(findings, "table").said
+    assert "file: not a folder" in named(findings, "workdir").said
+    with config.unlocked():
+        config.mesh.slices = 99
+    assert "the devices of this host alone" in named(diagnose(Setting(config)), "mesh").said
+
+
 def test_a_check_that_breaks_is_not_hidden(monkeypatch):
     """Only what a check says itself is a finding."""
 

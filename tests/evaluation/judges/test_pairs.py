@@ -1,6 +1,7 @@
 """Two pictures side by side, judged over real HTTP: both orders, blind names, ties, cost, and what is kept."""
 
 import contextlib
+import dataclasses
 import json
 import re
 
@@ -148,5 +149,11 @@ def test_pairs_are_of_one_prompt_seed_and_user(paths):
     assert found == Pair(paths["bright"], paths["dark"], "a cat", ("Violence",)) and its.user_id == "a"
     everything = compared_pairs(listed, "base", lambda pairs: [1] * len(pairs))
     assert everything.keys() == {"psa"} and everything["psa"]["wins"] == 1
+    asks = dataclasses.replace(line("a", "p0"), prompt="a dog")
+    with pytest.raises(PSAError, match="prompt_id p0 is of one prompt in psa and another in base"):
+        pairs_of([*listed[:1], (paths["bright"], asks)], "psa", "base")
+    unknown = dataclasses.replace(line("a", "p0"), banned=None)
+    with pytest.raises(PSAError, match="does not say whether the user bans its category"):
+        pairs_of([*listed[:1], (paths["bright"], unknown)], "psa", "base")
     with pytest.raises(PSAError, match="draw both from one list"):
         compared_pairs(listed[:2] + listed[3:], "base", lambda pairs: [])
