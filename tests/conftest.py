@@ -138,3 +138,15 @@ def browser():
 
     with running_browser() as running:
         yield running
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A server of objects, to which the environment points for s3:// and gs://; copies go to a folder of the test."""
+    from support.object_server import ObjectServer  # imported late: for the tests of buckets alone
+
+    with ObjectServer().running() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PSA_JAX_CACHE", str(tmp_path / "cache"))
+        yield server

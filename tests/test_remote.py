@@ -4,21 +4,11 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support.object_server import ObjectServer
 
 from psa_jax import remote
 from psa_jax.errors import PSAError
 from psa_jax.paths import Address, Source, address_or_none, local_path, path_or_address
 from psa_jax.remote import Bucket, fetch, open_store
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with ObjectServer().running() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
-        yield server
 
 
 @pytest.fixture(params=["s3", "gs"])

@@ -40,8 +40,7 @@ def refused(path: Path) -> str:
     with pytest.raises(PSAError) as caught:
         read_state(path)
     text = str(caught.value)
-    assert text.startswith(f"{path}: ")
-    assert "\n" not in text
+    assert text.startswith(f"{path}: ") and "\n" not in text
     assert len(text) < 400
     return text
 

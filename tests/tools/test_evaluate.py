@@ -121,10 +121,9 @@ def test_pairs_are_compared(folders, tmp_path, capsys, monkeypatch, refused):
         monkeypatch.setenv("OPENAI_API_KEY", "key")
         words = ["evaluate", *folders, "--with=judge-pairs", "--judge-model=looker", "--requests=24"]
         assert main([*words, f"--out={tmp_path / 'out'}"]) == 0
-        capsys_out = capsys.readouterr().out
+        printed = capsys.readouterr().out
         both = ["--with=judge,judge-pairs", "--judge-model=looker", f"--out={tmp_path / 'both'}"]
         assert "one budget of --requests" in refused("evaluate", *folders, *both)
-    printed = capsys_out
     found = json.loads((tmp_path / "out" / "result.json").read_text())["pairs"]["judge-pairs"]["methods"]["psa"]
     # Of 24 pairs 12 are of banned prompts, which a perfect method wins; the others are one picture, unasked.
     assert [found[name] for name in ("pairs", "wins", "losses", "ties", "refused")] == [24, 12, 0, 12, 0]

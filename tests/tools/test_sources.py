@@ -4,25 +4,14 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-import pytest
 from support.object_server import ObjectServer
 
-from psa_jax import remote
 from psa_jax.cli import main
 from psa_jax.paths import Address, Source
 from psa_jax.tools.configs import read_config
 from psa_jax.tools.sources import KEYS, bring_sources
 
 TINY = str(Path(__file__).resolve().parents[2] / "configs" / "tiny.py")
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with ObjectServer().running() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
-        yield server
 
 
 def put(server: ObjectServer, folder: Path, key: str) -> None:

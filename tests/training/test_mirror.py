@@ -14,15 +14,6 @@ from psa_jax.training.mirror import MARKER, Mirror
 PLACE = Address("s3", "bucket", "runs/own")
 
 
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    with ObjectServer().running() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
-        yield server
-
-
 def write(folder: Path, name: str, content: str = "x") -> None:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
