@@ -97,3 +97,9 @@ def test_what_is_missing(fake, monkeypatch):
     monkeypatch.setenv("PATH", str(fake))
     with pytest.raises(PSAError, match=r"--launcher=slurm needs sbatch, which is not here; "):
         launchers.require_scheduler("slurm")
+
+
+def test_inside_a_job_of_slurm_the_script_does_not_take_itself_for_that_job(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = [sys.executable, "-c", "import os; print('SLURM_JOB_ID' in os.environ)"]
+    assert launchers.hand_over(Job("a", tmp_path / "a", words)) == "False"

@@ -127,3 +127,12 @@ def test_without_optuna(monkeypatch):
     monkeypatch.setattr(searching.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PSAError, match=r"^--search=optuna needs Optuna: pip install 'psa_jax\[search\]'$"):
         searching.require_optuna()
+
+
+def test_a_search_killed_while_it_proposed_goes_on(optuna, tried, tmp_path):
+    """Of a trial that was asked for nothing is known yet, nor of one that only waits."""
+    run(tmp_path, tried, trials=2)
+    study = searching._open(tmp_path / searching.JOURNAL, choices_of(POINTS), "min", "loss", 0)
+    study.ask()
+    study.enqueue_trial(POINTS[0].overrides)
+    assert len(run(tmp_path, tried, trials=4)[1]) == 4
