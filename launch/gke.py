@@ -134,9 +134,12 @@ def check_workdir(words: list[str], volumes: tuple[tuple[str, str], ...]) -> Non
     pairs = zip(words, [*words[1:], ""], strict=True)
     given = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == "--workdir"]
     for folder in given:
+        if words[1] == "train" and folder.startswith(("gs://", "s3://")):  # the run copies what it leaves
+            continue
         if not any(PurePosixPath(folder).is_relative_to(path) for _, path in volumes) or ".." in folder.split("/"):
             raise Refused(
-                f"--workdir={folder} is on no volume and would be gone with its pod; mount one there: --volume"
+                f"--workdir={folder} is on no volume and would be gone with its pod; mount one there: --volume, "
+                "or train in a bucket: --workdir=gs://BUCKET/RUN"
             )
 
 

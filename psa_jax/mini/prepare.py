@@ -13,6 +13,7 @@ from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.mini.dataset import render_mini
 from psa_jax.profiles.encoders import get_encoder
 from psa_jax.profiles.table import EmbeddingTable
+from psa_jax.remote import locked
 from psa_jax.training.distributed import leader_first
 
 
@@ -64,7 +65,8 @@ def prepare(
 def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections.ConfigDict:
     """Renders SAGE-mini if a configuration asks for it (`data.mini.users`) and names no data of its own.
 
-    All processes of a group call it; the main one writes the files.
+    All processes of a group call it. Process 0 writes the files; on a machine that does not see them, one process
+    draws the same.
 
     Args:
       config: a training configuration.
@@ -77,7 +79,8 @@ def with_mini(config: ml_collections.ConfigDict, folder: Path) -> ml_collections
         return config
     mini = config.data.mini
     splits = ("train", "val") if config.validate.every or config.sample_every else ("train",)
-    with leader_first("data"):
+    folder.mkdir(parents=True, exist_ok=True)
+    with leader_first("data"), locked(folder / ".lock"):  # processes of another machine, which find nothing there
         prepare(folder, BaseModel.from_config(config).load(), users=mini.users, seed=mini.seed, splits=splits)
     config = config.copy_and_resolve_references()
     with config.unlocked():

@@ -19,19 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils.epath import gpath
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import Array, PyTree, Shaped, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationContext
 
 from psa_jax.errors import PeerLost, PSAError
 from psa_jax.paths import check_workdir
 from psa_jax.progress import print_on_main
 from psa_jax.renamed import renamed_keys
-from psa_jax.training.distributed import any_process, first_line, is_main_process, is_peer_lost
+from psa_jax.training.distributed import (
+    array_of_main_process,
+    by_main_process,
+    first_line,
+    is_main_process,
+    is_peer_lost,
+)
+from psa_jax.training.sharding import replicated
 from psa_jax.training.state import TrainState
 
 
 class Checkpoints:
     """Saves and restores (state, data iterator) in a folder; refuses a checkpoint of another configuration.
+
+    All processes of a group call the same methods. Process 0 alone reads and writes the folder, which the others need
+    not see: a checkpoint is of the adapter and its optimizer, and small. What goes wrong there is raised in all.
 
     Args:
       keep: how many of the latest stay.
@@ -49,17 +59,24 @@ class Checkpoints:
         identity: dict[str, Any],
         renewed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ):
-        check_workdir(folder)
         self._renewed = renewed
         self._folder, self._identity = folder.absolute(), _as_json(identity)
         self._held_out: dict[int, float] = {}
         self._saved: tuple[int, PyTree[jax.ShapeDtypeStruct]] | None = None  # the latest step and what its state is
         self._policy = AnyPreservationPolicy([LatestN(keep), _Best(keep_best, self._held_out)])
+        by_main_process(self._open)
+
+    def _open(self) -> None:
+        check_workdir(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
         self._manager = _Manager(
             as_it_is(self._folder),
             options=ocp.CheckpointManagerOptions(
+                create=False,
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,  # a killed save leaves one
+                multiprocessing_options=alone,
             ),
         )
         for step in self._manager.all_steps():
@@ -79,23 +96,29 @@ class Checkpoints:
         Raises:
           PSAError: this one or the one before cannot be written.
         """
-        about = {
-            "identity": self._identity,
-            # Grain's own item is a file for each process and cannot be read by another number of them.
-            "data": iterator.get_state(),
-            "held_out": held_out,
-            "checksum": _checksum(state._asdict()),
-        }
-        self._remember(step, held_out)
-        with self._failures_named():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()), about=ocp.args.JsonSave(_as_json(about))
-                ),
-                force=True,
-            )
-        self._saved = step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state._asdict())
+        arrays = jax.tree.map(_on_host, state._asdict())
+        position = iterator.get_state()
+
+        def write() -> None:
+            about = {
+                "identity": self._identity,
+                # Grain's own item is a file for each process and cannot be read by another number of them.
+                "data": position,
+                "held_out": held_out,
+                "checksum": _checksum(arrays),
+            }
+            self._remember(step, held_out)
+            with self._failures_named():
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(_as_json(about))
+                    ),
+                    force=True,
+                )
+            self._saved = step, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arrays)
+
+        by_main_process(write)
 
     def wait(self) -> None:
         """Waits until the latest save is on the disk.
@@ -103,36 +126,43 @@ class Checkpoints:
         Raises:
           PSAError: it cannot be written.
         """
+        by_main_process(self._wait)
+
+    def _wait(self) -> None:
         with self._failures_named():
             self._manager.wait_until_finished()
 
     def verify(self) -> None:
-        """Waits for the latest save and reads it back, on the host. All processes call it.
+        """Waits for the latest save and reads it back, on the host.
 
         Raises:
           PSAError: it cannot be written, or not be read.
         """
+        by_main_process(self._verify)
+
+    def _verify(self) -> None:
         if self._saved is None:
             return
-        self.wait()
+        self._wait()
         step, shapes = self._saved
-        # Arrays of NumPy are read to the host, which has room where a device may have none; these take none.
-        target = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
-        reason = None
         try:
-            self._read(step, target, self._about(step)["checksum"])
+            self._read(step, shapes, self._about(step)["checksum"])
         except Exception as error:  # whatever makes a checkpoint useless
-            if is_peer_lost(error):
-                raise
-            reason = first_line(error)
-        if any_process(reason is not None):
             raise PSAError(
-                f"{self._folder}: checkpoint {step} was written and cannot be read back "
-                f"({reason or 'in another process'}); check the disk, or use a --workdir on another one"
-            )
+                f"{self._folder}: checkpoint {step} was written and cannot be read back ({first_line(error)}); "
+                "check the disk, or use a --workdir on another one"
+            ) from error
 
-    def _read(self, step: int, target: PyTree, checksum: int) -> PyTree[Array | np.ndarray]:
-        """Reads the arrays of a checkpoint into the structure of `target`; a wrong checksum raises ValueError."""
+    def _read(self, step: int, shapes: PyTree, checksum: int) -> PyTree[np.ndarray]:
+        """Reads the arrays of a checkpoint to the host, which has room where a device may have none.
+
+        Args:
+          shapes: the tree that it should be, of anything with `shape` and `dtype`.
+
+        Raises:
+          ValueError: its checksum is another.
+        """
+        target = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)  # takes none
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
         if _checksum(found) != checksum:
             raise ValueError("its checksum is another")
@@ -141,31 +171,52 @@ class Checkpoints:
     def restore(self, state: TrainState, iterator: grain.DatasetIterator) -> TrainState | None:
         """Restores the latest readable checkpoint and moves the iterator to its position.
 
+        Args:
+          state: says shapes, types and devices.
+
         Returns:
           The state; None where nothing was saved.
 
         Raises:
           PSAError: the checkpoint belongs to another run, or there are some and none can be read.
         """
+        arrays: list[PyTree[np.ndarray]] = []  # in process 0
+
+        def read() -> dict[str, Any] | None:
+            found = self._restore(state._asdict())
+            if found is None:
+                return None
+            position, tree = found
+            arrays.append(tree)
+            return {"position": position}
+
+        said = by_main_process(read)
+        if said is None:
+            return None
+        iterator.set_state(said["position"])
+        like = state._asdict()
+        return TrainState(**jax.tree.map(_on_devices, like, arrays[0] if arrays else like))
+
+    def _restore(self, shapes: PyTree) -> tuple[Any, PyTree[np.ndarray]] | None:
+        """The position in the data and the arrays of the latest readable checkpoint; None where there is none at all.
+
+        What is damaged is set aside, so that the run can write these steps again.
+        """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            about, restored = None, None
             try:
                 about = self._about(step)
                 self._require_same_run(step, about["identity"])
                 self._complete(step)
-                restored = self._read(step, state._asdict(), about["checksum"])
+                restored = self._read(step, shapes, about["checksum"])
             except PSAError:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 damaged[step] = first_line(error)
-            if any_process(step in damaged):
-                damaged.setdefault(step, "another process cannot read it")
                 continue
             self._set_aside(damaged, step)
             self._remove_surplus()
-            iterator.set_state(about["data"])
-            return TrainState(**restored)
+            return about["data"], restored
         if damaged:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise PSAError(
@@ -189,14 +240,12 @@ class Checkpoints:
         """
         state = self._folder / str(step) / "state"
         parts = list(state.glob("ocdbt.process_*"))
-        if any_process(is_main_process() and len(parts) == 1 and not (state / "manifest.ocdbt").exists()):
-            if is_main_process():
-                shutil.copytree(parts[0] / "d", state / "d", dirs_exist_ok=True)
-                shutil.copy(parts[0] / "manifest.ocdbt", state)  # last: with it the others count
-            any_process(False)  # the others wait
+        if len(parts) == 1 and not (state / "manifest.ocdbt").exists():
+            shutil.copytree(parts[0] / "d", state / "d", dirs_exist_ok=True)
+            shutil.copy(parts[0] / "manifest.ocdbt", state)  # last: with it the others count
 
     def _about(self, step: int) -> dict[str, Any]:
-        """The JSON item, read without Orbax, whose reader waits for all processes."""
+        """The JSON item."""
         return json.loads((self._folder / str(step) / "about" / "metadata").read_text(encoding="utf-8"))
 
     def _remember(self, step: int, held_out: float | None) -> None:
@@ -213,21 +262,19 @@ class Checkpoints:
             )
 
     def _set_aside(self, damaged: dict[int, str], step: int) -> None:
-        """Renames unreadable checkpoints, so that the run can write these steps again."""
+        """Renames unreadable checkpoints."""
         for number, reason in damaged.items():
             aside = self._folder / f"damaged_{number}"
             print_on_main(
                 f"{self._folder}: checkpoint {number} cannot be read ({reason}), now {aside.name}; going on from {step}"
             )
             self._held_out.pop(number, None)
-            if is_main_process():
-                count = 1
-                while aside.exists():
-                    count += 1
-                    aside = aside.with_name(f"damaged_{number}_{count}")
-                (self._folder / str(number)).rename(aside)
+            count = 1
+            while aside.exists():
+                count += 1
+                aside = aside.with_name(f"damaged_{number}_{count}")
+            (self._folder / str(number)).rename(aside)
         if damaged:
-            any_process(False)  # the others wait
             self._manager.reload()
 
     @contextlib.contextmanager
@@ -246,15 +293,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
-        """Waits for what is being written, unless a process that this would wait for is gone."""
-        if isinstance(error, PeerLost):
-            return
+        """Waits for what is being written; after an error, in process 0 alone."""
         if kind is None:
-            with self._failures_named():
-                self._manager.close()
-        else:
+            by_main_process(self._close)
+        elif is_main_process() and not isinstance(error, PeerLost):
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 self._manager.close()
+
+    def _close(self) -> None:
+        with self._failures_named():
+            self._manager.close()
 
 
 def differences(saved: Any, ours: Any, name: str = "") -> Iterator[str]:
@@ -302,6 +350,22 @@ class _Best:
         known = [info.step for info in checkpoints if info.step in self.held_out]
         best = sorted(known, key=lambda step: (self.held_out[step], step))[len(known) - min(self.count, len(known)) :]
         return [info.step in best for info in checkpoints]
+
+
+def _on_host(leaf: Array) -> np.ndarray | None:
+    """A copy of a whole array, in process 0; all processes call it, since its parts may be anywhere."""
+    if not (leaf.is_fully_replicated or leaf.is_fully_addressable):
+        leaf = jax.device_put(leaf, replicated(leaf.sharding.mesh))
+    if not is_main_process():
+        return None
+    # A copy: the next step writes over the devices' arrays.
+    return np.array(leaf.addressable_data(0) if leaf.is_fully_replicated else leaf)
+
+
+def _on_devices(like: Array, found: Shaped[np.ndarray, "..."] | Array) -> Array:
+    """An array that process 0 has, where `like` is; `found` of other processes says its shape and type alone."""
+    whole = array_of_main_process(found if is_main_process() else np.empty(like.shape, like.dtype))
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: whole[index])
 
 
 def _checksum(tree: PyTree[Array | np.ndarray]) -> int:

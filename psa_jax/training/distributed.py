@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,48 @@ def is_main_process() -> bool:
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process; all processes must call it."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def by_main_process(work: Callable[[], Any]) -> Any:
+    """Runs the work in process 0, whose disk is the run's; all processes must call it.
+
+    Args:
+      work: returns a value of JSON.
+
+    Returns:
+      The value, in all processes.
+
+    Raises:
+      PSAError: the one of process 0, in all of them.
+    """
+    value, error = None, None
+    if is_main_process():
+        try:
+            value = work()
+        except PSAError as raised:
+            error = raised
+    if jax.process_count() > 1:
+        said = json.dumps({"value": value, "error": None if error is None else str(error)}).encode()
+        length = int(array_of_main_process(np.asarray(len(said), np.int32)))
+        text = said if is_main_process() else bytes(length)
+        told = json.loads(array_of_main_process(np.frombuffer(text, np.uint8)).tobytes())
+        value = told["value"]
+        if error is None and told["error"] is not None:
+            raise PSAError(told["error"])
+    if error is not None:
+        raise error
+    return value
+
+
+def array_of_main_process(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """The array of process 0 bit by bit; all processes must call it, with one shape and type.
+
+    It is sent as bytes, since JAX sends by a sum, which would make a -0.0 of floats 0.0.
+    """
+    if jax.process_count() == 1:
+        return array
+    sent = multihost_utils.broadcast_one_to_all(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.asarray(sent).view(array.dtype).reshape(array.shape)
 
 
 def in_global_order(rows: Shaped[np.ndarray, " b"]) -> list:

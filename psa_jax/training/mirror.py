@@ -13,27 +13,26 @@ from pathlib import Path
 from types import TracebackType
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from psa_jax.errors import PeerLost, PSAError
 from psa_jax.paths import Address
 from psa_jax.progress import print_on_main, print_stage
-from psa_jax.remote import ADAPTER, CACHE, Bucket, Object, cache_folder, locked, require_room
-from psa_jax.training.distributed import any_process, is_main_process, wait_for_all
+from psa_jax.remote import ADAPTER, Bucket, Object, cache_folder, locked, require_room
+from psa_jax.training.distributed import any_process, by_main_process, is_main_process, wait_for_all
 
 MARKER = "whole.json"
 """The last object of a checkpoint, which lists the others; Orbax' own marker, which is on the disk, is among them."""
 CHECKPOINTS = "checkpoints"
 NOT_MIRRORED = ("data", "wandb")
 """Folders that stay on this machine: SAGE-mini is drawn again, Weights & Biases has its own copy."""
-_TOKEN = "mirror"  # a file beside the folder, by which processes see that they share a disk
+_TOKEN = "mirror"  # a file beside the folder, with a number of the run whose folder it is
 
 
 class Mirror:
     """Context: the local folder of a run whose working folder is in a bucket. All processes of a group enter it.
 
-    Process 0 alone reads and writes the bucket.
+    Process 0 alone reads and writes the bucket. The others need not see its disk: each machine has a folder of its own,
+    for what every host draws again (SAGE-mini).
 
     Args:
       address: of the working folder.
@@ -56,7 +55,7 @@ class Mirror:
         """Tries whether the bucket can be written, and takes from it what an earlier run left.
 
         Raises:
-          PSAError: it cannot, another run of this machine writes there, or the processes share no disk.
+          PSAError: it cannot, or another run of this machine writes there.
         """
         failed = None
         if is_main_process():
@@ -66,11 +65,13 @@ class Mirror:
                 failed = error
         if jax.process_count() > 1:
             wait_for_all("mirror")  # for as long as it takes; a collective would not
-            if any_process(failed is not None):
-                raise failed or PSAError(f"{self.address}: process 0 cannot use it; its own error says why")
-            self._require_shared()
-        elif failed is not None:
-            raise failed
+
+        def outcome() -> int:
+            if failed is not None:
+                raise failed
+            return secrets.randbits(31)
+
+        self._clear(by_main_process(outcome))
         return self
 
     def _open(self) -> None:
@@ -84,18 +85,24 @@ class Mirror:
         self.folder.mkdir(mode=0o700)
         self._take()
 
-    def _require_shared(self) -> None:
-        """Refuses processes that do not see each other's files, which a run needs."""
-        token = int(multihost_utils.broadcast_one_to_all(np.asarray(secrets.randbits(31))))
-        path = self._home / _TOKEN
+    def _clear(self, run: int) -> None:
+        """Empties the folder of a machine on which process 0 is not, once for all processes there.
+
+        Args:
+          run: a number that no other run has.
+        """
+        token = self._home / _TOKEN
         if is_main_process():
-            path.write_text(str(token), encoding="utf-8")
+            token.write_text(str(run), encoding="utf-8")
+        if jax.process_count() == 1:
+            return
         any_process(False)  # the others wait
-        if any_process(not path.is_file() or path.read_text(encoding="utf-8") != str(token)):
-            raise PSAError(
-                f"{self.address}: the processes write to disks of their own, and a run needs one that all of them see "
-                f"before it is copied there; set {CACHE} to a folder on a shared disk"
-            )
+        self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with locked(self._home / "clearing"):
+            if not token.is_file() or token.read_text(encoding="utf-8") != str(run):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(mode=0o700)
+                token.write_text(str(run), encoding="utf-8")
 
     def _take(self) -> None:
         """Copies logs and whole checkpoints here; removes from the bucket what a killed copying left of others."""

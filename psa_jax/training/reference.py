@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float32, Int
 from safetensors.numpy import save
 
@@ -27,7 +26,7 @@ from psa_jax.preference.draws import draws_of_rows
 from psa_jax.preference.pair_loss import compute_reference_errors
 from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.progress import Progress
-from psa_jax.training.distributed import any_process, is_main_process
+from psa_jax.training.distributed import array_of_main_process, by_main_process, is_main_process
 from psa_jax.training.setup import Setup
 from psa_jax.training.sharding import by_rows, replicated
 from psa_jax.training.state import Frozen
@@ -36,17 +35,12 @@ _FORMAT = "psa_jax.reference/1"
 _CHUNK_BATCHES = 32
 
 
-def _of_main_process(value: Any) -> np.ndarray:
-    """The value in the first process, so that all do the same."""
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
-
-
 def _planned(
     folder: Path, settings: dict[str, Any], rows: list[str], size: int
 ) -> tuple[list[Chunk], Bool[np.ndarray, " c"]]:
     """The chunks, and which of their files exist."""
     chunks = plan_chunks(folder, settings, rows, size)
-    return chunks, _of_main_process([chunk.path.exists() for chunk in chunks])
+    return chunks, array_of_main_process(np.asarray([chunk.path.exists() for chunk in chunks]))
 
 
 def reference_table(
@@ -91,8 +85,10 @@ def reference_table(
                     between()
                 if is_main_process():
                     write_private(chunk.path, save({"errors": np.concatenate(errors)[: len(chunk.items)]}))
-        any_process(False)  # the others wait for the last file
-    whole = np.stack([row["errors"] for row in Encoded(chunks)])
+    read: list[np.ndarray] = []  # in process 0, whose disk the others may not see
+    by_main_process(lambda: read.append(np.stack([row["errors"] for row in Encoded(chunks)])))
+    shape = (len(shards), setup.fixed_draws.count, 2)
+    whole = array_of_main_process(read[0] if read else np.empty(shape, np.float32))
     if not np.isfinite(whole).all():
         row = int(np.flatnonzero(~np.isfinite(whole).all(axis=(1, 2)))[0])
         raise PSAError(
@@ -122,7 +118,7 @@ def _find_chunks(setup: Setup, shards: Shards, folder: Path, size: int) -> tuple
         folder.mkdir(parents=True, exist_ok=True)
     rows = [str(row) for row in range(len(shards))]
     chunks, there = _planned(folder, settings, rows, size)
-    if not there.any() and _of_main_process(any(folder.glob("*.safetensors"))):
+    if not there.any() and by_main_process(lambda: any(folder.glob("*.safetensors"))):
         # Perhaps of an earlier version, which knew the base model by the bytes of its files.
         older_chunks, older_there = _planned(folder, settings | {"base_model": weights_hash(model.folder)}, rows, size)
         if older_there.any():

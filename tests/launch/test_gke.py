@@ -219,6 +219,15 @@ def test_the_command_arrives_word_for_word():
     assert pod_of(rendered(command=other))["containers"][0]["command"] == other  # of train alone, many join
 
 
+def test_a_bucket_needs_no_volume():
+    words = ["psa-jax", "train", "--config=sd15", "--workdir", "gs://bucket/run"]
+    pod = slice_of(rendered(command=words))["template"]["spec"]
+    assert "volumeMounts" not in pod["containers"][0] or "share" not in str(pod["containers"][0]["volumeMounts"])
+    assert pod["containers"][0]["command"] == [*words, "--coordinator=auto"]
+    done = launch(command=["psa-jax", "sweep", "--workdir=gs://bucket/run"])  # which takes none
+    assert done.returncode == 2 and "gs://bucket/run is on no volume" in done.stderr
+
+
 @pytest.mark.parametrize(("flags", "changed", "message"), [
     ([], {"topology": "3x3"}, "--topology=3x3: v6e has no such slice, but 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
     ([], {"topology": "4x2"}, "--topology=4x2: v6e has no such slice"),
