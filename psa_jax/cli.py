@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import psa_jax
+from psa_jax.compiled import keep_compiled
 from psa_jax.errors import STOPPED, PeerLost, PSAError, Stopped
 from psa_jax.leaving import leave_group
 from psa_jax.renamed import COMMANDS as OLD_COMMANDS
@@ -36,6 +37,7 @@ class Command(NamedTuple):
 
         What the command reads from buckets is on this machine by then.
         """
+        keep_compiled(os.environ)
         if self.module != "sweep":  # hands names on, and a copy here is of no use elsewhere
             bring_sources(args)
         return importlib.import_module(f"psa_jax.tools.{self.module}").run(args) or 0

@@ -288,15 +288,29 @@ def _reason(error: BaseException) -> str:
     return status[1].strip() if status else line.rpartition(" - ")[2].strip().rstrip(":;,.")[:200]
 
 
+def cache_place() -> Path | None:
+    """Where copies belong: CACHE, or psa_jax in the user's cache; None for a user without a home."""
+    given, general = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME", "")
+    if given:
+        return Path(given).absolute()
+    cache = Path(general) if general.startswith("/") else Path(os.path.expanduser("~"), ".cache")
+    return cache / "psa_jax" if cache.is_absolute() else None
+
+
 def cache_folder() -> Path:
-    """Where copies are kept, readable by their owner alone; the user may remove it between runs."""
-    given, general = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(given) if given else (Path(general) if general else Path.home() / ".cache") / "psa_jax"
+    """Where copies are kept, readable by their owner alone; the user may remove it between runs.
+
+    Raises:
+      PSAError: it cannot be made.
+    """
+    folder = cache_place()
+    if folder is None:
+        raise PSAError(f"there is no home to keep copies in; set {CACHE} to a folder")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise PSAError(f"{folder}: cannot be made ({error.strerror}); set {CACHE} to a folder that can") from error
-    return folder.absolute()
+    return folder
 
 
 @contextlib.contextmanager

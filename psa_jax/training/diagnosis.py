@@ -16,6 +16,7 @@ import jax
 import ml_collections
 from packaging.requirements import Requirement
 
+from psa_jax.compiled import VARIABLE
 from psa_jax.data.fingerprints import vae_fingerprint
 from psa_jax.data.shards import open_shards, preprocess_of, read_info
 from psa_jax.errors import PSAError
@@ -29,7 +30,6 @@ from psa_jax.training.settings import validate, validate_devices
 
 LEAST_ROOM = 1 << 30
 """Bytes of disk below which a run is not worth starting."""
-CACHE = "JAX_COMPILATION_CACHE_DIR"
 DEVICES = Path("/dev")
 
 
@@ -145,13 +145,13 @@ def cache(_: Setting) -> str:
     Raises:
       PSAError: a folder that cannot be written.
     """
-    folder = os.environ.get(CACHE)
+    folder = os.environ.get(VARIABLE)
     if not folder:
-        return f"none; with {CACHE}=FOLDER in the environment a second start does not compile again"
+        return f"none; with {VARIABLE}=FOLDER in the environment a second start does not compile again"
     if "://" not in folder:
         there = next(each for each in (Path(folder), *Path(folder).absolute().parents) if each.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise PSAError(f"{CACHE} is {folder}, which cannot be written; give a folder that can")
+            raise PSAError(f"{VARIABLE} is {folder}, which cannot be written; give a folder that can")
     return folder
 
 

@@ -24,7 +24,7 @@ from psa_jax.training.diagnosis import Setting, diagnose
 def machine(monkeypatch, tmp_path):
     """A function: package -> version sets what is installed; and no accelerator is seen."""
     monkeypatch.setattr(diagnosis, "DEVICES", tmp_path)
-    monkeypatch.delenv(diagnosis.CACHE, raising=False)
+    monkeypatch.delenv(diagnosis.VARIABLE, raising=False)
     real, told = importlib.metadata.version, {}
 
     def version(name: str) -> str:
@@ -81,12 +81,12 @@ def test_an_accelerator_that_is_not_used(machine, tmp_path, device, advice):
 def test_room_and_cache(machine, monkeypatch, tmp_path):
     monkeypatch.setattr(diagnosis, "LEAST_ROOM", 1 << 62)
     assert "make room" in named(diagnose(Setting(workdir=tmp_path / "a" / "b")), "room").said
-    monkeypatch.setenv(diagnosis.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(diagnosis.VARIABLE, str(tmp_path / "cache"))
     assert named(diagnose(Setting()), "cache").said == str(tmp_path / "cache")
     (tmp_path / "file").touch()
-    monkeypatch.setenv(diagnosis.CACHE, str(tmp_path / "file"))
+    monkeypatch.setenv(diagnosis.VARIABLE, str(tmp_path / "file"))
     assert "cannot be written; give a folder" in named(diagnose(Setting()), "cache").said
-    monkeypatch.setenv(diagnosis.CACHE, "gs://bucket/cache")
+    monkeypatch.setenv(diagnosis.VARIABLE, "gs://bucket/cache")
     assert named(diagnose(Setting()), "cache").well
 
 
