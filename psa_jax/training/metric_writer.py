@@ -3,12 +3,12 @@
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from psa_jax.errors import PSAError
 from psa_jax.files import write
@@ -46,7 +46,7 @@ class MetricsWriter:
         if wandb is not None:
             self._wandb = _open_wandb(folder, wandb)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board = _open_board(folder / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, metrics: Metrics, **measured: float) -> Row | None:
         """Queues a step's metrics and writes those queued before, which the device has finished by now."""
@@ -110,6 +110,22 @@ class MetricsWriter:
                 self._board.close()
             if self._wandb is not None:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def _open_board(folder: Path, purge_step: int) -> Any:
+    """TensorBoard's writer.
+
+    tensorboardX imports torch where it is installed, for tensors that nothing here gives it: seconds, and 300 MB.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # as if it were not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 GROUPS = {

@@ -121,3 +121,11 @@ def test_wandb(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(PSAError, match="wandb is asked for and not installed"):
         MetricsWriter(tmp_path, wandb={})
+
+
+def test_torch_stays_out(tmp_path, monkeypatch):
+    """tensorboardX would import it, where it is installed."""
+    for name in [name for name in sys.modules if name == "torch" or name.split(".")[0] == "tensorboardX"]:
+        monkeypatch.delitem(sys.modules, name)
+    with MetricsWriter(tmp_path):
+        assert "tensorboardX" in sys.modules and "torch" not in sys.modules
