@@ -12,8 +12,7 @@ Goes once through what a pod does, on this machine and without a TPU:
   2  they train on one mesh; one host is killed, and the group comes back by itself
   3  all get SIGTERM, save, and end with exit code 75; half as many hosts go on
   4  the adapter leaves as a file, pictures are drawn with it, and its curves are a page
-  5  a sweep of four learning rates with two seeds each, two trainings at a time, and its report
-
+  5  a sweep of learning rates with two seeds each, two trainings at a time, and its report
 
   --hosts=N          even (default: 4)
   --steps=N          of training, from 12 (default: 24)
@@ -21,6 +20,7 @@ Goes once through what a pod does, on this machine and without a TPU:
   --model=MODEL      its base model (default: tiny, the embedded one)
   --users=N          of SAGE-mini's training split (default: 100)
   --psa-jax=COMMAND  (default: psa-jax)
+  --rates=A,B,...    learning rates of the sweep (default: 1e-3,3e-3,1e-2,3e-2)
   --no-sweep         without the last part
 
 FOLDER is new; run.log in it has what the hosts said. The last line is JSON.
@@ -32,7 +32,8 @@ fail() {
   exit "${2:-2}"
 }
 
-hosts=4 steps=24 config=tiny model=tiny users=100 sweep=yes psa_jax=psa-jax folder=
+number='[0-9]+(\.[0-9]+)?(e-?[0-9]+)?'
+hosts=4 steps=24 config=tiny model=tiny users=100 rates=1e-3,3e-3,1e-2,3e-2 sweep=yes psa_jax=psa-jax folder=
 while (($#)); do
   case $1 in
     --hosts=*) hosts=${1#*=} ;;
@@ -40,6 +41,7 @@ while (($#)); do
     --config=*) config=${1#*=} ;;
     --model=*) model=${1#*=} ;;
     --users=*) users=${1#*=} ;;
+    --rates=*) rates=${1#*=} ;;
     --no-sweep) sweep=no ;;
     --psa-jax=*) psa_jax=${1#*=} ;;
     --help | -h)
@@ -56,6 +58,7 @@ done
 [[ $hosts =~ ^([1-9]?[02468])$ && $hosts != 0 ]] || fail "--hosts=$hosts: give an even number"
 [[ $steps =~ ^[1-9][0-9]+$ && $steps != 1[01] ]] || fail "--steps=$steps: give 12 or more"
 [[ $users =~ ^[1-9][0-9]*$ ]] || fail "--users=$users: give a number"
+[[ $rates =~ ^$number(,$number)*$ ]] || fail "--rates=$rates: give numbers such as 1e-3,3e-3"
 command -v "$psa_jax" >/dev/null || fail "$psa_jax not found; install psa_jax, or give --psa-jax"
 psa_jax=$(command -v "$psa_jax")
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -157,7 +160,7 @@ quietly generate "--model=$model" "--adapter=$folder/adapter.safetensors" '--pro
 say 'exported, drawn'
 
 if [[ $sweep == yes ]]; then
-  cat >"$folder/points.py" <<'PYTHON'
+  cat >"$folder/points.py" <<PYTHON
 from psa_jax.tools.configs import read_config
 
 
@@ -166,8 +169,8 @@ def get_config():
 
 
 def sweep_rate():
-    for rate in (1e-3, 3e-3, 1e-2, 3e-2):
-        yield {"optimizer.learning_rate": rate}
+    for rate in "$rates".split(","):
+        yield {"optimizer.learning_rate": float(rate)}
 
 
 def sweep_two():
@@ -177,6 +180,7 @@ PYTHON
   quietly sweep "--config=$folder/points.py" --sweep=rate,two --jobs=2 "--workdir=$folder/sweep" \
     "--config.model=$model" "--config.data.shards=$folder/shards" "--config.data.table=$folder/table.safetensors"
   quietly sweep report "$folder/sweep" --metric=loss
-  say "a sweep of 8 points: $folder/sweep/sweep.html"
+  commas=${rates//[^,]/}
+  say "a sweep of $((2 * (${#commas} + 1))) points: $folder/sweep/sweep.html"
 fi
 echo "{\"adapter\": \"$folder/adapter.safetensors\", \"steps\": $steps, \"seconds_to_save\": $saved, \"seconds\": $((SECONDS - started))}"

@@ -32,6 +32,11 @@ def assert_rehearsed(done: subprocess.CompletedProcess, folder: Path, steps: int
     return result
 
 
+def assert_swept(folder: Path, points: int) -> None:
+    rows = (folder / "sweep" / "sweep.csv").read_text().splitlines()
+    assert len(rows) == 1 + points and all(",done," in row for row in rows[1:])
+
+
 @pytest.mark.timeout(900)
 def test_two_hosts_in_little(smallest_pipeline, tmp_path):
     folder = tmp_path / "pod"
@@ -40,18 +45,20 @@ def test_two_hosts_in_little(smallest_pipeline, tmp_path):
         "--steps=240",
         "--config=tiny:dpo-smoke",
         f"--model={smallest_pipeline[1].folder}",
-        "--users=40",
+        "--users=32",
+        "--rates=3e-3",
     ]
     done = rehearse(*words, f"--psa-jax={PSA_JAX}", str(folder))
     assert_rehearsed(done, folder, 240, 2)
+    assert "a sweep of 2 points" in done.stderr
+    assert_swept(folder, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_four_hosts(tmp_path):
     result = assert_rehearsed(rehearse(f"--psa-jax={PSA_JAX}", str(tmp_path / "pod")), tmp_path / "pod", 24, 4)
-    rows = (tmp_path / "pod" / "sweep" / "sweep.csv").read_text().splitlines()
-    assert len(rows) == 1 + 8 and all(",done," in row for row in rows[1:])
+    assert_swept(tmp_path / "pod", 8)
     print(f"\n{json.dumps(result)}")
     assert result["seconds"] <= 900
 
@@ -62,6 +69,7 @@ def test_four_hosts(tmp_path):
         ([], "no folder; give a new one"),
         (["--hosts=3", "x"], "--hosts=3: give an even number"),
         (["--steps=2", "x"], "--steps=2: give 12 or more"),
+        (["--rates=fast", "x"], "--rates=fast: give numbers such as"),
         (["--slices=2", "x"], "unknown option --slices=2"),
         (["--psa-jax=psa-jax-that-is-not-there", "x"], "not found; install psa_jax"),
         (["."], "is there already; give a new folder"),
