@@ -46,7 +46,8 @@ def test_the_whole_line_in_little(tmp_path, pytestconfig, capsys, monkeypatch):
     monkeypatch.setattr(gates, "STEPS", 20)
     monkeypatch.setattr(swap, "MOST_ROWS", 16)
     config = f"{pytestconfig.rootpath / 'configs' / 'tiny.py'}:smoke"
-    words = ["--all-ways", "--config.evaluate.per_rate.harder=1"]
+    words = ["--all-ways", "--config.evaluate.per_rate.harder=1", "--config.evaluate.batch_size=7"]
+    words += ["--config.data.mini.users=8", "--config.data.balance=none"]  # so few cannot be balanced
     assert main(["demo", f"--config={config}", f"--workdir={tmp_path}", *words]) == 0
     out, err = capsys.readouterr()
     report = json.loads((tmp_path / "report.json").read_text())
