@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from psa_jax.models.conv import CONVOLUTION
+from psa_jax.models.norms import group_norm, layer_norm
 
 
 def _projections(primitive: Any, *operands: Any, **parameters: Any) -> bool:
@@ -210,32 +211,6 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """New states of n pixels, without the residual."""
         return self.net_2(self.net_0(x))
-
-
-class LayerNorm(nnx.LayerNorm):
-    """Layer norm computed in float32."""
-
-    def __call__(self, x: Float[Array, "*s d"]) -> Float[Array, "*s d"]:
-        """Normalized states in the type of `x`."""
-        return super().__call__(x).astype(x.dtype)
-
-
-class GroupNorm(nnx.GroupNorm):
-    """Group norm computed in float32."""
-
-    def __call__(self, x: Float[Array, "*s d"]) -> Float[Array, "*s d"]:
-        """Normalized states in the type of `x`; channels are the last axis."""
-        return super().__call__(x).astype(x.dtype)
-
-
-def layer_norm(dim: int, rngs: nnx.Rngs, eps: float = 1e-5) -> LayerNorm:
-    """A `LayerNorm` of this width with the two-pass variance: E[x²] − E[x]² loses too many digits."""
-    return LayerNorm(dim, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
-
-
-def group_norm(dim: int, groups: int, rngs: nnx.Rngs, eps: float) -> GroupNorm:
-    """A `GroupNorm` over this many channels and groups, with the two-pass variance as in `layer_norm`."""
-    return GroupNorm(dim, num_groups=groups, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 class BasicTransformerBlock(nnx.Module):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from psa_jax.models.attention import gelu, layer_norm
+from psa_jax.models.attention import gelu
 from psa_jax.models.config import CLIPTextConfig, CLIPVisionConfig
+from psa_jax.models.norms import layer_norm
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from psa_jax.models.attention import layer_norm
 from psa_jax.models.clip import Layers
 from psa_jax.models.config import CLIPVisionConfig
+from psa_jax.models.norms import layer_norm
 
 
 class PatchEmbeddings(nnx.Module):

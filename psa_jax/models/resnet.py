@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from psa_jax.models.attention import group_norm
 from psa_jax.models.conv import Conv
+from psa_jax.models.norms import group_norm
 
 
 def conv3x3(cin: int, cout: int, rngs: nnx.Rngs, stride: int = 1) -> Conv:
@@ -39,10 +39,10 @@ class ResnetBlock(nnx.Module):
         Args:
           time: timestep embedding, for blocks with a `time_dim`.
         """
-        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
+        hidden = self.conv1(self.norm1(x, silu=True))
         if self.time_emb_proj is not None:
             hidden = hidden + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
-        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+        hidden = self.conv2(self.norm2(hidden, silu=True))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
 
 

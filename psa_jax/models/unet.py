@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from psa_jax.errors import PSAError
-from psa_jax.models.attention import ComputeOptions, CrossContext, Transformer2D, group_norm, remat
+from psa_jax.models.attention import ComputeOptions, CrossContext, Transformer2D, remat
 from psa_jax.models.config import UNetConfig
+from psa_jax.models.norms import group_norm
 from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv3x3
 
 
@@ -257,7 +258,7 @@ class UNet(nnx.Module):
         hidden = self._mid(hidden, time, next(stack_contexts))
         hidden = self._up(hidden, time, list(skips), stack_contexts)
         with jax.named_scope("conv_out"):
-            return self.conv_out(jax.nn.silu(self.conv_norm_out(hidden)))
+            return self.conv_out(self.conv_norm_out(hidden, silu=True))
 
     @jax.named_scope("mid_block")
     def _mid(self, hidden: Array, time: Array, contexts: tuple[CrossContext, ...]) -> Array:

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from psa_jax.models.attention import Attention, group_norm
+from psa_jax.models.attention import Attention
 from psa_jax.models.config import VAEConfig
+from psa_jax.models.norms import group_norm
 from psa_jax.models.resnet import Downsample, ResnetBlock, Upsample, conv3x3
 
 EPS = 1e-6
@@ -94,7 +95,7 @@ class Encoder(nnx.Module):
                 x = block(x)
         with jax.named_scope("mid_block"):
             x = self.mid_block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class Decoder(nnx.Module):
@@ -129,7 +130,7 @@ class Decoder(nnx.Module):
         for level, block in enumerate(self.up_blocks):
             with jax.named_scope(f"up_blocks_{level}"):
                 x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class VAE(nnx.Module):
