@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from psa_jax.models.conv import CONVOLUTION
+from psa_jax.models.conv import CONVOLUTION, PixelwiseConv
 from psa_jax.models.norms import group_norm, layer_norm
 
 
@@ -259,7 +259,7 @@ class Transformer2D(nnx.Module):
         self, dim: int, heads: int, context_dim: int, depth: int, *, groups: int, linear: bool, rngs: nnx.Rngs
     ):
         def projection():
-            return nnx.Linear(dim, dim, rngs=rngs) if linear else nnx.Conv(dim, dim, (1, 1), rngs=rngs)
+            return nnx.Linear(dim, dim, rngs=rngs) if linear else PixelwiseConv(dim, dim, rngs)
 
         def block(key):  # the caller's class of Rngs: it may have its own way to make keys
             return BasicTransformerBlock(dim, heads, context_dim, rngs=type(rngs)(key))

@@ -12,6 +12,18 @@ CONVOLUTION = "convolution"
 """Name of a convolution's output (`checkpoint_name`), for rematerialization policies."""
 
 
+class PixelwiseConv(nnx.Conv):
+    """1×1 convolution with bias, as a matrix product: of few pictures, a TPU's compiler lays out convolutions badly."""
+
+    def __init__(self, cin: int, cout: int, rngs: nnx.Rngs):
+        super().__init__(cin, cout, (1, 1), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+        """[b, h, w, i] → [b, h, w, o], NHWC."""
+        x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
+        return x @ kernel[0, 0] + bias[None, None, None, :]
+
+
 class Conv(nnx.Conv):
     """Convolution with bias. On a CPU it becomes a matrix product over patches where the kernel outweighs the image.
 

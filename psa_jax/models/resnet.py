@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from psa_jax.models.conv import Conv
+from psa_jax.models.conv import Conv, PixelwiseConv
 from psa_jax.models.norms import group_norm
 
 
@@ -29,7 +29,7 @@ class ResnetBlock(nnx.Module):
         self.time_emb_proj = None if time_dim is None else nnx.Linear(time_dim, cout, rngs=rngs)
         self.norm2 = group_norm(cout, groups, rngs, eps)
         self.conv2 = conv3x3(cout, cout, rngs)
-        self.conv_shortcut = None if cin == cout else nnx.Conv(cin, cout, (1, 1), rngs=rngs)
+        self.conv_shortcut = None if cin == cout else PixelwiseConv(cin, cout, rngs)
 
     def __call__(
         self, x: Float[Array, "b h w cin"], time: Float[Array, "b t"] | None = None
