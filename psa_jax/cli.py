@@ -62,6 +62,7 @@ COMMANDS = {
     "memory": Command(
         "compute the memory of a training step, also on TPUs that are not here", arguments.memory, "memory"
     ),
+    "aot": Command("compile for TPUs that are not here: memory, time and cost by part", arguments.aot, "aot"),
     "generate": Command("generate pictures for a user", drawing_arguments.generate, "generate"),
     "explain": Command("show what an adapter replaces in a prompt, and why", drawing_arguments.explain, "explain"),
     "playground": Command(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.stages import Lowered
 from jaxtyping import Array, Float16, Float32, PyTree
 
 from psa_jax.errors import PSAError
@@ -117,18 +118,49 @@ def on_devices(
     Raises:
       PSAError: `batch_size` cannot be divided among the devices.
     """
+    rows, whole = _placements(batch_size, devices)
+    run, weights = _jitted(function, models)
+    weights = jax.device_put(weights, whole)
+    return lambda batch: run(weights, jax.device_put(batch, rows))
+
+
+def lower_on_devices(
+    function: Callable[..., PyTree], models: Any, batch: jax.ShapeDtypeStruct, devices: list[jax.Device]
+) -> Lowered:
+    """Lowers what `on_devices` compiles from shapes alone: weights and devices may be absent.
+
+    Args:
+      function: as in `on_devices`.
+      models: NNX modules, whose weights may be shapes.
+      batch: shape of a batch.
+      devices: to split the batch over.
+
+    Raises:
+      PSAError: the batch cannot be divided among the devices.
+    """
+    rows, whole = _placements(batch.shape[0], devices)
+    run, weights = _jitted(function, models)
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), weights)
+    return run.lower(weights, jax.ShapeDtypeStruct(batch.shape, batch.dtype, sharding=rows))
+
+
+def _placements(batch_size: int, devices: list[jax.Device] | None) -> tuple[NamedSharding, NamedSharding]:
+    """Where rows of a batch and where weights live."""
     devices = jax.local_devices() if devices is None else devices
     if batch_size % len(devices):
         raise PSAError(f"batch size {batch_size} cannot be divided among {len(devices)} devices; use a multiple")
     # Auto axes, as in training: convolutions refuse Explicit ones.
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+
+def _jitted(function: Callable[..., PyTree], models: Any) -> tuple[Any, nnx.State]:
+    """The function of weights and a batch, and the weights."""
     graph, weights = nnx.split(models)
-    weights = jax.device_put(weights, whole)
 
     @jax.jit
     def run(weights, batch):
         with jax.default_matmul_precision("float32"):
             return function(nnx.merge(graph, weights), batch)
 
-    return lambda batch: run(weights, jax.device_put(batch, rows))
+    return run, weights

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Int32
+from jax.stages import Lowered
+from jaxtyping import Float32, Int32
 
-from psa_jax.data.batched import on_devices
+from psa_jax.data.batched import lower_on_devices, on_devices
 from psa_jax.data.build import Tokenizer, build_shards
 from psa_jax.data.encoding import TextCache
 from psa_jax.data.fingerprints import text_fingerprint, vae_fingerprint
@@ -16,6 +17,8 @@ from psa_jax.diffusion.conditioning import encode_text
 from psa_jax.diffusion.generate import truncation
 from psa_jax.errors import PSAError
 from psa_jax.interop.diffusers import StableDiffusion
+from psa_jax.models.clip import CLIPText
+from psa_jax.models.vae import VAE
 from psa_jax.progress import print_on_main
 
 
@@ -49,15 +52,14 @@ def build_for_model(
     Raises:
       PSAError: a resolution or batch size that does not fit, or as in `build_shards`.
     """
+    _check_resolution(model, resolution)
     factor = model.vae.config.downscale
-    if resolution % factor:
-        raise PSAError(f"resolution {resolution} is no multiple of {factor}, by which the VAE shrinks pictures")
     preprocess, side = Preprocess(resolution), resolution // factor
     tokenizers = [_reporting_truncation(model), *([] if model.text_encoder_2 is None else [model.tokenize_2])]
     return build_shards(
         sage_dir,
         out,
-        encode=on_devices(lambda vae, images: vae.encode(images), model.vae, batch_size, devices),
+        encode=on_devices(_encode_pictures, model.vae, batch_size, devices),
         vae_fingerprint=vae_fingerprint(model.vae_tensors, preprocess),
         latent_shape=(side, side, 2 * model.vae.config.latent_channels),
         tokenizer=tokenizers,
@@ -80,12 +82,46 @@ def text_cache(model: StableDiffusion, batch_size: int, devices: list[jax.Device
       devices: to split batches over; None takes those of this process.
     """
     encoders = model.text_encoders
+    return TextCache(on_devices(_encode_prompts, encoders, batch_size, devices), text_fingerprint(encoders))
 
-    def encode(encoders, ids: Int32[jax.Array, "b k t"]) -> dict[str, jax.Array]:
-        found = encode_text(tuple(encoders), tuple(ids[:, number] for number in range(len(encoders))))
-        return {name: value for name, value in found._asdict().items() if value is not None}
 
-    return TextCache(on_devices(encode, encoders, batch_size, devices), text_fingerprint(encoders))
+def lower_encoders(
+    model: StableDiffusion, resolution: int, batch_size: int, devices: list[jax.Device]
+) -> dict[str, Lowered]:
+    """The two programs of a build, lowered from shapes alone: `vae` for pictures, `text_encoder` for prompts.
+
+    Args:
+      model: its weights may be shapes.
+      resolution: side of the pictures, in pixels.
+      batch_size: pictures or prompts in a call.
+      devices: to split a batch over.
+
+    Raises:
+      PSAError: a resolution or batch size that does not fit.
+    """
+    _check_resolution(model, resolution)
+    pictures = jax.ShapeDtypeStruct((batch_size, resolution, resolution, 3), np.float32)
+    length = model.text_encoder.config.max_position_embeddings
+    prompts = jax.ShapeDtypeStruct((batch_size, len(model.text_encoders), length), np.int32)
+    return {
+        "vae": lower_on_devices(_encode_pictures, model.vae, pictures, devices),
+        "text_encoder": lower_on_devices(_encode_prompts, model.text_encoders, prompts, devices),
+    }
+
+
+def _check_resolution(model: StableDiffusion, resolution: int) -> None:
+    factor = model.vae.config.downscale
+    if resolution % factor:
+        raise PSAError(f"resolution {resolution} is no multiple of {factor}, by which the VAE shrinks pictures")
+
+
+def _encode_pictures(vae: VAE, pictures: Float32[jax.Array, "b h w c"]) -> Float32[jax.Array, "b h2 w2 m"]:
+    return vae.encode(pictures)
+
+
+def _encode_prompts(encoders: tuple[CLIPText, ...], ids: Int32[jax.Array, "b k t"]) -> dict[str, jax.Array]:
+    found = encode_text(tuple(encoders), tuple(ids[:, number] for number in range(len(encoders))))
+    return {name: value for name, value in found._asdict().items() if value is not None}
 
 
 def _reporting_truncation(model: StableDiffusion) -> Tokenizer:

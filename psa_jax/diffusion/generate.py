@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from psa_jax.diffusion.conditioning import encode_text, size_ids
@@ -28,6 +29,7 @@ from psa_jax.models.unet import AddedConditions
 from psa_jax.seeds import PICTURE_BITS, check_seed, seed_words
 
 _log = logging.getLogger(__name__)
+_Shape = jax.ShapeDtypeStruct
 
 
 def picture_keys(seeds: list[int]) -> Key[Array, " b"]:
@@ -85,6 +87,7 @@ class Generator:
       size: height and width in pixels; None for the model's own.
       batch_size: prompts a call. The last batch is padded, so that one compilation serves all.
       sld: strength of Safe Latent Diffusion (`sld_strengths.STRENGTHS`), for the base model alone; None: without.
+      devices: where it runs; None for those that hold the weights. Weights that are shapes need it, for `lower`.
 
     Attributes:
       size: height and width of pictures in pixels.
@@ -111,6 +114,7 @@ class Generator:
         size: tuple[int, int] | None = None,
         batch_size: int = 32,
         sld: str | None = None,
+        devices: Mesh | None = None,
     ):
         if batch_size < 1:
             raise PSAError(f"batch size {batch_size}: give a number from 1 up")
@@ -132,20 +136,42 @@ class Generator:
         self._guidance, self.guided = (jnp.float32(guidance), jnp.float32(rescale)), guidance > 1.0
         self._safe = sld is not None
         self._told: set[str] = set()
-        vae = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.vae)
+        self._devices = devices_of(model.unet.conv_in.kernel[...]) if devices is None else devices
+        vae = jax.tree.map(_as_float32, model.vae)
         self._parts = (model.unet, vae, model.text_encoders)
         self._graph, self._params = nnx.split((*self._parts, adapter))
         self._generate = jax.jit(
             functools.partial(
                 _generate,
                 graph=self._graph,
-                attend=fused_attention(devices_of(model.unet.conv_in.kernel[...]), PartitionSpec()),
+                attend=fused_attention(self._devices, PartitionSpec()),
                 size=(height, width),
                 guided=self.guided,
                 unconditional=unconditional,
                 strength=None if sld is None else STRENGTHS[sld],
             )
         )
+
+    def lower(self) -> Lowered:
+        """Lowers the program of a batch from shapes alone: neither weights nor devices need be here."""
+        whole, rows = NamedSharding(self._devices, PartitionSpec()), self._batch
+        ids = tuple(
+            _Shape((rows, each.config.max_position_embeddings), jnp.int32) for each in self._model.text_encoders
+        )
+        inputs = (
+            self._params,
+            self._sampler,
+            ids,
+            ids,
+            ids if self._safe else None,
+            _Shape((rows,), jnp.bool_),
+            _Shape((rows, *self.latent_shape), jnp.float32),
+            jax.eval_shape(lambda: picture_keys([0] * rows)),
+            None if self.user_dim is None else _Shape((rows, self.user_dim), jnp.float32),
+            _Shape((rows,), jnp.float32),
+            self._guidance,
+        )
+        return self._generate.lower(*jax.tree.map(lambda leaf: _Shape(leaf.shape, leaf.dtype, sharding=whole), inputs))
 
     def with_adapter(self, adapter: Adapter) -> "Generator":
         """The same generator with another adapter of the same configuration, without a new compilation.
@@ -342,6 +368,12 @@ def _generate(
 
     clean = sample(sampler, predict, noise, keys, None if strength is None else no_memory(noise))
     return vae.decode(clean / vae.config.scaling_factor)
+
+
+def _as_float32(leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+    return leaf.astype(jnp.float32)
 
 
 def _check_sld(name: str, adapter: Adapter | None, guidance: float) -> None:

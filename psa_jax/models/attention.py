@@ -88,6 +88,7 @@ class CrossContext(NamedTuple):
 Attend = Callable[[Float[Array, "b n d"], Float[Array, "b m d"], Float[Array, "b m v"], int], Float[Array, "b n v"]]
 
 
+@jax.named_scope("attention")
 def attend(
     query: Float[Array, "b n d"], key: Float[Array, "b m d"], value: Float[Array, "b m v"], heads: int
 ) -> Float[Array, "b n v"]:

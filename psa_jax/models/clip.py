@@ -36,12 +36,14 @@ class SelfAttention(nnx.Module):
         query, key, value = (
             p(x).reshape(b, s, self.heads, d // self.heads) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        logits = jnp.einsum("BNHD,BMHD->BHNM", query, key, preferred_element_type=jnp.float32)
-        logits = logits * (d // self.heads) ** -0.5
-        if self.causal:
-            logits = jnp.where(jnp.tril(jnp.ones((s, s), dtype=bool))[None, None], logits, -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        return self.out_proj(jnp.einsum("BHNM,BMHD->BNHD", weights, value).reshape(b, s, d))
+        with jax.named_scope("attention"):
+            logits = jnp.einsum("BNHD,BMHD->BHNM", query, key, preferred_element_type=jnp.float32)
+            logits = logits * (d // self.heads) ** -0.5
+            if self.causal:
+                logits = jnp.where(jnp.tril(jnp.ones((s, s), dtype=bool))[None, None], logits, -jnp.inf)
+            weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+            out = jnp.einsum("BHNM,BMHD->BNHD", weights, value).reshape(b, s, d)
+        return self.out_proj(out)
 
 
 class MLP(nnx.Module):

@@ -85,7 +85,8 @@ def _on_gpu(
     if query.dtype.itemsize != 2 or not _long(query, key) or width % 8 or width > _CUDNN_WIDTH:
         return _without_kernel(query, key, value, heads)
     split = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))
-    return jax.nn.dot_product_attention(*split, implementation="cudnn").reshape(query.shape)
+    with jax.named_scope("attention"):
+        return jax.nn.dot_product_attention(*split, implementation="cudnn").reshape(query.shape)
 
 
 class _Tiles(NamedTuple):
@@ -123,6 +124,7 @@ def _on_tpu(
     tiles = _TILES.get(devices.devices.flat[0].device_kind, _OTHER_TILES)
     padded = _padded(pixels, tiles)
 
+    @jax.named_scope("attention")
     def attention(*inputs):
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([splash.FullMask((padded, padded))] * heads), block_sizes=_block_sizes(padded, tiles)
@@ -137,8 +139,9 @@ def _on_tpu(
 
     # The compiler cannot divide a kernel by itself.
     divided = jax.shard_map(attention, mesh=devices, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)
-    scale = jnp.asarray((query.shape[-1] // heads) ** -0.5, query.dtype)  # the kernel has none
-    return divided(query * scale, key, value)
+    # The kernel has no scale. In float32, since 40 ** -0.5 in bfloat16 would be off by the same share for all logits.
+    scaled = query.astype(jnp.float32) * (query.shape[-1] // heads) ** -0.5
+    return divided(scaled.astype(query.dtype), key, value)
 
 
 def _padded(pixels: int, tiles: _Tiles) -> int:

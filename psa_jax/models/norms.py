@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 class LayerNorm(nnx.LayerNorm):
     """Layer norm computed in float32."""
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*s d"]) -> Float[Array, "*s d"]:
         """Normalized states in the type of `x`."""
         return _layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
@@ -25,6 +26,7 @@ class LayerNorm(nnx.LayerNorm):
 class GroupNorm(nnx.GroupNorm):
     """Group norm computed in float32, with the SiLU that may follow it."""
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "b *s d"], *, silu: bool = False) -> Float[Array, "b *s d"]:
         """Normalized states in the type of `x`; channels are the last axis.
 
@@ -84,6 +86,7 @@ def _group_norm_forward(
     return out.astype(x.dtype), (x, scale, bias, mean, inverse)
 
 
+@jax.named_scope("norm")
 def _group_norm_backward(
     groups: int, eps: float, silu: bool, kept: tuple[Array, ...], out: Array
 ) -> tuple[Array, Array, Array]:
@@ -136,6 +139,7 @@ def _layer_norm_forward(x: Array, scale: Array, bias: Array, eps: float) -> tupl
     return out.astype(x.dtype), (x, scale, bias, mean, inverse)
 
 
+@jax.named_scope("norm")
 def _layer_norm_backward(eps: float, kept: tuple[Array, ...], out: Array) -> tuple[Array, Array, Array]:
     x, scale, bias, mean, inverse = kept
     normal, out = (x.astype(jnp.float32) - mean) * inverse, out.astype(jnp.float32)

@@ -90,7 +90,8 @@ def pair_losses(
 
     each, values = jnp.zeros(pairs), {}
     if compare:
-        errors = Errors.from_predictions(policy, reference, inputs.target, reference_errors)
+        with jax.named_scope("objective"):
+            errors = Errors.from_predictions(policy, reference, inputs.target, reference_errors)
         preference, values = _preference(objective, schedule, errors, draws)
         each = each + preference
         if reference is not None:
@@ -110,6 +111,7 @@ def pair_losses(
     return PairLosses({"loss": per_pair * each} | values, parts)
 
 
+@jax.named_scope("objective")
 def _preference(
     objective: Objective, schedule: NoiseSchedule, errors: "Errors", draws: Draws
 ) -> tuple[PerPair, dict[str, PerPair]]:
@@ -142,13 +144,14 @@ def _swap(
     swapped = batch["unsafe"] & batch["banned"]
     with jax.named_scope("swap_target"):
         target = _swap_target(model, batch, draws, inputs, swapped & ~draws.no_user[:, 0])
-    error = losses.mean_over_latent((policy - jax.lax.stop_gradient(target)) ** 2)
-    known = batch["twin"] | ~swapped
-    part = metrics.time_part(draws.timesteps, model.schedule.steps)
-    learnt = jnp.where(known, 1.0 - error / swap_distance[part], 0.0)
-    shares = _time_shares(objective)
-    mean_distance = jnp.sum(shares * jnp.where(shares > 0.0, swap_distance, 0.0))
-    return jnp.where(known, error / mean_distance, 0.0), learnt
+    with jax.named_scope("objective"):
+        error = losses.mean_over_latent((policy - jax.lax.stop_gradient(target)) ** 2)
+        known = batch["twin"] | ~swapped
+        part = metrics.time_part(draws.timesteps, model.schedule.steps)
+        learnt = jnp.where(known, 1.0 - error / swap_distance[part], 0.0)
+        shares = _time_shares(objective)
+        mean_distance = jnp.sum(shares * jnp.where(shares > 0.0, swap_distance, 0.0))
+        return jnp.where(known, error / mean_distance, 0.0), learnt
 
 
 def _time_shares(objective: Objective) -> Float[Array, " parts"]:
@@ -351,6 +354,7 @@ def margins(objective: Objective, errors: Errors) -> PerPair:
     return losses.margin(pw, pl, *((none, none) if rw is None else (rw, rl)), objective.beta)
 
 
+@jax.named_scope("objective")
 def summarise(found: PairLosses) -> dict[str, Float[Array, ""]]:
     """Metrics of a batch: means, the largest |margin|, and for each part sums and the number of pairs.
 

@@ -213,6 +213,32 @@ def memory(parser: ArgumentParser) -> None:
     cached_text(parser)
 
 
+def aot(parser: ArgumentParser) -> None:
+    """Flags of `psa-jax aot`."""
+    parser.set_defaults(takes_config=True)
+    parser.add_argument("--config", type=place, required=True, metavar=_CONFIG, help="training configuration")
+    base_model_of_config(parser)
+    parser.add_argument("--topology", required=True, metavar="SLICE", help="TPU slice, such as v5e:4x4 or v5p:2x2x1")
+    parser.add_argument(
+        "--what",
+        default="train",
+        choices=["train", "generate", "build", "reference"],
+        help="train: a training step (default); generate: a batch of pictures with guidance, on one chip; build: VAE "
+        "and text encoders, on the chips of one host; reference: the pass before the first step, with stored draws",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=count,
+        metavar="N",
+        help="pairs, or pictures of generate, in a batch (default: as configured; generate: 8, build: 16)",
+    )
+    parser.add_argument("--largest", action="store_true", help="instead: find the largest batch per chip that fits")
+    parser.add_argument("--resolution", type=side, metavar="PX", help="side of the pictures (default: the model's)")
+    parser.add_argument("--steps", type=count, default=20, help="generate: sampler steps (default: 20)")
+    cached_text(parser)
+    parser.add_argument("--json", type=path, metavar="FILE", help="file for the result; must not exist")
+
+
 def cached_text(parser: ArgumentParser | _ArgumentGroup) -> None:
     """A flag of the commands that compile a step without data."""
     parser.add_argument(

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ from jax.experimental import topologies
 from jax.stages import Compiled, Lowered
 
 from psa_jax.errors import PSAError
+from psa_jax.training.diagnosis import Setting, libtpu
 from psa_jax.training.setup import Setup
 from psa_jax.training.sharding import replicated
 from psa_jax.training.state import Frozen
 from psa_jax.training.step import Step, make_step
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+# The first where a program is too large, the second where an array of its own is.
+_HBM = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm|\(([\d.]+)([KMGT]?)\) exceeds available HBM")
 
 
 def compile_step(step: Step, *inputs: Any) -> Compiled:
@@ -84,6 +88,15 @@ def compile_to_fit(lowered: Lowered, where: str) -> Compiled:
         ) from error
 
 
+def bytes_needed(error: jax.errors.JaxRuntimeError) -> int | None:
+    """Bytes of a TPU's memory that a program would take, from the compiler's error; None for errors of another kind."""
+    found = _HBM.search(str(error))
+    if found is None:
+        return None
+    number, unit = found[1] or found[3], found[2] or found[4]
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
+
+
 def memory(compiled: Compiled) -> dict[str, int]:
     """Bytes on each device: arguments (frozen weights, adapter, optimizer, batch), temporaries, program, and their sum.
 
@@ -103,12 +116,15 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     """The devices of a TPU slice such as v5e:2x4, none of which need be here.
 
     Raises:
-      PSAError: libtpu is not installed, or knows no such slice.
+      PSAError: libtpu is not installed, is not that of this jax, or knows no such slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise PSAError("--topology takes libtpu, whose compiler needs no TPU; pip install 'psa_jax[tpu]'")
+    libtpu(Setting())
     jax.config.update("jax_platforms", "cpu")  # arrays that are made on the way live on this machine
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud service is asked which machine this is
+    # No cloud service is asked which machine this is, nor which ones are its neighbours.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         devices = topologies.get_topology_desc(name, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:

@@ -97,6 +97,22 @@ def reference_table(
     return jax.device_put(whole, replicated(setup.mesh))
 
 
+def make_reference_pass(setup: Setup) -> Callable[..., Float32[Array, "b 2"]]:
+    """The jitted pass over a batch: (frozen, batch, number of the draw) → (rw, rl) of each pair.
+
+    Args:
+      setup: with fixed draws.
+    """
+
+    def measure(frozen: Frozen, batch: Batch, number: Any) -> Float32[Array, "b 2"]:
+        model = setup.frozen_model(frozen, remat="none")
+        numbers = jnp.broadcast_to(number, batch["row"].shape)
+        draws = draws_of_rows(setup.fixed_draws, setup.objective, model.schedule, batch, numbers)
+        return compute_reference_errors(model, batch, draws)
+
+    return jax.jit(measure, out_shardings=replicated(setup.mesh), compiler_options=setup.compiler_options)
+
+
 def _find_chunks(setup: Setup, shards: Shards, folder: Path, size: int) -> tuple[list[Chunk], Bool[np.ndarray, " c"]]:
     """The chunks of all rows, named by everything that errors depend on, and which of them exist."""
     schedule, objective, model = setup.schedule, setup.objective, setup.model
@@ -137,14 +153,7 @@ def _errors_of_rows(
 ) -> Iterator[Float32[np.ndarray, "b k 2"]]:
     """Reference errors of one batch of rows after the other, on the host; the last batch is filled up."""
 
-    def measure(frozen: Frozen, batch: Batch, number: Any) -> Float32[Array, "b 2"]:
-        model = setup.frozen_model(frozen, remat="none")
-        numbers = jnp.broadcast_to(number, batch["row"].shape)
-        draws = draws_of_rows(setup.fixed_draws, setup.objective, model.schedule, batch, numbers)
-        return compute_reference_errors(model, batch, draws)
-
-    whole = replicated(setup.mesh)
-    measure = jax.jit(measure, out_shardings=whole, compiler_options=setup.compiler_options)
+    measure, whole = make_reference_pass(setup), replicated(setup.mesh)
     place = to_devices(by_rows(setup.mesh), tuple(setup.batch.pair_columns))
     each = jax.device_put(np.arange(setup.fixed_draws.count, dtype=np.int32), whole)
     for batch in batches_in_order(shards, table, rows, batch_size, jax.process_index(), jax.process_count()):

@@ -178,6 +178,7 @@ BASE_MODEL: dict[str, Rule] = {"variant": NAME, **dict.fromkeys(("vae", "tokeniz
 RULES_OF: dict[str, dict[str, Rule]] = {
     "train": TRAINING,
     "memory": TRAINING,
+    "aot": TRAINING,
     "bench step": TRAINING,
     "demo": TRAINING | EVALUATION,
     "pretrain": PRETRAINING,
