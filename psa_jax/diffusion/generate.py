@@ -159,8 +159,6 @@ class Generator:
             _Shape((rows, each.config.max_position_embeddings), jnp.int32) for each in self._model.text_encoders
         )
         inputs = (
-            self._params,
-            self._sampler,
             ids,
             ids,
             ids if self._safe else None,
@@ -171,7 +169,10 @@ class Generator:
             _Shape((rows,), jnp.float32),
             self._guidance,
         )
-        return self._generate.lower(*jax.tree.map(lambda leaf: _Shape(leaf.shape, leaf.dtype, sharding=whole), inputs))
+        params, inputs = jax.tree.map(
+            lambda leaf: _Shape(leaf.shape, leaf.dtype, sharding=whole), (self._params, inputs)
+        )
+        return self._generate.lower(params, self._sampler, *inputs)
 
     def with_adapter(self, adapter: Adapter) -> "Generator":
         """The same generator with another adapter of the same configuration, without a new compilation.

@@ -6,7 +6,7 @@ weights, which `psa_jax.diffusion.sampler_tables` computes before tracing: one c
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class Sampler:
     """
 
     rows: Row
-    init_scale: Float[Array, ""] | Float[np.ndarray, ""]
+    init_scale: Any  # a float32 scalar; JAX also puts what describes an array in its place, to lower a program
     clip: float | None = dataclasses.field(default=None, metadata={"static": True})
     stochastic: bool = dataclasses.field(default=False, metadata={"static": True})
 

@@ -35,7 +35,7 @@ def run(args: Namespace) -> int:
     chip = chip_of(args.topology)
     devices = topology_devices(args.topology)
     work = work_of(args.what, config, devices, Asked(args.batch_size, args.resolution, args.cached_text, args.steps))
-    found = {"topology": args.topology, "what": args.what}
+    found = {"topology": args.topology, "what": args.what, "jax": version("jax"), "libtpu": version("libtpu")}
     if args.largest:
         found |= _largest(work, chip, args)
     else:
@@ -44,7 +44,6 @@ def run(args: Namespace) -> int:
     if args.what == "train" and "step_ms" in found:
         found |= {"steps": config.steps, "hours": config.steps * found["step_ms"] / 3.6e6}
     found |= {"slice_chips": len(devices), "dtype": "float32" if args.what == "build" else config.dtype}
-    found |= {"jax": version("jax"), "libtpu": version("libtpu")}
     for line in _table(found, chip):
         print(line)
     if args.json is not None:
