@@ -125,9 +125,12 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     # No cloud service is asked which machine this is, nor which ones are its neighbours.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile: none takes a TPU
     try:
         devices = topologies.get_topology_desc(name, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise PSAError(f"libtpu cannot describe {name!r} ({error})") from error
         raise PSAError(f"libtpu knows no slice {name!r} ({error}); give one such as v5e:2x4 or v5p:2x2x1") from error
     one_each = name.startswith(("v2", "v3"))  # JAX sees the cores of later chips as one device
     return [device for device in devices if one_each or device.core_on_chip == 0]

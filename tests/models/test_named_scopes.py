@@ -45,11 +45,16 @@ def test_layers_of_a_prediction():
     block = "attentions_1/.*{}/.*dot_general"
     for path in (
         "text_encoder/layers_1/.*dot_general",
+        "text_encoder/layers_1/attention/.*dot_general",
+        "text_encoder/layers_1/norm/",
         "adapter/user_projection/.*dot_general",
         "adapter/user_contexts/.*dot_general",
         "unet/contexts/.*dot_general",
         "unet/time_embedding/.*dot_general",
         "unet/down_blocks_0/resnets_1/",
+        "unet/down_blocks_0/resnets_1/norm/",
+        "unet/down_blocks_1/" + block.format("cross_attention/attention"),
+        "unet/down_blocks_1/attentions_1/.*cross_attention/norm/",
         "unet/down_blocks_1/" + block.format("self_attention"),
         "unet/down_blocks_1/" + block.format("cross_attention"),
         "unet/down_blocks_1/" + block.format("cross_attention/user_attention"),
@@ -87,6 +92,7 @@ def test_layers_of_the_autoencoder():
     for path in (
         "vae_encode/down_blocks_1/",
         "vae_encode/mid_block/",
+        "vae_encode/mid_block/attention/",
         "vae_decode/mid_block/",
         "vae_decode/up_blocks_0/",
     ):

@@ -117,7 +117,7 @@ def test_the_parts_of_a_step_have_names(make_training):
     """The compiler's costs and the profiler go by them."""
     training = make_training()
     text = make_step(training.setup).lower(*training[2:]).as_text(debug_info=True)
-    for scope in ("draw_inputs", "loss", "reference", "policy", "optimizer"):
+    for scope in ("draw_inputs", "loss", "reference", "policy", "objective", "optimizer"):
         assert re.search(rf"/(jvp\(|transpose\(jvp\()?{scope}\)*/", text), scope
 
 
