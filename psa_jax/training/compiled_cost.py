@@ -28,14 +28,15 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _LANES = 128  # width of a TPU's registers and matrix units, to which a kernel pads heads
 
-# Products of [rows, keys] by the width of a head in each kernel of flash attention, and how many of them a gradient
-# needs where the weights are kept: the kernels of the backward pass compute the weights again.
-_FLASH = {"flash_mha_bwd_dkv": (4, 3), "flash_mha_bwd_dq": (3, 1), "flash_attention": (2, 2)}
+# Products of [rows, keys] by the width of a head in each kernel of splash attention, and how many of them a gradient
+# needs where the weights are kept: the kernel of the backward pass computes the weights again.
+_SPLASH = {"splash_mha_fwd": (2, 2), "splash_mha_dkv": (5, 4)}
+_QUERIES, _KEYS = 2, 3  # their operands; those before say which tiles are masked
 
 _WRAPPED = re.compile(r"(?:jvp|transpose|vmap|remat|checkpoint)\((.*)\)")
 _NO_SCOPE = re.compile(
     r"jit\(.*\)|while|body|cond|scan|checkpoint|rematted_computation|closed_call|core_call|shard_map|pjit|"
-    r"custom_jvp_call|custom_vjp_call|branch_\d+_fun|flash_mha\w*=.*|loss|accumulate|"
+    r"custom_jvp_call|custom_vjp_call|branch_\d+_fun|splash_mha.*|loss|accumulate|"
 )
 _WINDOW = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)")
 
@@ -188,7 +189,7 @@ class _Counter:
             flops, useful, padded = _kernel_flops(instruction, around)
             if not padded:
                 self.kernels.append(instruction.name)
-            kind = "attention" if "attention" in instruction.name or "flash" in op_name else "other"
+            kind = "attention" if "attention" in scope_of(op_name) else "other"
         else:
             products = list(self._products(instruction, around))
             flops, padded = sum(each for _, each in products), 0
@@ -367,15 +368,16 @@ _FLOPS = {"dot": _dot_flops, "convolution": _convolution_flops}
 def _kernel_flops(instruction: Instruction, around: Computation) -> tuple[int, int, int]:
     """FLOP, useful FLOP and padded FLOP of a custom kernel; zeros where they are not known.
 
-    Flash attention is counted by its shapes, [b, heads, n, d] of queries and [b, heads, m, d] of keys. Other kernels
+    Splash attention is counted by its shapes, [b, heads, d, n] of queries and [b, heads, d, m] of keys. Other kernels
     count as the estimate that they were written with, where there is one.
     """
-    for name, (computed, useful) in _FLASH.items():
+    for name, (computed, useful) in _SPLASH.items():
         if instruction.name.startswith(name):
-            query, key = (_operand(instruction, around, n).shape for n in (0, 1))
-            pairs = 2 * query[0] * query[1] * query[2] * key[2]
-            padded = -(-query[3] // _LANES) * _LANES
-            return computed * pairs * query[3], useful * pairs * query[3], computed * pairs * padded
+            query, key = (_operand(instruction, around, n).shape for n in (_QUERIES, _KEYS))
+            batch, heads, width, rows = query
+            pairs = 2 * batch * heads * rows * key[3]
+            padded = -(-width // _LANES) * _LANES
+            return computed * pairs * width, useful * pairs * width, computed * pairs * padded
     found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
     flops = int(found[1]) if found else 0
     return flops, flops, flops
