@@ -35,6 +35,14 @@ from psa_jax.training.state import Frozen, TrainState, init_state
 # intermediates for its gradient), so their rounding errors would not cancel.
 NO_EXCESS_PRECISION = {"xla_allow_excess_precision": False}
 
+# For few pictures a TPU's compiler cuts each into strips, as if they were more, around each convolution. By its own
+# estimate that takes as long as the convolution (tests/benchmarks/NOTES.md). None of the options does it alone.
+NO_SPACE_TO_BATCH = {
+    "xla_tpu_run_space_to_batch": False,
+    "xla_tpu_run_space_to_batch_on_new_platforms": False,
+    "xla_tpu_run_space_to_batch_after_spmd": False,
+}
+
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Models that a step does not run where text is cached."""
 
@@ -134,7 +142,10 @@ class Setup:
     @property
     def compiler_options(self) -> dict[str, Any] | None:
         """Options of XLA for programs in which policy and reference are compared."""
-        return None if self.dtype == jnp.float32 else NO_EXCESS_PRECISION
+        options = {} if self.dtype == jnp.float32 else NO_EXCESS_PRECISION
+        if self.mesh.devices.flat[0].platform == "tpu":
+            options = options | NO_SPACE_TO_BATCH
+        return options or None
 
     @property
     def batch(self) -> BatchSpec:

@@ -27,7 +27,7 @@ from psa_jax.models.attention import ComputeOptions, CrossContext, Transformer2D
 from psa_jax.models.fused_attention import fused_attention
 from psa_jax.models.resnet import ResnetBlock
 from psa_jax.training.lowered import compile_lowered, topology_devices
-from psa_jax.training.setup import NO_EXCESS_PRECISION
+from psa_jax.training.setup import NO_EXCESS_PRECISION, NO_SPACE_TO_BATCH
 
 CHIPS = {"v5e": (1.5e9, 197e12), "v5p": (1.75e9, 459e12), "v6e": (1.75e9, 918e12)}
 """Clock (Hz) and bfloat16 peak (FLOP/s) of a chip; clocks are what cycles × clock = published peak gives."""
@@ -116,7 +116,7 @@ def compile_block(block: str, chip: str, *, pictures: int, backward: bool, optio
       block: `resnet:SIDExWIDTH` or `resnet:SIDExWIDTHxOUT`, or `transformer:SIDExWIDTHxHEADS`.
       pictures: in a batch.
       backward: also the gradient in the states, and in the text's keys and values; not in weights.
-      options: of the compiler, besides those of a training step.
+      options: of the compiler.
     """
     kind, sizes = block.split(":")
     side, width, last = (*map(int, sizes.split("x")), None)[:3]
@@ -146,9 +146,9 @@ def compile_block(block: str, chip: str, *, pictures: int, backward: bool, optio
 
     if backward:
         out = shape(*jax.eval_shape(run, weights, *given).shape)
-        lowered = jax.jit(run_back, compiler_options=NO_EXCESS_PRECISION | options).lower(weights, given, out)
+        lowered = jax.jit(run_back, compiler_options=options).lower(weights, given, out)
     else:
-        lowered = jax.jit(run, compiler_options=NO_EXCESS_PRECISION | options).lower(weights, *given)
+        lowered = jax.jit(run, compiler_options=options).lower(weights, *given)
     return compile_lowered(lowered)
 
 
@@ -159,10 +159,15 @@ def main() -> None:
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--pictures", type=int, default=2, help="in a batch; a pair is two")
     parser.add_argument("--backward", action="store_true", help="forward and backward pass")
-    parser.add_argument("--option", action="append", default=[], help="of the compiler, as NAME=true or NAME=false")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        help="of the compiler, over those of a training step, as NAME=true or NAME=false",
+    )
     parser.add_argument("--top", type=int, default=10, help="instructions to list")
     args = parser.parse_args()
-    options = parse_options(args.option)
+    options = NO_EXCESS_PRECISION | NO_SPACE_TO_BATCH | parse_options(args.option)
     for block in args.blocks:
         start = time.monotonic()
         compiled = compile_block(block, args.chip, pictures=args.pictures, backward=args.backward, options=options)

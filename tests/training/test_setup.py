@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.loop import train
 from psa_jax.training.run import cached_text
 from psa_jax.training.settings import user_dim
-from psa_jax.training.setup import Setup
+from psa_jax.training.setup import NO_EXCESS_PRECISION, NO_SPACE_TO_BATCH, Setup
 from psa_jax.training.step import draw_inputs, gradient, make_step
 
 
@@ -141,3 +142,19 @@ def test_a_step_descends_along_the_gradient(make_training):
         # The parameters, of size 1, round what is subtracted.
         atol = 2.0**-23 * np.abs(before[name]).max() + 1e-5 * float(jnp.abs(wanted).max())
         np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "options"),
+    [
+        ("cpu", jnp.float32, None),
+        ("gpu", jnp.bfloat16, NO_EXCESS_PRECISION),
+        ("tpu", jnp.float32, NO_SPACE_TO_BATCH),
+        ("tpu", jnp.bfloat16, NO_EXCESS_PRECISION | NO_SPACE_TO_BATCH),
+    ],
+)
+def test_the_compiler_gets_only_options_that_it_knows(platform, dtype, options):
+    """XLA refuses options of another platform."""
+    devices = np.array([SimpleNamespace(platform=platform)])
+    setup = SimpleNamespace(dtype=jnp.dtype(dtype), mesh=SimpleNamespace(devices=devices))
+    assert Setup.compiler_options.fget(setup) == options
