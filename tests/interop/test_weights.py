@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.torch import load_file, save_file
 
 from psa_jax.errors import PSAError
+from psa_jax.interop import weights
 from psa_jax.interop.diffusers import load_unet, load_vae
 from psa_jax.interop.weights import find_weights, open_tensors, save_weights, torch_names
 from psa_jax.models.unet import UNet
@@ -35,6 +36,13 @@ def assert_equal(ours: nnx.Module, theirs: nnx.Module) -> None:
 def unet(sdxl) -> UNet:
     """Read from one float32 file; has stacks of two blocks."""
     return load_unet(sdxl[0])
+
+
+def test_models_of_one_configuration_share_nothing(unet):
+    one, other = (weights.abstract_model(UNet, unet.config) for _ in range(2))
+    assert one.conv_in is not other.conv_in and one.conv_in.kernel is not other.conv_in.kernel
+    shape, one.conv_in.kernel = other.conv_in.kernel.shape, None
+    assert weights.abstract_model(UNet, unet.config).conv_in.kernel.shape == shape
 
 
 def test_stacked_blocks_hold_the_tensors_of_each_block(sdxl, unet):
