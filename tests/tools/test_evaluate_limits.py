@@ -9,6 +9,7 @@ from support.torch_adapters import random_adapter
 
 from psa_jax.cli import main
 from psa_jax.data.sage import read_split
+from psa_jax.evaluation import read_back
 from psa_jax.interop.diffusers import TINY, load_stable_diffusion
 from psa_jax.interop.native import save_adapter
 from psa_jax.mini import limits
@@ -48,6 +49,8 @@ def command(flags, **changed) -> list[str]:
 
 def test_what_it_writes(words, tmp_path, monkeypatch, capsys, refused):
     monkeypatch.setattr(limits, "VARIATIONS", {name: limits.VARIATIONS[name] for name in CHEAP})
+    monkeypatch.setattr(limits, "POPULATION", 300)
+    monkeypatch.setattr(read_back, "_TREES", 10)
     monkeypatch.setattr(evaluate_limits, "read_config", lambda name: read_config(f"{name}:smoke"))
     given = command(words, out=tmp_path / "out", seed=3)
     assert main(given) == 0
