@@ -115,7 +115,7 @@ class MetricsWriter:
 def _open_board(folder: Path, purge_step: int) -> Any:
     """TensorBoard's writer.
 
-    tensorboardX imports torch where it is installed, for tensors that nothing here gives it: seconds, and 300 MB.
+    tensorboardX imports torch where it is installed, for tensors that nothing here gives it: a second, and 180 MB.
     """
     hidden = "torch" not in sys.modules
     if hidden:

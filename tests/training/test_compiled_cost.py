@@ -94,9 +94,7 @@ def test_a_recorded_program():
     assert [row.kind for row in cost.rows if row.is_kernel] == ["attention"] * 2
     assert [row.phase for row in cost.rows if row.is_kernel] == ["forward", "backward"]
     lines = {row.name: row.source for row in cost.rows}
-    assert (
-        lines["fusion.6"] == lines["splash_mha_fwd_residuals.1"] == "models/attention.py:14"
-    )
+    assert lines["fusion.6"] == lines["splash_mha_fwd_residuals.1"] == "models/attention.py:14"
     v5e = CHIPS["v5e"]
     by_hand = 96_982 / 1.5e9 + 7 * attention / 40 * 128 / 98.5e12
     assert cost.seconds(v5e.clock, v5e.peak) == pytest.approx(by_hand)
