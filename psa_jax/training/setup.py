@@ -36,7 +36,9 @@ from psa_jax.training.state import Frozen, TrainState, init_state
 NO_EXCESS_PRECISION = {"xla_allow_excess_precision": False}
 
 # For few pictures a TPU's compiler cuts each into strips, as if they were more, around each convolution. By its own
-# estimate that takes as long as the convolution (tests/benchmarks/NOTES.md). None of the options does it alone.
+# estimate that takes as long as the convolution (tests/benchmarks/NOTES.md). None of the options does it alone. They are
+# names of the libtpu that goes with this jax; one that does not know them would refuse to compile.
+SPACE_TO_BATCH_JAX = (0, 10)
 NO_SPACE_TO_BATCH = {
     "xla_tpu_run_space_to_batch": False,
     "xla_tpu_run_space_to_batch_on_new_platforms": False,
@@ -143,7 +145,7 @@ class Setup:
     def compiler_options(self) -> dict[str, Any] | None:
         """Options of XLA for programs in which policy and reference are compared."""
         options = {} if self.dtype == jnp.float32 else NO_EXCESS_PRECISION
-        if self.mesh.devices.flat[0].platform == "tpu":
+        if self.mesh.devices.flat[0].platform == "tpu" and jax.__version_info__[:2] == SPACE_TO_BATCH_JAX:
             options = options | NO_SPACE_TO_BATCH
         return options or None
 
