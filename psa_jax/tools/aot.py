@@ -93,8 +93,8 @@ def _table(found: dict[str, Any], chip: Chip) -> list[str]:
     verdict = f"fits, {over:.2f} free" if found["fits"] else f"does NOT fit, {-over:.2f} too many"
     items = "pairs" if "pictures_per_hour" not in found else "pictures"
     lines = [
-        f"{found['what']} on {found['chips']} chips of {found['topology']}, batch of {found['batch_size']} {items}, "
-        f"{found['dtype']}",
+        f"{found['what']} on {found['chips']} of the {found['slice_chips']} chips of {found['topology']}, batch of "
+        f"{found['batch_size']} {items}, {found['dtype']}",
         f"memory of a chip, GiB: {found['hbm_bytes'] / GIB:.2f} of {chip.usable / GIB:.2f} ({parts}): {verdict}",
         f"compiled in {found['compile_seconds']:.0f} s",
     ]

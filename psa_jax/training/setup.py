@@ -36,8 +36,8 @@ from psa_jax.training.state import Frozen, TrainState, init_state
 NO_EXCESS_PRECISION = {"xla_allow_excess_precision": False}
 
 # For few pictures a TPU's compiler cuts each into strips, as if they were more, around each convolution. By its own
-# estimate that takes as long as the convolution (tests/benchmarks/NOTES.md). None of the options does it alone. They are
-# names of the libtpu that goes with this jax; one that does not know them would refuse to compile.
+# estimate that takes as long as the convolution (tests/benchmarks/NOTES.md). None of the options does it alone. They
+# are names of the libtpu that goes with this jax; one that does not know them would refuse to compile.
 SPACE_TO_BATCH_JAX = (0, 10)
 NO_SPACE_TO_BATCH = {
     "xla_tpu_run_space_to_batch": False,

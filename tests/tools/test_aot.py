@@ -183,6 +183,7 @@ def test_what_is_printed(slices, capsys, monkeypatch, tmp_path):
     assert {"mfu", "collective_bytes", "compile_seconds", "by_kind", "by_scope", "hours"} <= set(found)
     assert found["hours"] == pytest.approx(540 * 2.5e-3 / 3600)
     text = "\n".join(lines)
+    assert text.startswith("train on 4 of the 4 chips of v5e:2x2, batch of 16 pairs, float32\n")
     assert "memory of a chip, GiB: 3.25 of 15.75 (arguments 1.00, outputs 0.00, temporaries 2.00, program 0.25)" in text
     assert "fits, 12.50 free" in text and "MFU 0.0 %" in text
     assert "a chip, 9.85e+07 without what is computed again" in text
@@ -220,20 +221,21 @@ def test_the_largest_batch(slices, capsys, monkeypatch):
 
 BUDGET = {
     "0.0.42.1": {
-        "train": {"attention": 688_131, "convolution": 247_374, "dense": 533_506, "norm": 2_049_140, "other": 323_101},
+        "train": {"attention": 688_131, "convolution": 205_324, "dense": 574_164, "norm": 2_318_626, "other": 335_169},
         "generate": {
             "attention": 3_806_139,
-            "convolution": 2_192_230,
-            "dense": 2_705_005,
-            "norm": 15_116_801,
-            "other": 1_912_267,
+            "convolution": 1_821_607,
+            "dense": 3_035_622,
+            "norm": 21_240_791,
+            "other": 2_141_390,
         },
     }
 }
 """libtpu -> cycles on v5e of the tiny model's training step of 16 pairs, and of 8 pictures in 20 steps with guidance.
 
 Recorded by `psa-jax aot --config=tiny --topology=v5e:2x2 --what=…`. The estimates do not depend on the machine. Who
-makes a step dearer on purpose records it anew and says why.
+makes a step dearer on purpose records it anew and says why. Norms in one pass are dearer at this size, in float32 on
+16 × 16 pixels, and cheaper at that of Stable Diffusion (tests/benchmarks/NOTES.md).
 """
 
 
@@ -246,8 +248,8 @@ def over(found: dict[str, int], budget: dict[str, int]) -> list[str]:
 def test_a_dearer_step_is_found():
     budget = BUDGET["0.0.42.1"]["train"]
     assert over(budget, budget) == []
-    assert over(budget | {"dense": 586_857}, budget) == ["dense"]  # 10.0006 % more
-    assert over(budget | {"dense": 586_856}, budget) == []
+    assert over(budget | {"dense": 631_581}, budget) == ["dense"]  # 10.0001 % more
+    assert over(budget | {"dense": 631_580}, budget) == []
     assert over({kind: cycles * 111 // 100 for kind, cycles in budget.items()}, budget) == [*budget, "all"]
 
 
