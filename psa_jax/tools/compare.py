@@ -19,6 +19,8 @@ from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.interop.native import adapter_arrays, load_adapter
 from psa_jax.mini.comparison import (
+    ADAPTERS,
+    OBJECTIVES,
     RATES,
     RESULT_FILE,
     Method,
@@ -41,6 +43,7 @@ from psa_jax.training.loop import train, with_swap_distance
 from psa_jax.training.run import prepare_run
 from psa_jax.training.settings import validate, validate_devices
 
+_MARKERS = dict(zip(OBJECTIVES, "o^s", strict=True))
 Cases = dict[str, list[MiniCase]]
 """For each group its cases: `usual`, and the harder ones of unseen users."""
 
@@ -153,7 +156,10 @@ def _write_tables(workdir: Path, results: Sequence[Result], cases: Cases) -> Non
 
 
 def _plot(results: Sequence[Result], cases: Sequence[MiniCase]) -> bytes:
-    """Plots clean suppressed pictures over the share of the swap that is learnt, a point for each run, as PNG."""
+    """Plots clean suppressed pictures over the share of the swap that is learnt, a point for each run, as PNG.
+
+    A colour is an adapter, a form an objective.
+    """
     from matplotlib.figure import Figure  # imported late: slow, and of the `eval` extra
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -162,7 +168,8 @@ def _plot(results: Sequence[Result], cases: Sequence[MiniCase]) -> bytes:
         of_method = [result for result in results if result.method == method]
         clean = [pooled_rates([result], "usual", cases)["clean"] for result in of_method]
         points = [(r.swap_learnt, rate[0]) for r, rate in zip(of_method, clean, strict=True) if rate is not None]
-        axes.scatter(*np.reshape(points, (-1, 2)).T, s=22, label=method.name)
+        look = {"color": f"C{list(ADAPTERS).index(method.adapter)}", "marker": _MARKERS[method.objective]}
+        axes.scatter(*np.reshape(points, (-1, 2)).T, s=22, label=method.name, **look)
     axes.set(xlabel="swap_learnt, held-out banned prompts", ylabel="clean, % of suppressed", ylim=(-2, 102))
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     content = io.BytesIO()
