@@ -51,6 +51,7 @@ EVERYBODYS = [
     "progress",
     "renamed",
     "categories",
+    "compiled",
     "prompt_columns",
     "leaving",
     "hosts",
