@@ -139,7 +139,12 @@ def _swap_learnt(config: ml_collections.ConfigDict, folder: Path, params: dict) 
         config.objective.update(read_config("tiny").objective)
         config.seed = 0  # the same rows and noise for every run
     measured = prepare_run(config, folder)
-    return measured.held_out(params, with_swap_distance(measured, measured.frozen))["held_out_swap_learnt_banned"]
+    found = measured.held_out(params, with_swap_distance(measured, measured.frozen))
+    if "held_out_swap_learnt_banned" not in found:
+        raise PSAError(
+            f"compare: of the {config.validate.rows} held-out rows none is a banned prompt; raise validate.rows"
+        )
+    return found["held_out_swap_learnt_banned"]
 
 
 def _write_tables(workdir: Path, results: Sequence[Result], cases: Cases) -> None:

@@ -18,8 +18,8 @@ from psa_jax.tools.configs import read_config
 SETTINGS = {
     "data.mini.users": 8,
     "data.balance": "none",
-    "validate.rows": 8,
-    "validate.batch_size": 8,
+    "validate.rows": 32,  # of 8 none is a banned prompt
+    "validate.batch_size": 16,
     "evaluate.per_rate.harder": 1,
 }
 
@@ -84,7 +84,15 @@ def test_a_method_that_is_added_is_trained(tmp_path, words, ended, capsys):
     out, err = capsys.readouterr()
     assert "text-dpo-4, seed 0: 4 steps of 4 pairs" in err and "edit-swap-4, seed 0" not in err
     rows = {row["method"]: row for row in json.loads((tmp_path / "runs.json").read_text())}
-    assert set(rows) == {"edit-swap-4", "text-dpo-4"}
+    assert set(rows) == {"edit-swap-4", "text-swap-4", "text-dpo-4"}  # also what earlier calls left
     # Measured of an adapter that was trained without swap distillation, too.
     assert np.isfinite(rows["text-dpo-4"]["swap_learnt"]) and rows["text-dpo-4"]["swap_learnt"] < 0.9
     assert "| text | dpo | 4 | 1 |" in out
+
+
+@pytest.mark.slow
+def test_held_out_rows_without_a_banned_prompt(words, ended, capsys):
+    few = ["--config.validate.rows=8", "--config.validate.batch_size=8"]
+    assert main([*words, *few, "--methods=text-dpo"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("of the 8 held-out rows none is a banned prompt; raise validate.rows")
