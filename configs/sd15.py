@@ -17,8 +17,9 @@ pair with held-out measures and checkpoints, :smoke three steps.
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
 its learning rate is untried on real weights. A step of :dpo with 8 pairs on one H100, random weights: 0.14 s and 10.1
 GB (psa-jax bench step --pairs=8); the default looks at one picture of a pair and was not measured.
-Sized for v5e:4x4, 16 chips: 192 pairs a step in 12 parts are one pair a chip and part. By the TPU compiler's estimate a
-pair of :dpo with remat=none is 77 ms and 4.0 GiB (psa-jax aot, docs/speed.md): 0.93 s a step, 1.3 hours for 5,000 steps.
+Sized for v5e:4x4, 16 chips: 192 pairs a step in 12 parts are one pair a chip and part. By the TPU compiler's estimate
+a pair of :dpo with remat=none is 77 ms and 4.0 GiB (psa-jax aot, docs/speed.md): 0.93 s a step, 1.3 hours for 5,000
+steps.
 The memory on other devices is told by psa-jax memory. The frozen UNet and text encoder have 982.6
 million parameters, 1.97 GB in bfloat16. The adapter has 7.2 million.
 """
