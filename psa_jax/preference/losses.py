@@ -202,13 +202,12 @@ def reference_kl(policy: Float[Array, "two_b h w c"], reference: Float[Array, "t
     Up to a factor of the timestep it is KL(p_θ(x_{t−1}|x_t) ‖ p_ref(x_{t−1}|x_t)) of one denoising step.
 
     Args:
-      policy, reference: predictions for b winners, then for their losers.
+      policy, reference: predictions, of which a pair's two follow each other.
 
     Source: the KL regularisation of DPOK, arXiv 2305.16381.
     """
     distance = mean_over_latent((policy - reference) ** 2)
-    winner, loser = jnp.split(distance, 2)
-    return 0.5 * (winner + loser)
+    return jnp.mean(distance.reshape(-1, 2), axis=-1)
 
 
 # --- weights

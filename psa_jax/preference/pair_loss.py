@@ -96,9 +96,10 @@ def pair_losses(
         each = each + preference
         if reference is not None:
             slope = prediction_of(schedule.prediction).clean_slope(schedule.alphas_cumprod[draws.timesteps])
-            values["colour_drift"] = metrics.colour_drift(policy[:pairs], reference[:pairs], slope)
+            values["colour_drift"] = metrics.colour_drift(_sides(policy)[0], _sides(reference)[0], slope)
     if objective.swap_weight:
-        left, values["swap_learnt"] = _swap(objective, model, batch, draws, inputs, policy[:pairs], swap_distance)
+        of_winners = _sides(policy)[0] if compare else policy
+        left, values["swap_learnt"] = _swap(objective, model, batch, draws, inputs, of_winners, swap_distance)
         each = each + objective.swap_weight * left
     per_pair = losses.pair_weight(
         batch["banned"],
@@ -180,13 +181,14 @@ def compute_reference_errors(model: FrozenModel, batch: Batch, draws: Draws) -> 
     """
     inputs = _noised_inputs(model, batch, draws)
     squared = (_predict(model.unet, inputs, inputs.contexts) - inputs.target) ** 2
-    return jnp.stack(jnp.split(losses.mean_over_latent(squared), 2), axis=-1)
+    return losses.mean_over_latent(squared).reshape(-1, 2)
 
 
 class _NoisedInputs(NamedTuple):
-    """UNet inputs that policy and reference share, but for `_with_pooled_edit`; of 2b rows, winners are first.
+    """UNet inputs that policy and reference share, but for `_with_pooled_edit`.
 
-    Without losers, n is b.
+    Of 2b rows, those of a pair are next to each other, the winner first: a batch that is divided over devices by pairs
+    is then divided by rows, too, and none is moved. Without losers, n is b.
     """
 
     text: Float[Array, "b s c"]
@@ -204,15 +206,14 @@ def _noised_inputs(model: FrozenModel, batch: Batch, draws: Draws, both: bool = 
     text = _text_of(model, batch, draws.no_text)
 
     def repeated(x):
-        return jnp.concatenate([x, x]) if both else x
+        return jnp.repeat(x, 2, axis=0) if both else x
 
-    sides = ((batch["chosen"], draws.vae_noise_w), (batch["rejected"], draws.vae_noise_l))
-    clean = jnp.concatenate(
-        [
-            sample_latents(moments.astype(jnp.float32), sampled, vae.scaling_factor)
-            for moments, sampled in sides[: 1 + both]
-        ]
-    )
+    def latents(moments, sampled):
+        return sample_latents(moments.astype(jnp.float32), sampled, vae.scaling_factor)
+
+    clean = latents(batch["chosen"], draws.vae_noise_w)
+    if both:
+        clean = _in_turn(clean, latents(batch["rejected"], draws.vae_noise_l))
     noise, timesteps = repeated(draws.noise), repeated(draws.timesteps)
     noisy = schedule.add_noise(clean, noise, timesteps).astype(text.states.dtype)
     added = sizes = None
@@ -234,7 +235,7 @@ def _with_pooled_edit(adapter: Adapter, unet: UNet, inputs: _NoisedInputs, user:
         return inputs
     pooled = adapter.edit_pooled(inputs.pooled, inputs.text, user, jnp.ones(len(inputs.text)))
     sides = len(inputs.noisy) // len(inputs.text)
-    added = AddedConditions(jnp.concatenate([pooled] * sides), inputs.sizes)
+    added = AddedConditions(jnp.repeat(pooled, sides, axis=0), inputs.sizes)
     return inputs._replace(prefix=unet.run_prefix(inputs.noisy, inputs.timesteps, added))
 
 
@@ -242,12 +243,17 @@ def _swap_target(
     model: FrozenModel, batch: Batch, draws: Draws, inputs: _NoisedInputs, swapped: Bool[Array, " b"]
 ) -> Float[Array, "b h w c"]:
     """The reference's predictions for the winners, under the pair's safe prompt where `swapped`."""
-    unet, pairs = model.unet, len(swapped)
+    unet = model.unet
     text = _text_of(model, batch, draws.no_text, swapped)
-    prefix = jax.tree.map(lambda x: x[:pairs], inputs.prefix)
-    if text.pooled is not None:  # part of the layers in front
-        added = AddedConditions(text.pooled, inputs.sizes[:pairs])
-        prefix = unet.run_prefix(inputs.noisy[:pairs], inputs.timesteps[:pairs], added)
+
+    def of_winners(x):
+        return _sides(x)[0] if len(x) > len(swapped) else x
+
+    if text.pooled is None:
+        prefix = jax.tree.map(of_winners, inputs.prefix)
+    else:  # it is part of the layers in front
+        added = AddedConditions(text.pooled, of_winners(inputs.sizes))
+        prefix = unet.run_prefix(of_winners(inputs.noisy), of_winners(inputs.timesteps), added)
     return unet.run_suffix(prefix, unet.context(text.states)).astype(jnp.float32)
 
 
@@ -281,8 +287,7 @@ def _over(rows: Bool[Array, " b"], array: Array) -> Bool[Array, "b ..."]:
 
 def _predict(unet: UNet, inputs: _NoisedInputs, contexts: tuple[CrossContext, ...]) -> Float[Array, "n h w c"]:
     if len(inputs.noisy) > len(inputs.text):
-        pairs = len(inputs.text)
-        contexts = jax.tree.map(lambda x: _repeat(x, pairs), contexts)
+        contexts = jax.tree.map(_repeat, contexts)
     return unet.run_suffix(inputs.prefix, contexts).astype(jnp.float32)
 
 
@@ -304,7 +309,7 @@ class Errors(NamedTuple):
         target: Float[Array, "two_b h w c"],
         reference_errors: Float[Array, "b 2"] | None = None,
     ) -> "Errors":
-        """Mean squared errors of float32 predictions, winners first.
+        """Mean squared errors of float32 predictions, of which a pair's two follow each other, the winner first.
 
         Args:
           policy, reference: predictions; the reference's may be absent.
@@ -313,9 +318,9 @@ class Errors(NamedTuple):
         """
 
         def squared(predicted):
-            return jnp.split(losses.mean_over_latent((predicted - target) ** 2), 2)
+            return _sides(losses.mean_over_latent((predicted - target) ** 2))
 
-        winner, loser = jnp.split(policy - target, 2)
+        winner, loser = _sides(policy - target)
         cross = losses.mean_over_latent(winner * loser)
         if reference_errors is not None:
             return cls(*squared(policy), *jnp.unstack(reference_errors, axis=-1), cross, None)
@@ -372,6 +377,16 @@ def summarise(found: PairLosses) -> dict[str, Float[Array, ""]]:
     return whole | summed
 
 
-def _repeat(x: Array, pairs: int) -> Array:
+def _repeat(x: Array) -> Array:
     """A per-pair array for winners and losers; weights that a context carries have no row per pair and stay."""
-    return jnp.concatenate([x, x]) if x.ndim == 3 else x
+    return jnp.repeat(x, 2, axis=0) if x.ndim == 3 else x
+
+
+def _in_turn(winners: Float[Array, "b ..."], losers: Float[Array, "b ..."]) -> Float[Array, "two_b ..."]:
+    """The winner and the loser of the first pair, then of the second."""
+    return jnp.stack([winners, losers], axis=1).reshape(-1, *winners.shape[1:])
+
+
+def _sides(rows: Float[Array, "two_b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """Winners and losers of rows that `_in_turn` joined."""
+    return tuple(jnp.unstack(rows.reshape(-1, 2, *rows.shape[1:]), axis=1))

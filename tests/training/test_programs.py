@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from support.torch_models import FAST_COMPILE
 
 from psa_jax.data import batched
 from psa_jax.data.model_shards import build_for_model, lower_encoders
@@ -17,7 +18,9 @@ from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.tools.configs import load_config
 from psa_jax.training import reference
 from psa_jax.training.aot import largest_batch
+from psa_jax.training.compiled_cost import cost_of
 from psa_jax.training.programs import WORKS, Asked, work_of
+from psa_jax.training.settings import user_dim
 
 
 def config_of(folder, *words: str):
@@ -90,6 +93,31 @@ def test_a_step_of_all_devices(run_inputs):
     assert (work.batch_size, work.least, work.chips, work.items) == (16, 16, 8, "pairs")
     other = work_of("train", config, jax.devices(), Asked(batch_size=32, resolution=32))
     assert (other.batch_size, config.batch_size) == (32, 16)
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        (":dpo", []),
+        ("", []),
+        (":dpo", ["--config.objective.swap_weight=1"]),
+        (":dpo", ["--config.objective.sdpo_mu=0.5", "--config.objective.reference_kl_weight=1"]),
+    ],
+)
+def test_what_devices_say_to_each_other_is_the_gradient(run_inputs, mode, words):
+    """Of one step: every device keeps its pairs, and sums the gradients, the metrics and nothing else."""
+    config, _ = load_config(
+        [f"--config=tiny{mode}", f"--config.model={run_inputs[0]}", "--config.mesh.data=-1", *words]
+    )
+    work = work_of("train", config, jax.devices(), Asked(batch_size=16, resolution=32))
+    found = cost_of(work.lower(16)["train"].compile(FAST_COMPILE).as_text()).collectives
+    adapter = AdapterConfig.for_unet(
+        load_stable_diffusion(run_inputs[0], abstract=MODELS).unet.config, user_dim=user_dim(config), **config.adapter
+    )
+    gradients = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract_model(Adapter, adapter)))
+    assert set(found) == {"all-reduce"}
+    # Scalars join them. A gate that is fitted apart has no gradient here.
+    assert gradients * (0.4 if mode == "" else 1) < found["all-reduce"][1] < gradients + 400
 
 
 def test_pictures_are_drawn_on_one_chip_and_encoded_on_those_of_a_host(run_inputs):
