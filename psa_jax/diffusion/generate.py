@@ -361,8 +361,12 @@ def _generate(
     added = None if pooled is None else AddedConditions(pooled, size_ids(size, batch))
 
     def predict(latents, timestep, memory):
-        latents = jnp.tile(latents, (batch // len(latents), 1, 1, 1))
-        output = unet(latents.astype(dtype), jnp.full((batch,), timestep), contexts, added).astype(jnp.float32)
+        # All parts are alike in front of the first cross-attention, but for SDXL's pooled text.
+        rows = len(latents) if added is None else batch
+        states = jnp.tile(latents, (rows // len(latents), 1, 1, 1)).astype(dtype)
+        prefix = unet.run_prefix(states, jnp.full((rows,), timestep), added)
+        prefix = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * (batch // rows)), prefix)
+        output = unet.run_suffix(prefix, contexts).astype(jnp.float32)
         if strength is not None:
             return guide_safely(*jnp.split(output, 3), *guidance, strength, memory)
         return (guide(*jnp.split(output, 2), *guidance) if guided else output), None

@@ -226,20 +226,25 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(dim, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], context: CrossContext, attend: Attend = attend
+        self, x: Float[Array, "b n d"], context: CrossContext, attend: Attend = attend, *, started: bool = False
     ) -> Float[Array, "b n d"]:
         """New states of n pixels.
 
         Args:
           context: text keys and values of the cross-attention.
           attend: implementation of the self-attention.
+          started: `x` comes from `start`.
         """
-        with jax.named_scope("self_attention"):
-            x = x + self.attn1(self.norm1(x), attend=attend)
+        x = x if started else self.start(x, attend)
         with jax.named_scope("cross_attention"):
             x = x + self.attn2(self.norm2(x), context)
         with jax.named_scope("feed_forward"):
             return x + self.ff(self.norm3(x))
+
+    @jax.named_scope("self_attention")
+    def start(self, x: Float[Array, "b n d"], attend: Attend = attend) -> Float[Array, "b n d"]:
+        """The part of a call in front of the cross-attention, which depends on no context."""
+        return x + self.attn1(self.norm1(x), attend=attend)
 
 
 class Transformer2D(nnx.Module):
@@ -280,29 +285,47 @@ class Transformer2D(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b h w d"], contexts: tuple[CrossContext, ...], compute: ComputeOptions
+        self,
+        x: Float[Array, "b h w d"],
+        contexts: tuple[CrossContext, ...],
+        compute: ComputeOptions,
+        started: Float[Array, "b n d"] | None = None,
     ) -> Float[Array, "b h w d"]:
         """New image states of the same shape.
 
         Args:
           contexts: one a block.
           compute: rematerialization policy and self-attention of the blocks.
+          started: of `start`, where it has been called.
         """
-        b, h, w, d = x.shape
 
-        def run(block: BasicTransformerBlock, hidden: Array, context: CrossContext) -> Array:
-            return remat(block, compute.remat, attend=compute.attend)(hidden, context)
+        def run(block: BasicTransformerBlock, hidden: Array, context: CrossContext, **settings: Any) -> Array:
+            return remat(block, compute.remat, attend=compute.attend, **settings)(hidden, context)
 
-        hidden = self.proj_in(self.norm(x)).reshape(b, h * w, d)
-        if self.depth == 1:  # a loop of one step would hide the block from the compiler
-            (context,) = contexts
-            block = jax.tree.map(lambda leaf: leaf.squeeze(0), self.transformer_blocks)
-            hidden = run(block, hidden, context)
+        if started is None:
+            hidden, done = self._pixels(x), 0
         else:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts)
+            hidden, done = run(self._block(0), started, contexts[0], started=True), 1
+        if self.depth - done == 1:  # a loop of one step would hide the block from the compiler
+            hidden = run(self._block(-1), hidden, contexts[-1])
+        elif self.depth > done:
+            blocks = jax.tree.map(lambda leaf: leaf[done:], self.transformer_blocks)
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contexts[done:])
             hidden, _ = jax.lax.scan(
-                lambda hidden, step: (run(step[0], hidden, step[1]), None),
-                hidden,
-                (self.transformer_blocks, stacked),
+                lambda hidden, step: (run(step[0], hidden, step[1]), None), hidden, (blocks, stacked)
             )
-        return x + self.proj_out(hidden.reshape(b, h, w, d))
+        return x + self.proj_out(hidden.reshape(x.shape))
+
+    def start(self, x: Float[Array, "b h w d"], compute: ComputeOptions) -> Float[Array, "b n d"]:
+        """The state in front of the first cross-attention, which depends on no context.
+
+        Args:
+          x, compute: as in a call.
+        """
+        return self._block(0).start(self._pixels(x), compute.attend)
+
+    def _pixels(self, x: Float[Array, "b h w d"]) -> Float[Array, "b n d"]:
+        return self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[3])
+
+    def _block(self, number: int) -> BasicTransformerBlock:
+        return jax.tree.map(lambda leaf: leaf[number], self.transformer_blocks)

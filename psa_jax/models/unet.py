@@ -120,7 +120,7 @@ def _transformer(level: int, config: UNetConfig, rngs: nnx.Rngs) -> Transformer2
 class UNet(nnx.Module):
     """Denoiser: predicts noise, v or clean latents from noisy latents, timesteps and cross-attention contexts.
 
-    A call is `run_prefix`, the layers before the first cross-attention, and then `run_suffix`.
+    A call is `run_prefix`, what is in front of the first cross-attention, and then `run_suffix`.
 
     Attributes:
       config: sizes.
@@ -222,7 +222,7 @@ class UNet(nnx.Module):
     def run_prefix(
         self, latents: Float[Array, "b h w c"], timesteps: Float[Array, " b"], added: AddedConditions | None = None
     ) -> "PrefixState":
-        """Runs the layers before the first cross-attention. Their state does not depend on prompt or user.
+        """Runs what is in front of the first cross-attention. Its state depends on prompt and user by `added` alone.
 
         Args:
           latents, timesteps, added: as in `__call__`.
@@ -237,8 +237,12 @@ class UNet(nnx.Module):
             time = self._time(timesteps, added, latents.dtype)
         with jax.named_scope("conv_in"):
             hidden = self.conv_in(latents)
-        path = self._down_path()[: self._first_attention()]
-        return _down(path, PrefixState(time, hidden, (hidden,)), iter(()), self.compute)
+        path, first = self._down_path(), self._first_attention()
+        state = _down(path[:first], PrefixState(time, hidden, (hidden,)), iter(()), self.compute)
+        for name, layer, _ in path[first : first + 1]:
+            with jax.named_scope(name):
+                state = state._replace(started=layer.start(state.hidden, self.compute))
+        return state
 
     @jax.named_scope("unet")
     def run_suffix(self, prefix: "PrefixState", contexts: tuple[CrossContext, ...]) -> Float[Array, "b h w o"]:
@@ -253,7 +257,7 @@ class UNet(nnx.Module):
         """
         stack_contexts = self._in_call_order(contexts)
         path = self._down_path()[self._first_attention() :]
-        time, hidden, skips = _down(path, prefix, stack_contexts, self.compute)
+        time, hidden, skips, _ = _down(path, prefix, stack_contexts, self.compute)
 
         hidden = self._mid(hidden, time, next(stack_contexts))
         hidden = self._up(hidden, time, list(skips), stack_contexts)
@@ -318,11 +322,13 @@ class PrefixState(NamedTuple):
       time: timestep embedding.
       hidden: image states.
       skips: states at the skip connections so far.
+      started: where the next layer is a transformer stack, its state in front of its first cross-attention.
     """
 
     time: Float[Array, "b t"]
     hidden: Float[Array, "b h w c"]
     skips: tuple[Float[Array, "b _h _w _c"], ...]
+    started: Float[Array, "b n c"] | None = None
 
 
 def _down(
@@ -332,13 +338,13 @@ def _down(
     compute: ComputeOptions,
 ) -> PrefixState:
     """The state after these layers; each transformer stack takes the next contexts."""
-    time, hidden, skips = prefix
+    time, hidden, skips, started = prefix
     for name, layer, skip in path:
         with jax.named_scope(name):
             if isinstance(layer, ResnetBlock):
                 hidden = remat(layer, compute.remat)(hidden, time)
             elif isinstance(layer, Transformer2D):
-                hidden = layer(hidden, next(contexts), compute)
+                hidden, started = layer(hidden, next(contexts), compute, started), None
             else:
                 hidden = layer(hidden)
         if skip:

@@ -92,8 +92,13 @@ def test_transformer_2d(linear, depth, tmp_path):
     )
     ours = to_flax(lambda r: Transformer2D(12, 2, 10, depth, groups=4, linear=linear, rngs=r), theirs, tmp_path)
     x, text = tensor(2, 12, 3, 5), tensor(2, 7, 10, seed=1)
-    got = run(lambda m, x, t: m(x, m.context(t), ComputeOptions()), ours, nhwc(x), jnp.asarray(text.numpy()))
-    assert difference(got, theirs(x, encoder_hidden_states=text, return_dict=False)[0]) <= TOLERANCE
+    expected = theirs(x, encoder_hidden_states=text, return_dict=False)[0]
+    given = (ours, nhwc(x), jnp.asarray(text.numpy()))
+    got = run(lambda m, x, t: m(x, m.context(t), ComputeOptions()), *given)
+    assert difference(got, expected) <= TOLERANCE
+    compute = ComputeOptions("full")
+    got = run(lambda m, x, t: m(x, m.context(t), compute, m.start(x, compute)), *given)
+    assert difference(got, expected) <= TOLERANCE
 
 
 def test_deeper_stacks_are_no_more_to_compile():
