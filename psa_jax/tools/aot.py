@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
         found |= _largest(work, chip, args)
     else:
         _announce(args, work.batch_size, work)
-        found |= summary(work, work.batch_size, measure(work, work.batch_size), chip)
+        found |= _measured(work, work.batch_size, chip, args.quick)
     if args.what == "train" and "step_ms" in found:
         found |= {"steps": config.steps, "hours": config.steps * found["step_ms"] / 3.6e6}
     found |= {"slice_chips": len(devices), "dtype": "float32" if args.what == "build" else config.dtype}
@@ -52,10 +52,14 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def _measured(work: Work, batch_size: int, chip: Chip, quick: bool) -> dict[str, Any]:
+    return summary(work, batch_size, measure(work, batch_size, quick=quick), chip, timed=not quick)
+
+
 def _announce(args: Namespace, batch_size: int, work: Work) -> None:
     print_stage(
         f"compiling {args.what} of {batch_size} {work.items} for {work.chips} of {args.topology}; nothing is run",
-        "minutes; for a whole Stable Diffusion up to an hour",
+        "minutes; for a whole Stable Diffusion " + ("ten" if args.quick else "up to an hour"),
     )
 
 
@@ -65,7 +69,7 @@ def _largest(work: Work, chip: Chip, args: Namespace) -> dict[str, Any]:
 
     def fits(number: int) -> bool:
         _announce(args, number * work.least, work)
-        known[number] = summary(work, number * work.least, measure(work, number * work.least), chip)
+        known[number] = _measured(work, number * work.least, chip, args.quick)
         return known[number]["fits"]
 
     number = largest_batch(fits)
@@ -91,7 +95,7 @@ def _table(found: dict[str, Any], chip: Chip) -> list[str]:
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in found["hbm"].items())
     over = found["hbm_free_bytes"] / GIB
     verdict = f"fits, {over:.2f} free" if found["fits"] else f"does NOT fit, {-over:.2f} too many"
-    items = "pairs" if "pictures_per_hour" not in found else "pictures"
+    items = found["items"]
     lines = [
         f"{found['what']} on {found['chips']} of the {found['slice_chips']} chips of {found['topology']}, batch of "
         f"{found['batch_size']} {items}, {found['dtype']}",
@@ -100,13 +104,17 @@ def _table(found: dict[str, Any], chip: Chip) -> list[str]:
     ]
     if not found["fits"]:
         return lines
+    work = f"{found['flops']:.4g} FLOP a chip, {found['useful_flops']:.4g} without what is computed again"
+    moved = f"collectives, bytes of a chip: {_collectives(found['collectives'])}"
+    if "step_ms" not in found:
+        return [*lines, work, moved, *_unknown(found)]
     lines += [
         f"estimated {found['step_ms']:.3f} ms, of which kernels {found['kernel_ms']:.3f}; collectives are not in it; "
         f"MFU {100 * found['mfu']:.1f} %",
-        f"{found['flops']:.4g} FLOP a chip, {found['useful_flops']:.4g} without what is computed again",
+        work,
         f"{found[f'{items}_per_hour']:,.0f} {items} an hour"
         + (f"; {found['hours']:.2f} hours for {found['steps']} steps" if "hours" in found else ""),
-        f"collectives, bytes of a chip: {_collectives(found['collectives'])}",
+        moved,
     ]
     for title, key in (("kind", "by_kind"), ("phase", "by_phase"), ("scope", "by_scope")):
         lines += [f"by {title}, ms without kernels:"]
@@ -122,6 +130,11 @@ def _table(found: dict[str, Any], chip: Chip) -> list[str]:
         f"{each['source'] or '(of the compiler)'}  {each['name']}"
         for each in found["dearest"]
     ]
+    return [*lines, *_unknown(found)]
+
+
+def _unknown(found: dict[str, Any]) -> list[str]:
+    lines = []
     if found["unknown_loops"]:
         lines.append(f"loops whose trips are not known count once: {', '.join(found['unknown_loops'])}")
     if found["unknown_kernels"]:

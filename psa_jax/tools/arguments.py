@@ -233,6 +233,11 @@ def aot(parser: ArgumentParser) -> None:
         help="pairs, or pictures of generate, in a batch (default: as configured; generate: 8, build: 16)",
     )
     parser.add_argument("--largest", action="store_true", help="instead: find the largest batch per chip that fits")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the compiler with the least effort: memory, FLOP and collectives in minutes, and no time",
+    )
     parser.add_argument("--resolution", type=side, metavar="PX", help="side of the pictures (default: the model's)")
     parser.add_argument("--steps", type=count, default=20, help="generate: sampler steps (default: 20)")
     cached_text(parser)

@@ -12,6 +12,8 @@ from psa_jax.training.compiled_cost import KINDS, Cost, Row, cost_of, kernel_sec
 from psa_jax.training.lowered import bytes_needed, compile_lowered
 from psa_jax.training.programs import Work
 
+LEAST_EFFORT = {"exec_time_optimization_effort": -1.0, "xla_tpu_scoped_vmem_limit_kib": 32 * 1024}
+"""Options for a slow program in a fraction of the time. A kernel then keeps more on the chip than it may by default."""
 DEAREST = 10
 """Instructions that are listed."""
 
@@ -36,12 +38,13 @@ class Measured(NamedTuple):
         return sum(self.hbm.values())
 
 
-def measure(work: Work, batch_size: int) -> dict[str, Measured]:
+def measure(work: Work, batch_size: int, *, quick: bool = False) -> dict[str, Measured]:
     """Compiles the programs of a batch.
 
     Args:
       work: lowered for a slice of TPUs.
       batch_size: items in the batch.
+      quick: with `LEAST_EFFORT`; estimated cycles then say nothing.
 
     Raises:
       PSAError: a batch that the chips cannot share evenly.
@@ -49,15 +52,16 @@ def measure(work: Work, batch_size: int) -> dict[str, Measured]:
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from a cache has no time of compiling
     try:
-        return {name: _compiled(lowered) for name, lowered in work.lower(batch_size).items()}
+        options = LEAST_EFFORT if quick else None
+        return {name: _compiled(lowered, options) for name, lowered in work.lower(batch_size).items()}
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)
 
 
-def _compiled(lowered: jax.stages.Lowered) -> Measured:
+def _compiled(lowered: jax.stages.Lowered, options: dict[str, Any] | None) -> Measured:
     start = time.perf_counter()
     try:
-        compiled = compile_lowered(lowered)
+        compiled = compile_lowered(lowered, options)
     except jax.errors.JaxRuntimeError as error:
         needed = bytes_needed(error)
         if needed is None:
@@ -91,16 +95,22 @@ def largest_batch(fits: Callable[[int], bool], most: int = 1024) -> int:
     return good
 
 
-def summary(work: Work, batch_size: int, found: dict[str, Measured], chip: Chip) -> dict[str, Any]:
+def summary(
+    work: Work, batch_size: int, found: dict[str, Measured], chip: Chip, *, timed: bool = True
+) -> dict[str, Any]:
     """What the programs of a batch take and cost on each chip, as `psa-jax aot` prints it.
 
     Memory is that of the largest program; cycles, FLOP and bytes are sums over all calls of a batch.
+
+    Args:
+      timed: with what estimated cycles say.
     """
     largest = max(found.values(), key=lambda each: each.total)
     fits = all(each.cost is not None for each in found.values())
     about = {
         "chips": work.chips,
         "batch_size": batch_size,
+        "items": work.items,
         "batch_per_chip": batch_size / work.chips,
         "hbm_bytes": largest.total,
         "hbm": largest.hbm,
@@ -110,7 +120,13 @@ def summary(work: Work, batch_size: int, found: dict[str, Measured], chip: Chip)
         "fits": fits,
         "compile_seconds": round(sum(each.seconds for each in found.values()), 1),
     }
-    return about | _costs(work, batch_size, found, chip) if fits else about
+    if not fits:
+        return about
+    costs = _costs(work, batch_size, found, chip)
+    return about | (costs if timed else {name: costs[name] for name in _UNTIMED})
+
+
+_UNTIMED = ("flops", "useful_flops", "collective_bytes", "collectives", "unknown_loops", "unknown_kernels")
 
 
 def _costs(work: Work, batch_size: int, found: dict[str, Measured], chip: Chip) -> dict[str, Any]:

@@ -9,6 +9,7 @@ FLOP are those of matrix products and convolutions, two for each multiplication 
 padding, no holes of a dilation.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ _LANES = 128  # width of a TPU's registers and matrix units, to which a kernel p
 # Products of [rows, keys] by the width of a head in each kernel of splash attention, and how many of them a gradient
 # needs where the weights are kept: the kernel of the backward pass computes the weights again.
 _SPLASH = {"splash_mha_fwd": (2, 2), "splash_mha_dkv": (5, 4)}
+# In a large program the compiler leaves a kernel its name alone.
+_SPLASH_PHASES = {"splash_mha_dkv": "backward", "splash_mha_fwd_residuals": "forward"}
 _QUERIES, _KEYS = 2, 3  # their operands; those before say which tiles are masked
 
 _WRAPPED = re.compile(r"(?:jvp|transpose|vmap|remat|checkpoint)\((.*)\)")
@@ -189,7 +192,8 @@ class _Counter:
             flops, useful, padded = _kernel_flops(instruction, around)
             if not padded:
                 self.kernels.append(instruction.name)
-            kind = "attention" if "attention" in scope_of(op_name) else "other"
+            is_attention = "attention" in scope_of(op_name) or instruction.name.startswith(tuple(_SPLASH))
+            kind = "attention" if is_attention else "other"
         else:
             products = list(self._products(instruction, around))
             flops, padded = sum(each for _, each in products), 0
@@ -207,7 +211,7 @@ class _Counter:
                 times * useful,
                 times * padded,
                 kind,
-                phase_of(op_name),
+                phase_of(op_name) if op_name else _phase_of_kernel(instruction.name),
                 _module(op_name),
                 self.module.source(instruction),
             )
@@ -292,6 +296,10 @@ def phase_of(op_name: str) -> str:
     return scopes[0] if scopes else "other"
 
 
+def _phase_of_kernel(name: str) -> str:
+    return next((phase for start, phase in _SPLASH_PHASES.items() if name.startswith(start)), "other")
+
+
 def _module(op_name: str) -> str:
     """The scope of an instruction as one word."""
     return "/".join([part for part in scope_of(op_name) if part not in KINDS][:SCOPE_DEPTH]) or "other"
@@ -368,14 +376,15 @@ _FLOPS = {"dot": _dot_flops, "convolution": _convolution_flops}
 def _kernel_flops(instruction: Instruction, around: Computation) -> tuple[int, int, int]:
     """FLOP, useful FLOP and padded FLOP of a custom kernel; zeros where they are not known.
 
-    Splash attention is counted by its shapes, [b, heads, d, n] of queries and [b, heads, d, m] of keys. Other kernels
+    Splash attention is counted by its shapes, [b, heads, d, n] of queries and [b, heads, d, m] of keys, where a single
+    picture has no first axis. Other kernels
     count as the estimate that they were written with, where there is one.
     """
     for name, (computed, useful) in _SPLASH.items():
         if instruction.name.startswith(name):
             query, key = (_operand(instruction, around, n).shape for n in (_QUERIES, _KEYS))
-            batch, heads, width, rows = query
-            pairs = 2 * batch * heads * rows * key[3]
+            *batch, heads, width, rows = query
+            pairs = 2 * math.prod(batch) * heads * rows * key[-1]
             padded = -(-width // _LANES) * _LANES
             return computed * pairs * width, useful * pairs * width, computed * pairs * padded
     found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)

@@ -59,9 +59,13 @@ def abstract_frozen(setup: Setup, rows: int = 1) -> Frozen:
     )
 
 
-def compile_lowered(lowered: Lowered) -> Compiled:
-    """Compiles, then makes glibc return the memory that the compiler used (1 GB for SD1.5 on a CPU)."""
-    compiled = lowered.compile()
+def compile_lowered(lowered: Lowered, options: dict[str, Any] | None = None) -> Compiled:
+    """Compiles, then makes glibc return the memory that the compiler used (1 GB for SD1.5 on a CPU).
+
+    Args:
+      options: of the compiler, over those that it was lowered with.
+    """
+    compiled = lowered.compile(options)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

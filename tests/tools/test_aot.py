@@ -173,7 +173,7 @@ def test_a_program_that_runs_twice_in_a_batch():
 
 
 def test_what_is_printed(slices, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(tool, "measure", lambda work, size: {"train": Measured(HBM, COST, 12.34)})
+    monkeypatch.setattr(tool, "measure", lambda work, size, quick: {"train": Measured(HBM, COST, 12.34)})
     out = tmp_path / "step.json"
     assert main([*AOT, "--topology=v5e:2x2", "--config.mesh.data=-1", f"--json={out}"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -197,8 +197,22 @@ def too_large(pairs: int) -> Measured:
     return Measured({"total": needed}, COST if needed < 15.75 * GIB else None, 1.0)
 
 
+def test_the_least_effort_has_no_times(slices, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        tool, "measure", lambda *given, quick: asked.append(quick) or {"train": Measured(HBM, COST, 1.0)}
+    )
+    assert main([*AOT, "--topology=v5e:2x2", "--config.mesh.data=-1", "--quick"]) == 0 and asked == [True]
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert (found["flops"], found["collective_bytes"], found["hbm_bytes"]) == (197_000_010, 100, 3.25 * GIB)
+    assert not {"step_ms", "mfu", "cycles", "by_kind", "pairs_per_hour", "hours"} & set(found)
+    assert lines[1].endswith("fits, 12.50 free") and "collectives, bytes of a chip: all-reduce 2 x, 100" in lines
+    assert not any("estimated" in line for line in lines[:-1])
+
+
 def test_a_step_that_does_not_fit(slices, capsys, monkeypatch):
-    monkeypatch.setattr(tool, "measure", lambda work, size: {"train": too_large(size)})
+    monkeypatch.setattr(tool, "measure", lambda work, size, quick: {"train": too_large(size)})
     words = [*AOT, "--topology=v5e:2x2", "--config.mesh.data=-1"]
     assert main([*words, "--batch-size=24"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -208,12 +222,12 @@ def test_a_step_that_does_not_fit(slices, capsys, monkeypatch):
 
 
 def test_the_largest_batch(slices, capsys, monkeypatch):
-    monkeypatch.setattr(tool, "measure", lambda work, size: {"train": too_large(size)})
+    monkeypatch.setattr(tool, "measure", lambda work, size, quick: {"train": too_large(size)})
     words = [*AOT, "--topology=v5e:2x2", "--config.mesh.data=-1", "--largest"]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["largest_batch_per_chip"], found["batch_size"], found["compiled"]) == (5.0, 20, 6)
-    monkeypatch.setattr(tool, "measure", lambda work, size: {"train": too_large(100 * size)})
+    monkeypatch.setattr(tool, "measure", lambda work, size, quick: {"train": too_large(100 * size)})
     assert "takes 300.00 GiB of a chip's 15.75; set remat to full" in error(capsys, *words[2:])
 
 
@@ -253,23 +267,31 @@ def test_a_dearer_step_is_found():
     assert over({kind: cycles * 111 // 100 for kind, cycles in budget.items()}, budget) == [*budget, "all"]
 
 
-@pytest.mark.tpu_compiler
-@pytest.mark.timeout(1800)
-@pytest.mark.skipif(
+COMPILER = pytest.mark.tpu_compiler
+NEEDS_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'psa_jax[tpu]'"
 )
-@pytest.mark.parametrize("what", ["train", "generate"])
-def test_the_tiny_model_on_v5e(what, tmp_path):
+
+
+def compiled(folder: Path, *words: str) -> dict:
     """In a process of its own: tests compile for the CPU with flags that would reach this compiler, too."""
-    out = tmp_path / "found.json"
+    out = folder / "found.json"
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": path}
-    words = ["aot", "--config=tiny", "--topology=v5e:2x2", f"--what={what}", f"--json={out}"]
+    words = ["aot", "--config=tiny", "--topology=v5e:2x2", f"--json={out}", *words]
     done = subprocess.run(
         [sys.executable, "-m", "psa_jax", *words], capture_output=True, text=True, cwd=ROOT, env=environment
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
+    return json.loads(out.read_text())
+
+
+@COMPILER
+@pytest.mark.timeout(1800)
+@NEEDS_LIBTPU
+@pytest.mark.parametrize("what", ["train", "generate"])
+def test_the_tiny_model_on_v5e(what, tmp_path):
+    found = compiled(tmp_path, f"--what={what}")
     assert found["fits"] and 0 < found["hbm_bytes"] < 0.01 * found["hbm_limit_bytes"]
     assert found["unknown_loops"] == found["unknown_kernels"] == []
     assert 0 < found["mfu"] < 1 and found["step_ms"] == pytest.approx(found["cycles"] / 1.5e6)
@@ -280,3 +302,13 @@ def test_the_tiny_model_on_v5e(what, tmp_path):
     if installed not in BUDGET:
         pytest.skip(f"compiles; no cycles are recorded for libtpu {installed}, only for {', '.join(BUDGET)}")
     assert over(found["by_kind"], BUDGET[installed][what]) == []
+
+
+@COMPILER
+@pytest.mark.timeout(1800)
+@NEEDS_LIBTPU
+def test_the_least_effort_of_the_compiler(tmp_path):
+    found = compiled(tmp_path, "--quick", "--config.mesh.data=-1")
+    assert found["fits"] and 0 < found["hbm_bytes"] < 0.02 * found["hbm_limit_bytes"]
+    assert found["chips"] == 4 and set(found["collectives"]) == {"all-reduce"}
+    assert 1e9 < found["flops"] == found["useful_flops"] and "step_ms" not in found

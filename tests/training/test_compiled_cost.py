@@ -101,6 +101,21 @@ def test_a_recorded_program():
     assert kernel_seconds(985, 197.0) == 10.0
 
 
+def test_a_kernel_of_a_single_picture_has_no_axis_for_it():
+    assert cost_of(RECORDED.replace("[1,2,40,1024]", "[2,40,1024]")) == cost_of(RECORDED)
+
+
+def test_a_kernel_that_has_kept_its_name_alone():
+    bare = "\n".join(
+        line.split(", metadata=")[0] if "tpu_custom_call" in line else line for line in RECORDED.splitlines()
+    )
+    kernels = [row for row in cost_of(bare).rows if row.is_kernel]
+    assert [(row.kind, row.phase, row.source) for row in kernels] == [
+        ("attention", "forward", ""),
+        ("attention", "backward", ""),
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "cycles", "unknown"),
     [
