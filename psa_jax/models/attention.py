@@ -19,10 +19,14 @@ from jaxtyping import Array, Float
 from psa_jax.models.conv import CONVOLUTION, PixelwiseConv
 from psa_jax.models.norms import group_norm, layer_norm
 
+KERNEL = "attention_kernel"
+"""Name that a kernel gives to what its backward pass needs, for `REMAT`."""
+_CUDNN = "dot_product_attention_fwd_wrapper"  # cuDNN's kernel, which gives no names
+
 
 def _projections(primitive: Any, *operands: Any, **parameters: Any) -> bool:
-    """Checkpoint policy: whether a result is one of a convolution or of a matrix product with weights."""
-    if primitive.name == "conv_general_dilated" or parameters.get("name") == CONVOLUTION:
+    """Checkpoint policy: whether a result is one of a convolution, a matrix product with weights or a kernel."""
+    if primitive.name in ("conv_general_dilated", _CUDNN) or parameters.get("name") in (CONVOLUTION, KERNEL):
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters)
 
@@ -34,8 +38,8 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """Rematerialization policies, by what the backward pass finds stored: `none` stores everything; `dots` the outputs of
-matrix products and convolutions; `projections` the same without attention's products (the largest); `full` only the
-block's inputs."""
+matrix products and convolutions; `projections` the same without attention's products (the largest), but with what
+a kernel of attention gives in their place; `full` only the block's inputs."""
 
 
 def remat(block: Callable[..., Array], name: str, **settings: Any) -> Callable[..., Array]:

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from psa_jax.models.attention import Attend, attend
+from psa_jax.models.attention import KERNEL, Attend, attend
 
 _LONG = 1024  # pixels from which the weights are worth a kernel or blocks: 32 × 32
 _QUERIES = 512  # of a block, where no kernel fits
@@ -127,7 +127,9 @@ def _on_tpu(
     @jax.named_scope("attention")
     def attention(*inputs):
         kernel = splash.make_splash_mha_single_device(
-            splash.MultiHeadMask([splash.FullMask((padded, padded))] * heads), block_sizes=_block_sizes(padded, tiles)
+            splash.MultiHeadMask([splash.FullMask((padded, padded))] * heads),
+            block_sizes=_block_sizes(padded, tiles),
+            residual_checkpoint_name=KERNEL,
         )
         if padded > pixels:  # keys attend within their segment
             segments = (jnp.arange(padded) >= pixels).astype(jnp.int32)

@@ -1,14 +1,18 @@
 """Self-attention without its weights in memory gives what `attend` gives, in programs that hold a kernel or a loop."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from psa_jax.models import fused_attention
-from psa_jax.models.attention import attend
+from psa_jax.models.attention import Attention, attend, remat
 
 HEADS, ROWS = 2, PartitionSpec(("data", "fsdp"))
 
@@ -33,6 +37,11 @@ def in_blocks(query, key, value):
 
 def plain(query, key, value):
     return attend(query, key, value, HEADS)
+
+
+def self_attention() -> Attention:
+    made = nnx.eval_shape(lambda: Attention(HEADS * 40, HEADS, rngs=nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bfloat16), made)
 
 
 def with_gradients(function, inputs):
@@ -108,6 +117,31 @@ def test_blocks_never_hold_all_weights():
 
     weights = 2 * HEADS * 4096**2 * 4
     assert largest(in_blocks) < weights <= largest(plain)
+
+
+@pytest.mark.parametrize(
+    ("policy", "stored"), [("none", True), ("dots", False), ("projections", True), ("full", False)]
+)
+def test_what_the_tpu_kernel_leaves_for_the_backward_pass(mesh, capsys, policy, stored):
+    """Its output, and a number a head and pixel: where they are stored it does not run again."""
+    compute = remat(self_attention(), policy, attend=functools.partial(fused_attention._on_tpu, mesh, ROWS))
+    jax.ad_checkpoint.print_saved_residuals(compute, jnp.zeros((2, 1024, HEADS * 40), jnp.bfloat16))
+    assert (f"f32[2,{HEADS},1024]" in capsys.readouterr().out) is stored
+
+
+@pytest.mark.parametrize(("policy", "runs"), [("none", 1), ("dots", 2), ("projections", 1), ("full", 2)])
+def test_what_cudnn_leaves_for_the_backward_pass(monkeypatch, policy, runs):
+    """Traced for a GPU, of which there is none here."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *about: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *about: True)
+    compute = remat(self_attention(), policy, attend=fused_attention._on_gpu)
+
+    def total(x):
+        return jnp.sum(compute(x).astype(jnp.float32))
+
+    traced = str(jax.jit(jax.grad(total)).trace(jnp.zeros((2, 1024, HEADS * 40), jnp.bfloat16)).jaxpr)
+    kernels = [traced.count(f"dot_product_attention_{way}_wrapper[") for way in ("fwd", "bwd")]
+    assert kernels == [runs, 1]
 
 
 def test_gpus_with_a_kernel():
