@@ -33,9 +33,15 @@ def run(args: Namespace) -> int:
     if args.largest and args.batch_size:
         raise PSAError("--largest looks for a batch size, and --batch-size gives one; leave one of the two out")
     chip = chip_of(args.topology)
-    devices = topology_devices(args.topology)
+    devices = topology_devices(args.topology, config.mesh.slices)
     work = work_of(args.what, config, devices, Asked(args.batch_size, args.resolution, args.cached_text, args.steps))
-    found = {"topology": args.topology, "what": args.what, "jax": version("jax"), "libtpu": version("libtpu")}
+    found = {
+        "topology": args.topology,
+        "slices": config.mesh.slices,
+        "what": args.what,
+        "jax": version("jax"),
+        "libtpu": version("libtpu"),
+    }
     if args.largest:
         found |= _largest(work, chip, args)
     else:
@@ -96,8 +102,9 @@ def _table(found: dict[str, Any], chip: Chip) -> list[str]:
     over = found["hbm_free_bytes"] / GIB
     verdict = f"fits, {over:.2f} free" if found["fits"] else f"does NOT fit, {-over:.2f} too many"
     items = found["items"]
+    where = found["topology"] if found["slices"] == 1 else f"{found['slices']} slices {found['topology']}"
     lines = [
-        f"{found['what']} on {found['chips']} of the {found['slice_chips']} chips of {found['topology']}, batch of "
+        f"{found['what']} on {found['chips']} of the {found['slice_chips']} chips of {where}, batch of "
         f"{found['batch_size']} {items}, {found['dtype']}",
         f"memory of a chip, GiB: {found['hbm_bytes'] / GIB:.2f} of {chip.usable / GIB:.2f} ({parts}): {verdict}",
         f"compiled in {found['compile_seconds']:.0f} s",

@@ -218,7 +218,12 @@ def aot(parser: ArgumentParser) -> None:
     parser.set_defaults(takes_config=True)
     parser.add_argument("--config", type=place, required=True, metavar=_CONFIG, help="training configuration")
     base_model_of_config(parser)
-    parser.add_argument("--topology", required=True, metavar="SLICE", help="TPU slice, such as v5e:4x4 or v5p:2x2x1")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="SLICE",
+        help="TPU slice, such as v5e:4x4 or v5p:2x2x1; --config.mesh.slices=2 are two like it",
+    )
     parser.add_argument(
         "--what",
         default="train",

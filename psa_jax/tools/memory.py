@@ -21,7 +21,7 @@ def run(args: Namespace) -> int:
     """Prints a line of JSON: bytes on each device."""
     config = args.config
     validate(config, "memory")
-    devices = jax.devices() if args.topology is None else topology_devices(args.topology)
+    devices = jax.devices() if args.topology is None else topology_devices(args.topology, config.mesh.slices)
     setup = Setup.from_config(
         config, user_dim=user_dim(config), cached_text=args.cached_text, devices=devices, abstract=MODELS
     )

@@ -116,8 +116,8 @@ def memory(compiled: Compiled) -> dict[str, int]:
     return parts | {"total_bytes": sum(parts.values())}
 
 
-def topology_devices(name: str) -> Sequence[jax.Device]:
-    """The devices of a TPU slice such as v5e:2x4, none of which need be here.
+def topology_devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
+    """The devices of a TPU slice such as v5e:2x4, or of several like it, none of which need be here.
 
     Raises:
       PSAError: libtpu is not installed, is not that of this jax, or knows no such slice.
@@ -131,7 +131,8 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile: none takes a TPU
     try:
-        devices = topologies.get_topology_desc(name, platform="tpu").devices
+        several = {"num_slices": slices} if slices > 1 else {}
+        devices = topologies.get_topology_desc(name, platform="tpu", **several).devices
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise PSAError(f"libtpu cannot describe {name!r} ({error})") from error

@@ -60,7 +60,7 @@ def work(**about) -> Work:
 @pytest.fixture
 def slices(monkeypatch):
     """The slice's devices are the CPU's, and no libtpu is needed."""
-    monkeypatch.setattr(tool, "topology_devices", lambda name: jax.devices()[:4])
+    monkeypatch.setattr(tool, "topology_devices", lambda name, slices: jax.devices()[:4])
     monkeypatch.setattr(tool, "version", lambda name: "1.2.3")
 
 
