@@ -249,8 +249,8 @@ BUDGET = {
 
 Recorded by `psa-jax aot --config=tiny --topology=v5e:2x2 --what=…`. The estimates do not depend on the machine. Who
 makes a step dearer on purpose records it anew and says why. Norms in one pass are dearer at this size, in float32 on
-16 × 16 pixels, and cheaper at that of Stable Diffusion (tests/benchmarks/NOTES.md). Both parts of guidance share what is
-in front of the first cross-attention: a twentieth of the FLOP here, for copies that take as long (`other`).
+16 × 16 pixels, and cheaper at that of Stable Diffusion (tests/benchmarks/NOTES.md). Both parts of guidance share what
+is in front of the first cross-attention: a twentieth of the FLOP here, for copies that take as long (`other`).
 """
 
 
