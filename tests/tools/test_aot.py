@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from support.shape_folders import shape_folder
 
 import psa_jax
 from psa_jax.cli import main
@@ -274,12 +276,12 @@ NEEDS_LIBTPU = pytest.mark.skipif(
 )
 
 
-def compiled(folder: Path, *words: str) -> dict:
+def compiled(folder: Path, *words: str, config: str = "tiny", topology: str = "v5e:2x2") -> dict:
     """In a process of its own: tests compile for the CPU with flags that would reach this compiler, too."""
     out = folder / "found.json"
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": path}
-    words = ["aot", "--config=tiny", "--topology=v5e:2x2", f"--json={out}", *words]
+    words = ["aot", f"--config={config}", f"--topology={topology}", f"--json={out}", *words]
     done = subprocess.run(
         [sys.executable, "-m", "psa_jax", *words], capture_output=True, text=True, cwd=ROOT, env=environment
     )
@@ -313,3 +315,21 @@ def test_the_least_effort_of_the_compiler(tmp_path):
     assert found["fits"] and 0 < found["hbm_bytes"] < 0.02 * found["hbm_limit_bytes"]
     assert found["chips"] == 4 and set(found["collectives"]) == {"all-reduce"}
     assert 1e9 < found["flops"] == found["useful_flops"] and "step_ms" not in found
+
+
+@pytest.mark.slow
+@COMPILER
+@pytest.mark.timeout(7200)
+@NEEDS_LIBTPU
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_the_slice_that_a_configuration_names(name, tmp_path):
+    """Its default step fits the slice in its docstring, at full size; what its chips send is the gradient."""
+    topology, chips = re.search(
+        r"Sized for (v\w+:[\dx]+), (\d+) chips", (ROOT / f"configs/{name}.py").read_text()
+    ).groups()
+    model = f"--config.model={shape_folder(name, tmp_path / name)}"
+    found = compiled(tmp_path, model, "--quick", config=f"configs/{name}.py", topology=topology)
+    print(f"\n{name} on {topology}: {found['hbm_bytes'] / GIB:.2f} GiB, {found['batch_per_chip']} pairs a chip")
+    assert found["fits"] and found["chips"] == int(chips)
+    assert found["unknown_loops"] == found["unknown_kernels"] == []
+    assert set(found["collectives"]) == {"all-reduce"}
