@@ -18,8 +18,8 @@ To expect: not measured. The default mode has the kind of adapter and of loss th
 its learning rate is untried on real weights. A step of :dpo with 8 pairs on one H100, random weights: 0.14 s and 10.1
 GB (psa-jax bench step --pairs=8); the default looks at one picture of a pair and was not measured.
 Sized for v5e:4x4, 16 chips: 192 pairs a step in 12 parts are one pair a chip and part. By the TPU compiler's estimate
-a pair of :dpo with remat=none is 77 ms and 4.0 GiB (psa-jax aot, docs/speed.md): 0.93 s a step, 1.3 hours for 5,000
-steps.
+with remat=none (psa-jax aot, docs/speed.md) the default is 44 ms a pair and 3.0 GiB of a chip: 0.52 s a step, 0.7 hours
+for 5,000 steps; :dpo is 77 ms and 3.8 GiB, 1.3 hours. With accumulate=1 the default's 12 pairs a chip fit in 9.3 GiB.
 The memory on other devices is told by psa-jax memory. The frozen UNet and text encoder have 982.6
 million parameters, 1.97 GB in bfloat16. The adapter has 7.2 million.
 """
