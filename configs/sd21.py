@@ -14,8 +14,9 @@ pair with held-out measures and checkpoints, :smoke three steps.
 
 To expect: not measured. The default mode has the kind of adapter and of loss that configs/tiny.py was measured with;
 its learning rate is untried on real weights. Time of a step: not measured; psa-jax memory tells its memory.
-Sized for v5e:2x4, 8 chips: 192 pairs a step in 24 parts are one pair a chip and part (psa-jax aot --quick). The
-frozen UNet and text encoder have 1,206 million parameters, 2.41 GB in bfloat16. The adapter has 12.7 million.
+Sized for v5e:2x4, 8 chips: 192 pairs a step in 24 parts are one pair a chip and part, 4.2 GiB of a chip (psa-jax aot
+--quick). The frozen UNet and text encoder have 1,206 million parameters, 2.41 GB in bfloat16. The adapter has 12.7
+million.
 """
 
 from . import common
