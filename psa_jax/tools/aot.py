@@ -111,14 +111,20 @@ def _table(found: dict[str, Any], chip: Chip) -> list[str]:
     ]
     if not found["fits"]:
         return lines
-    work = f"{found['flops']:.4g} FLOP a chip, {found['useful_flops']:.4g} without what is computed again"
+    flop = f"{found['flops']:.4g} FLOP a chip, {found['useful_flops']:.4g} without what is computed again"
     moved = f"collectives, bytes of a chip: {_collectives(found['collectives'])}"
     if "step_ms" not in found:
-        return [*lines, work, moved, *_unknown(found)]
+        return [
+            *lines,
+            "with the least effort, which makes a program about half as large",
+            flop,
+            moved,
+            *_unknown(found),
+        ]
     lines += [
         f"estimated {found['step_ms']:.3f} ms, of which kernels {found['kernel_ms']:.3f}; collectives are not in it; "
         f"MFU {100 * found['mfu']:.1f} %",
-        work,
+        flop,
         f"{found[f'{items}_per_hour']:,.0f} {items} an hour"
         + (f"; {found['hours']:.2f} hours for {found['steps']} steps" if "hours" in found else ""),
         moved,

@@ -16,6 +16,7 @@ LEAST_EFFORT = {"exec_time_optimization_effort": -1.0, "xla_tpu_scoped_vmem_limi
 """Options for a slow program in a fraction of the time. A kernel then keeps more on the chip than it may by default."""
 DEAREST = 10
 """Instructions that are listed."""
+_UNTIMED = ("flops", "useful_flops", "collective_bytes", "collectives", "unknown_loops", "unknown_kernels")
 
 
 class Measured(NamedTuple):
@@ -124,9 +125,6 @@ def summary(
         return about
     costs = _costs(work, batch_size, found, chip)
     return about | (costs if timed else {name: costs[name] for name in _UNTIMED})
-
-
-_UNTIMED = ("flops", "useful_flops", "collective_bytes", "collectives", "unknown_loops", "unknown_kernels")
 
 
 def _costs(work: Work, batch_size: int, found: dict[str, Measured], chip: Chip) -> dict[str, Any]:
