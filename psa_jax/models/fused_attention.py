@@ -2,7 +2,7 @@
 
 `attend` writes its weights to memory, heads × pixels × pixels of each picture. At 512 px they take most of the
 memory of Stable Diffusion 1.5's training step, and half of its time. A kernel keeps them on the chip and recomputes
-them in the backward pass. Where no kernel fits (float32), an accelerator computes them for some queries at a time.
+them in the backward pass. Where there is no kernel (float32, a CPU), they are computed for some queries at a time.
 
 Source: FlashAttention-2, arXiv 2307.08691.
 """
@@ -29,7 +29,7 @@ def fused_attention(devices: Mesh, rows: PartitionSpec) -> Attend:
     """The fastest implementation of `attend` for these devices.
 
     Kernels take self-attention on 16-bit numbers and 1,024 pixels or more. Other inputs of this length, and
-    accelerators without a kernel, use `attend` on blocks of queries; CPUs, and fewer pixels, `attend` itself.
+    devices without a kernel, use `attend` on blocks of queries; fewer pixels use `attend` itself.
 
     Args:
       devices: of one kind.
@@ -38,8 +38,6 @@ def fused_attention(devices: Mesh, rows: PartitionSpec) -> Attend:
     device = devices.devices.flat[0]
     if device.platform == "tpu":
         return functools.partial(_on_tpu, devices, rows)
-    if device.platform == "cpu":
-        return attend
     return _on_gpu if _has_cudnn(getattr(device, "compute_capability", "")) else _without_kernel
 
 

@@ -89,7 +89,7 @@ def _largest(work: Work, chip: Chip, args: Namespace) -> dict[str, Any]:
 
 
 _MENDED = {
-    "train": "set remat to full, or divide the frozen weights (mesh.fsdp, mesh.frozen = split)",
+    "train": "set remat to full, divide the adapter (mesh.fsdp), or the frozen weights, too (mesh.frozen = split)",
     "reference": "divide the frozen weights (mesh.fsdp, mesh.frozen = split)",
     "generate": "give a smaller --resolution, or dtype = bfloat16",
     "build": "give a smaller --resolution",
@@ -109,7 +109,7 @@ def _table(found: dict[str, Any], chip: Chip) -> list[str]:
         f"memory of a chip, GiB: {found['hbm_bytes'] / GIB:.2f} of {chip.usable / GIB:.2f} ({parts}): {verdict}",
         f"compiled in {found['compile_seconds']:.0f} s",
     ]
-    if not found["fits"]:
+    if "flops" not in found:
         return lines
     flop = f"{found['flops']:.4g} FLOP a chip, {found['useful_flops']:.4g} without what is computed again"
     moved = f"collectives, bytes of a chip: {_collectives(found['collectives'])}"

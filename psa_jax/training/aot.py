@@ -107,7 +107,7 @@ def summary(
       timed: with what estimated cycles say.
     """
     largest = max(found.values(), key=lambda each: each.total)
-    fits = all(each.cost is not None for each in found.values())
+    compiled = all(each.cost is not None for each in found.values())
     about = {
         "chips": work.chips,
         "batch_size": batch_size,
@@ -118,10 +118,10 @@ def summary(
         "hbm_chip_bytes": chip.hbm,
         "hbm_limit_bytes": chip.usable,
         "hbm_free_bytes": chip.usable - largest.total,
-        "fits": fits,
+        "fits": compiled and largest.total <= chip.usable,  # with the least effort the compiler refuses nothing
         "compile_seconds": round(sum(each.seconds for each in found.values()), 1),
     }
-    if not fits:
+    if not compiled:
         return about
     costs = _costs(work, batch_size, found, chip)
     return about | (costs if timed else {name: costs[name] for name in _UNTIMED})

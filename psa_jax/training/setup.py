@@ -45,6 +45,10 @@ NO_SPACE_TO_BATCH = {
     "xla_tpu_run_space_to_batch_after_spmd": False,
 }
 
+# A CPU's compiler orders a program for threads that run side by side. For SD1.5's step that takes a quarter more memory
+# for temporaries, and no less time.
+LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Models that a step does not run where text is cached."""
 
@@ -143,10 +147,12 @@ class Setup:
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
-        """Options of XLA for programs in which policy and reference are compared."""
-        options = {} if self.dtype == jnp.float32 else NO_EXCESS_PRECISION
-        if self.mesh.devices.flat[0].platform == "tpu" and jax.__version_info__[:2] == SPACE_TO_BATCH_JAX:
+        """Options of XLA for programs that run the UNet in training."""
+        options, platform = {} if self.dtype == jnp.float32 else NO_EXCESS_PRECISION, self.mesh.devices.flat[0].platform
+        if platform == "tpu" and jax.__version_info__[:2] == SPACE_TO_BATCH_JAX:
             options = options | NO_SPACE_TO_BATCH
+        if platform == "cpu":
+            options = options | LEAST_MEMORY
         return options or None
 
     @property

@@ -223,6 +223,17 @@ def test_a_step_that_does_not_fit(slices, capsys, monkeypatch):
     assert (found["fits"], found["hbm_free_bytes"]) == (False, -2.25 * GIB) and "step_ms" not in found
 
 
+def test_what_the_least_effort_compiles_although_it_is_too_large(slices, capsys, monkeypatch):
+    """Told with its costs, and as what it is."""
+    large = Measured(HBM | {"temporaries": 15 * GIB}, COST, 1.0)
+    monkeypatch.setattr(tool, "measure", lambda work, size, quick: {"train": large})
+    assert main([*AOT, "--topology=v5e:2x2", "--config.mesh.data=-1", "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("does NOT fit, 0.50 too many")
+    found = json.loads(lines[-1])
+    assert (found["fits"], found["flops"]) == (False, 197_000_010)
+
+
 def test_the_largest_batch(slices, capsys, monkeypatch):
     monkeypatch.setattr(tool, "measure", lambda work, size, quick: {"train": too_large(size)})
     words = [*AOT, "--topology=v5e:2x2", "--config.mesh.data=-1", "--largest"]

@@ -27,7 +27,7 @@ from psa_jax.profiles.table import EmbeddingTable
 from psa_jax.training.loop import train
 from psa_jax.training.run import cached_text
 from psa_jax.training.settings import user_dim
-from psa_jax.training.setup import NO_EXCESS_PRECISION, NO_SPACE_TO_BATCH, Setup
+from psa_jax.training.setup import LEAST_MEMORY, NO_EXCESS_PRECISION, NO_SPACE_TO_BATCH, Setup
 from psa_jax.training.step import draw_inputs, gradient, make_step
 
 
@@ -147,7 +147,9 @@ def test_a_step_descends_along_the_gradient(make_training):
 @pytest.mark.parametrize(
     ("platform", "dtype", "options"),
     [
-        ("cpu", jnp.float32, None),
+        ("cpu", jnp.float32, LEAST_MEMORY),
+        ("cpu", jnp.bfloat16, NO_EXCESS_PRECISION | LEAST_MEMORY),
+        ("gpu", jnp.float32, None),
         ("gpu", jnp.bfloat16, NO_EXCESS_PRECISION),
         ("tpu", jnp.float32, NO_SPACE_TO_BATCH),
         ("tpu", jnp.bfloat16, NO_EXCESS_PRECISION | NO_SPACE_TO_BATCH),
