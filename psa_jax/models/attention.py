@@ -31,15 +31,22 @@ def _projections(primitive: Any, *operands: Any, **parameters: Any) -> bool:
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters)
 
 
+def _kernels(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Checkpoint policy: whether a result is one of a kernel of attention."""
+    return primitive.name == _CUDNN or parameters.get("name") == KERNEL
+
+
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_saveable,
     "projections": _projections,
+    "kernels": _kernels,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """Rematerialization policies, by what the backward pass finds stored: `none` stores everything; `dots` the outputs of
 matrix products and convolutions; `projections` the same without attention's products (the largest), but with what
-a kernel of attention gives in their place; `full` only the block's inputs."""
+a kernel of attention gives in their place; `kernels` the block's inputs and what these kernels give; `full` only the
+block's inputs."""
 
 
 def remat(block: Callable[..., Array], name: str, **settings: Any) -> Callable[..., Array]:

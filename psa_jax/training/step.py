@@ -77,10 +77,12 @@ def train_step(
     check_batch(len(pairs["user"]), setup.mesh, setup.accumulate)
     with jax.named_scope("draw_inputs"):
         inputs = draw_inputs(setup, frozen, pairs, jax.random.fold_in(key, state.step))
+    # Where they are divided they are gathered once: products with divided ones would exchange states in every layer.
+    params = jax.lax.with_sharding_constraint(state.params, replicated(setup.mesh))
     if setup.accumulate == 1:
-        grads, losses = gradient(setup, state.params, frozen, inputs, shared)
+        grads, losses = gradient(setup, params, frozen, inputs, shared)
     else:
-        grads, losses = accumulated_gradient(setup, state.params, frozen, inputs, shared)
+        grads, losses = accumulated_gradient(setup, params, frozen, inputs, shared)
     with jax.named_scope("optimizer"):
         state, norms = apply_update(setup, state, grads)
     return state, summarise(losses) | norms

@@ -120,7 +120,7 @@ def test_blocks_never_hold_all_weights():
 
 
 @pytest.mark.parametrize(
-    ("policy", "stored"), [("none", True), ("dots", False), ("projections", True), ("full", False)]
+    ("policy", "stored"), [("none", True), ("dots", False), ("projections", True), ("kernels", True), ("full", False)]
 )
 def test_what_the_tpu_kernel_leaves_for_the_backward_pass(mesh, capsys, policy, stored):
     """Its output, and a number a head and pixel: where they are stored it does not run again."""
@@ -129,7 +129,9 @@ def test_what_the_tpu_kernel_leaves_for_the_backward_pass(mesh, capsys, policy, 
     assert (f"f32[2,{HEADS},1024]" in capsys.readouterr().out) is stored
 
 
-@pytest.mark.parametrize(("policy", "runs"), [("none", 1), ("dots", 2), ("projections", 1), ("full", 2)])
+@pytest.mark.parametrize(
+    ("policy", "runs"), [("none", 1), ("dots", 2), ("projections", 1), ("kernels", 1), ("full", 2)]
+)
 def test_what_cudnn_leaves_for_the_backward_pass(monkeypatch, policy, runs):
     """Traced for a GPU, of which there is none here."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *about: 91000)

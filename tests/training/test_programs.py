@@ -120,6 +120,19 @@ def test_what_devices_say_to_each_other_is_the_gradient(run_inputs, mode, words)
     assert gradients * (0.4 if mode == "" else 1) < found["all-reduce"][1] < gradients + 400
 
 
+@pytest.mark.parametrize("words", [[], ["--config.accumulate=2"]])
+def test_divided_adapters_are_gathered_once(run_inputs, words):
+    """Of one step on 2 × 4 devices: the adapter's arrays and their gradients, and no states of a layer."""
+    config = config_of(run_inputs[0], "--config.mesh.fsdp=4", *words)
+    work = work_of("train", config, jax.devices(), Asked(batch_size=16, resolution=32))
+    found = cost_of(work.lower(16)["train"].compile(FAST_COMPILE).as_text()).collectives
+    unet = load_stable_diffusion(run_inputs[0], abstract=MODELS).unet.config
+    adapter = abstract_model(Adapter, AdapterConfig.for_unet(unet, user_dim=user_dim(config), **config.adapter))
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(adapter))
+    assert set(found) == {"all-gather", "all-reduce"}
+    assert 0.9 * size < found["all-gather"][1] <= size
+
+
 def test_pictures_are_drawn_on_one_chip_and_encoded_on_those_of_a_host(run_inputs):
     config = config_of(run_inputs[0])
     work = work_of("generate", config, jax.devices(), Asked())
