@@ -114,6 +114,13 @@ def test_training_on_cached_text(training_config, small_pipeline, training_data,
     assert "text embeddings are not used" in capsys.readouterr().err
 
 
+def test_the_size_of_a_unet(make_training):
+    setup = make_training().setup
+    assert setup.unet_size == sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(setup.model.unet)))
+    with_text = setup.unet_size + sum(leaf.size for leaf in jax.tree.leaves(nnx.state(setup.model.text_encoders)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(setup.frozen().weights)) == with_text
+
+
 def test_the_parts_of_a_step_have_names(make_training):
     """The compiler's costs and the profiler go by them."""
     training = make_training()
@@ -145,20 +152,21 @@ def test_a_step_descends_along_the_gradient(make_training):
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "options"),
+    ("platform", "dtype", "size", "options"),
     [
-        ("cpu", jnp.float32, LEAST_MEMORY),
-        ("cpu", jnp.bfloat16, NO_EXCESS_PRECISION | LEAST_MEMORY),
-        ("gpu", jnp.float32, None),
-        ("gpu", jnp.bfloat16, NO_EXCESS_PRECISION),
-        ("tpu", jnp.float32, NO_SPACE_TO_BATCH),
-        ("tpu", jnp.bfloat16, NO_EXCESS_PRECISION | NO_SPACE_TO_BATCH),
+        ("cpu", jnp.float32, 10**6, None),
+        ("cpu", jnp.float32, 860 * 10**6, LEAST_MEMORY),
+        ("cpu", jnp.bfloat16, 860 * 10**6, NO_EXCESS_PRECISION | LEAST_MEMORY),
+        ("gpu", jnp.float32, 860 * 10**6, None),
+        ("gpu", jnp.bfloat16, 860 * 10**6, NO_EXCESS_PRECISION),
+        ("tpu", jnp.float32, 860 * 10**6, NO_SPACE_TO_BATCH),
+        ("tpu", jnp.bfloat16, 860 * 10**6, NO_EXCESS_PRECISION | NO_SPACE_TO_BATCH),
     ],
 )
-def test_the_compiler_gets_only_options_that_it_knows(monkeypatch, platform, dtype, options):
+def test_the_compiler_gets_only_options_that_it_knows(monkeypatch, platform, dtype, size, options):
     """XLA refuses options of another platform."""
     devices = np.array([SimpleNamespace(platform=platform)])
-    setup = SimpleNamespace(dtype=jnp.dtype(dtype), mesh=SimpleNamespace(devices=devices))
+    setup = SimpleNamespace(dtype=jnp.dtype(dtype), mesh=SimpleNamespace(devices=devices), unet_size=size)
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     assert Setup.compiler_options.fget(setup) == options
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 1))
