@@ -118,7 +118,8 @@ def summary(
         "hbm_chip_bytes": chip.hbm,
         "hbm_limit_bytes": chip.usable,
         "hbm_free_bytes": chip.usable - largest.total,
-        "fits": compiled and largest.total <= chip.usable,  # with the least effort the compiler refuses nothing
+        # With the least effort the compiler refuses only what temporaries alone make too large.
+        "fits": compiled and largest.total <= chip.usable,
         "compile_seconds": round(sum(each.seconds for each in found.values()), 1),
     }
     if not compiled:
