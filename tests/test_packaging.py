@@ -241,7 +241,7 @@ SEVERAL_MODULES = {
     "models": {"named_scopes"},
     "tools": {"commands", "import"},
     "torch": {"all_pipelines", "docs", "graphs", "readme", "runtime", "serving", "switches", "together"},
-    "training": {"precision"},
+    "training": {"fast_path", "precision"},
 }
 """Tests in a folder of the package that are about more than one of its modules."""
 
