@@ -99,11 +99,12 @@ class _Tiles(NamedTuple):
 # Found with libtpu 0.0.42.1 for 4,096 × 40, 4,096 × 64, 9,216 × 64 and 1,024 × 80 (pixels × head width): the tiles with
 # the fewest instructions of those whose scratch fits a kernel's 16 MiB. A tile of all keys needs no sum of partial
 # gradients of the queries. tests/benchmarks/NOTES.md has the numbers.
-_TILES = {
+TILES = {
     "TPU v5 lite": _Tiles(512, 4608, 1024, 4096),
     "TPU v5": _Tiles(512, 4608, 512, 2304),
     "TPU v6 lite": _Tiles(512, 4608, 1024, 4608),
 }
+"""Kind of a device → its tiles."""
 _OTHER_TILES = _Tiles(512, 1024, 512, 1024)  # what fits the older chips
 _KEYS_AT_ONCE = 512  # of a matrix product in a tile
 
@@ -119,7 +120,7 @@ def _on_tpu(
     pixels = query.shape[1]
     if query.dtype.itemsize != 2 or not _long(query, key) or key.shape[1] != pixels:
         return _without_kernel(query, key, value, heads)
-    tiles = _TILES.get(devices.devices.flat[0].device_kind, _OTHER_TILES)
+    tiles = TILES.get(devices.devices.flat[0].device_kind, _OTHER_TILES)
     padded = _padded(pixels, tiles)
 
     @jax.named_scope("attention")

@@ -20,7 +20,7 @@ from psa_jax.interop.base_model import BaseModel
 from psa_jax.interop.diffusers import StableDiffusion
 from psa_jax.models.adapter_config import AdapterConfig
 from psa_jax.models.attention import REMAT, ComputeOptions
-from psa_jax.models.fused_attention import fused_attention
+from psa_jax.models.fused_attention import TILES, fused_attention
 from psa_jax.preference.batch import Batch, BatchSpec
 from psa_jax.preference.draws import FixedDraws, fixed_draws_or_none
 from psa_jax.preference.metrics import TIME_PARTS
@@ -44,6 +44,10 @@ NO_SPACE_TO_BATCH = {
     "xla_tpu_run_space_to_batch_on_new_platforms": False,
     "xla_tpu_run_space_to_batch_after_spmd": False,
 }
+
+# A backward kernel's tile takes up to 17.4 MiB of the memory inside a chip, where 16 are allowed; whether it fits
+# depends on what is around it. By the estimate 20 MiB cost nothing (tests/benchmarks/NOTES.md).
+ROOM_FOR_KERNELS = {"xla_tpu_scoped_vmem_limit_kib": 20_480}
 
 # A CPU's compiler orders a program for threads that run side by side. For SD1.5's step that takes a quarter more memory
 # for temporaries, and no less time. A small model's step is a tenth faster so, and takes no more memory.
@@ -154,10 +158,13 @@ class Setup:
     @property
     def compiler_options(self) -> dict[str, Any] | None:
         """Options of XLA for programs that run the UNet in training."""
-        options, platform = {} if self.dtype == jnp.float32 else NO_EXCESS_PRECISION, self.mesh.devices.flat[0].platform
-        if platform == "tpu" and jax.__version_info__[:2] == SPACE_TO_BATCH_JAX:
+        narrow, device = self.dtype != jnp.float32, self.mesh.devices.flat[0]
+        options = NO_EXCESS_PRECISION if narrow else {}
+        if device.platform == "tpu" and jax.__version_info__[:2] == SPACE_TO_BATCH_JAX:
             options = options | NO_SPACE_TO_BATCH
-        if platform == "cpu" and self.unet_size >= LARGE:
+            if narrow and device.device_kind in TILES:
+                options = options | ROOM_FOR_KERNELS
+        if device.platform == "cpu" and self.unet_size >= LARGE:
             options = options | LEAST_MEMORY
         return options or None
 

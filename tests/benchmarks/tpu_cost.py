@@ -29,7 +29,7 @@ from psa_jax.models.unet import UNet
 from psa_jax.training.chips import CHIPS
 from psa_jax.training.compiled_cost import cost_of, kernel_seconds
 from psa_jax.training.lowered import compile_lowered, topology_devices
-from psa_jax.training.setup import NO_EXCESS_PRECISION, NO_SPACE_TO_BATCH
+from psa_jax.training.setup import NO_EXCESS_PRECISION, NO_SPACE_TO_BATCH, ROOM_FOR_KERNELS
 
 _SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
@@ -112,7 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--top", type=int, default=10, help="instructions to list")
     args = parser.parse_args()
-    options = NO_EXCESS_PRECISION | NO_SPACE_TO_BATCH | parse_options(args.option)
+    options = NO_EXCESS_PRECISION | NO_SPACE_TO_BATCH | ROOM_FOR_KERNELS | parse_options(args.option)
     for block in args.blocks:
         start = time.monotonic()
         sizes = {"pictures": args.pictures, "backward": args.backward}
