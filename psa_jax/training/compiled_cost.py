@@ -266,10 +266,11 @@ def _parts(op_name: str) -> list[str]:
 def scope_of(op_name: str) -> list[str]:
     """Named scopes of an instruction, outermost first, without what JAX adds and without the primitive.
 
-    `jit(train_step)/transpose(jvp(loss))/policy/unet/mid_block/dot_general` is policy, unet, mid_block.
+    `jit(train_step)/transpose(jvp(loss))/policy/unet/mid_block/dot_general` is policy, unet, mid_block. Of instructions
+    that became one, whose names a semicolon joins, it is that of the first.
     """
     found = []
-    for part in _parts(op_name)[:-1]:
+    for part in _parts(op_name.partition(";")[0])[:-1]:
         while wrapped := _WRAPPED.fullmatch(part):
             part = wrapped[1]
         found += [each for each in _parts(part) if not _NO_SCOPE.fullmatch(each)]
@@ -284,6 +285,7 @@ def phase_of(op_name: str) -> str:
       compared with), `optimizer` or `draw_inputs` of a training step, whose other parts are `forward`; in other
       programs the outermost scope; `other` for what the compiler added.
     """
+    op_name = op_name.partition(";")[0]
     scopes = scope_of(op_name)
     if "rematted_computation" in op_name:
         return "recomputed"

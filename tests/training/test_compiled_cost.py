@@ -231,6 +231,8 @@ def test_what_else_runs():
         ("jit(train_step)/optimizer/jit(_where)/select_n", ["optimizer"], "optimizer"),
         ("jit(_generate)/while/body/closed_call/unet/norm/mul", ["unet", "norm"], "unet"),
         ("jit(train_step)/while/body/transpose(jvp(loss/policy))/unet/mul", ["policy", "unet"], "backward"),
+        ("jit(train_step)/transpose;accumulate/reshape", [], "other"),
+        ("jit(train_step)/optimizer/mul;jit(train_step)/transpose(jvp(loss))/policy/add", ["optimizer"], "optimizer"),
         ("", [], "other"),
     ],
 )
