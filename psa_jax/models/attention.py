@@ -36,6 +36,11 @@ def _kernels(primitive: Any, *_: Any, **parameters: Any) -> bool:
     return primitive.name == _CUDNN or parameters.get("name") == KERNEL
 
 
+def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Checkpoint policy: whether a result is no gathered weight."""
+    return primitive.name not in ("optimization_barrier", "sharding_constraint")
+
+
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -49,28 +54,31 @@ a kernel of attention gives in their place; `kernels` the block's inputs and wha
 block's inputs."""
 
 
-def remat(block: Callable[..., Array], name: str, **settings: Any) -> Callable[..., Array]:
-    """A module with the rematerialization policy `REMAT[name]`.
+def remat(function: Callable[..., Array], compute: "ComputeOptions", **settings: Any) -> Callable[..., Array]:
+    """A function of a module and arrays, with the rematerialization policy `REMAT[compute.remat]`.
 
-    The module's weights are an argument of `jax.checkpoint`, not closed over.
+    The module's weights are an argument of `jax.checkpoint`, not closed over. Where they are divided, devices gather
+    them when the module runs, and again for its backward pass.
 
     Args:
-      block: a module that maps arrays to an array.
-      name: a key of `REMAT`.
-      settings: keyword arguments of the module that are no arrays.
+      function: maps a module and arrays to an array.
+      compute: the policy, and how weights are gathered.
+      settings: keyword arguments of the function that are no arrays.
 
     Returns:
-      A function of the module's array arguments.
+      A function of the module and the arrays.
     """
 
-    def call(block: Callable[..., Array], *inputs: Any) -> Array:
-        return block(*inputs, **settings)
+    def call(module: nnx.Module, *inputs: Any) -> Array:
+        if compute.whole is not None:
+            # Not before the inputs are there: the compiler would gather all modules at once, and keep them.
+            module, inputs = jax.lax.optimization_barrier((module, inputs))
+            module = jax.tree.map(compute.whole, module)
+        return function(module, *inputs, **settings)
 
-    if name == "none":
-        return lambda *inputs: call(block, *inputs)
-
-    checkpointed = jax.checkpoint(call, policy=REMAT[name])
-    return lambda *inputs: checkpointed(block, *inputs)
+    if compute.remat == "none":
+        return call if compute.whole is None else jax.checkpoint(call, policy=_all_but_weights)
+    return jax.checkpoint(call, policy=REMAT[compute.remat])
 
 
 class UserTokens(NamedTuple):
@@ -129,10 +137,12 @@ class ComputeOptions(NamedTuple):
     Attributes:
       remat: rematerialization policy of each block, a key of `REMAT`.
       attend: implementation of self-attention; see `psa_jax.models.fused_attention`.
+      whole: gathers a weight that is divided over devices; None where all weights are whole.
     """
 
     remat: str = "none"
     attend: Attend = attend
+    whole: Callable[[Array], Array] | None = None
 
 
 class Attention(nnx.Module):
@@ -287,9 +297,12 @@ class Transformer2D(nnx.Module):
         self.transformer_blocks = jax.vmap(block)(jax.random.split(rngs.params(), depth))
         self.proj_out = projection()
 
-    def context(self, text: Float[Array, "b s c"]) -> tuple[CrossContext, ...]:
+    def context(self, text: Float[Array, "b s c"], compute: ComputeOptions) -> tuple[CrossContext, ...]:
         """Text keys and values of each block, from text states [b, s, c]."""
-        stacked = jax.vmap(lambda attention: attention.context(text))(self.transformer_blocks.attn2)
+        projections = self.transformer_blocks.attn2
+        if compute.whole is not None:
+            projections = jax.tree.map(compute.whole, projections)
+        stacked = jax.vmap(lambda attention: attention.context(text))(projections)
         return tuple(
             jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, i, keepdims=False), stacked)  # noqa: B023
             for i in range(self.depth)
@@ -311,7 +324,8 @@ class Transformer2D(nnx.Module):
         """
 
         def run(block: BasicTransformerBlock, hidden: Array, context: CrossContext, **settings: Any) -> Array:
-            return remat(block, compute.remat, attend=compute.attend, **settings)(hidden, context)
+            call = remat(BasicTransformerBlock.__call__, compute, attend=compute.attend, **settings)
+            return call(block, hidden, context)
 
         if started is None:
             hidden, done = self._pixels(x), 0
@@ -333,7 +347,8 @@ class Transformer2D(nnx.Module):
         Args:
           x, compute: as in a call.
         """
-        return self._block(0).start(self._pixels(x), compute.attend)
+        start = remat(BasicTransformerBlock.start, compute, attend=compute.attend)
+        return start(self._block(0), self._pixels(x))
 
     def _pixels(self, x: Float[Array, "b h w d"]) -> Float[Array, "b n d"]:
         return self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[3])

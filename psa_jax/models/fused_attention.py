@@ -138,8 +138,10 @@ def _on_tpu(
         out = jax.vmap(kernel)(*split).swapaxes(1, 2)
         return out.reshape(*out.shape[:2], -1)[:, :pixels]
 
-    # The compiler cannot divide a kernel by itself.
-    divided = jax.shard_map(attention, mesh=devices, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)
+    # The compiler cannot divide a kernel by itself. Where each device works on its own there is nothing to divide.
+    divided = attention
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        divided = jax.shard_map(attention, mesh=devices, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False)
     # The kernel has no scale. In float32, since 40 ** -0.5 in bfloat16 would be off by the same share for all logits.
     scaled = query.astype(jnp.float32) * (query.shape[-1] // heads) ** -0.5
     return divided(scaled.astype(query.dtype), key, value)

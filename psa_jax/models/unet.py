@@ -163,7 +163,8 @@ class UNet(nnx.Module):
     def context(self, text: Float[Array, "b s c"]) -> tuple[CrossContext, ...]:
         """Text keys and values of every cross-attention, in adapter order (`config.cross_attentions`)."""
         blocks = [*self.down_blocks, *self.up_blocks, self.mid_block]
-        return tuple(layer for block in blocks for stack in block.attentions for layer in stack.context(text))
+        stacks = (stack for block in blocks for stack in block.attentions)
+        return tuple(layer for stack in stacks for layer in stack.context(text, self.compute))
 
     def _in_call_order(self, contexts: tuple[CrossContext, ...]) -> Iterator[tuple[CrossContext, ...]]:
         """Contexts of each transformer stack in the order of the calls: down, mid, up. Adapter order has mid last."""
@@ -266,13 +267,14 @@ class UNet(nnx.Module):
 
     @jax.named_scope("mid_block")
     def _mid(self, hidden: Array, time: Array, contexts: tuple[CrossContext, ...]) -> Array:
-        before, after = (remat(resnet, self.compute.remat) for resnet in self.mid_block.resnets)
+        before, after = self.mid_block.resnets
+        run = remat(ResnetBlock.__call__, self.compute)
         with jax.named_scope("resnets_0"):
-            hidden = before(hidden, time)
+            hidden = run(before, hidden, time)
         with jax.named_scope("attentions_0"):
             hidden = self.mid_block.attentions[0](hidden, contexts, self.compute)
         with jax.named_scope("resnets_1"):
-            return after(hidden, time)
+            return run(after, hidden, time)
 
     def _up(
         self, hidden: Array, time: Array, skips: list[Array], contexts: Iterator[tuple[CrossContext, ...]]
@@ -282,7 +284,7 @@ class UNet(nnx.Module):
                 for i, resnet in enumerate(block.resnets):
                     with jax.named_scope(f"resnets_{i}"):
                         joined = jnp.concatenate([hidden, skips.pop()], axis=-1)
-                        hidden = remat(resnet, self.compute.remat)(joined, time)
+                        hidden = remat(ResnetBlock.__call__, self.compute)(resnet, joined, time)
                     if block.attentions:
                         with jax.named_scope(f"attentions_{i}"):
                             hidden = block.attentions[i](hidden, next(contexts), self.compute)
@@ -342,7 +344,7 @@ def _down(
     for name, layer, skip in path:
         with jax.named_scope(name):
             if isinstance(layer, ResnetBlock):
-                hidden = remat(layer, compute.remat)(hidden, time)
+                hidden = remat(ResnetBlock.__call__, compute)(layer, hidden, time)
             elif isinstance(layer, Transformer2D):
                 hidden, started = layer(hidden, next(contexts), compute, started), None
             else:

@@ -28,7 +28,17 @@ from psa_jax.preference.objective import Objective
 from psa_jax.preference.pair_loss import FrozenModel
 from psa_jax.training.optimizer import Arrays, make_optimizer
 from psa_jax.training.settings import check_accumulate, validate_devices
-from psa_jax.training.sharding import REPLICATED, by_rows, replicated, shardings, weight_sharding
+from psa_jax.training.sharding import (
+    FSDP,
+    REPLICATED,
+    SPLIT,
+    by_rows,
+    constrained,
+    replicated,
+    shardings,
+    weight_sharding,
+    whole_but_blocks,
+)
 from psa_jax.training.state import Frozen, TrainState, init_state
 
 # By default XLA keeps fused intermediates in float32. Policy and reference are fused differently (the policy needs
@@ -185,6 +195,11 @@ class Setup:
         return self.objective.swap_weight > 0.0
 
     @property
+    def divides_frozen(self) -> bool:
+        """Whether a device holds a part of the frozen weights only."""
+        return self.frozen_sharding == SPLIT and self.mesh.shape[FSDP] > 1
+
+    @property
     def batch_sharding(self) -> dict[str, NamedSharding]:
         """Where each array of a batch lives."""
         return self.batch.places(by_rows(self.mesh), replicated(self.mesh))
@@ -263,9 +278,13 @@ class Setup:
           remat: in place of the set-up's own, such as "none" where there is no backward pass.
         """
         attention = fused_attention(self.mesh, by_rows(self.mesh).spec)
+        weights, gather = frozen.weights, None
+        if self.divides_frozen:
+            gather = functools.partial(constrained, where=replicated(self.mesh))
+            weights = whole_but_blocks(weights, gather)
         graph, _ = nnx.split(self._modules())
-        unet, text_encoders = nnx.merge(graph, frozen.weights)
-        unet.compute = ComputeOptions(self.remat if remat is None else remat, attention)
+        unet, text_encoders = nnx.merge(graph, weights)
+        unet.compute = ComputeOptions(self.remat if remat is None else remat, attention, gather)
         schedule = dataclasses.replace(self.schedule, alphas_cumprod=frozen.alphas_cumprod)
         return FrozenModel(unet, text_encoders, schedule, self.model.vae.config)
 

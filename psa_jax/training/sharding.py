@@ -17,13 +17,15 @@ ROWS = (DATA, FSDP)
 REPLICATED, SPLIT = "replicated", "split"
 _MATRICES = r"(^|/)(kernel|embedding)$"
 _STATE = r"^(params|ema|opt_state)/"
+_BLOCKS = r"/(resnets|transformer_blocks)/"
 RULES = {
     REPLICATED: ((_STATE, SPLIT), (r"", REPLICATED)),
     SPLIT: ((_STATE, SPLIT), (_MATRICES, SPLIT), (r"", REPLICATED)),
 }
 """Choice for the frozen weights → (pattern, placement); the first pattern found in an array's name decides.
 
-`split` divides an array of at least two axes over `fsdp`, along the longest axis that can be divided.
+`split` divides an array of at least two axes over `fsdp`, along the longest axis that can be divided. A block's weights
+are gathered when it runs, and again for its backward pass.
 """
 
 
@@ -108,6 +110,12 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+def constrained(array: jax.Array, where: NamedSharding) -> jax.Array:
+    """An array that has to live there; in `jax.shard_map`, where each device works on its own, as it is."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return array if manual else jax.lax.with_sharding_constraint(array, where)
+
+
 def array_name(path: tuple[Any, ...]) -> str:
     """Name of an array in a tree, such as `weights/0/conv_in/kernel`, from its path there."""
     # A parameter of a model is an object with one array in it, whose path has one more step than its name.
@@ -133,6 +141,15 @@ def shardings(tree: Any, mesh: Mesh, frozen_sharding: str = REPLICATED) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: placement(array_name(path), np.shape(leaf), mesh, frozen_sharding), tree
     )
+
+
+def whole_but_blocks(weights: Any, whole: Callable[[jax.Array], jax.Array]) -> Any:
+    """Frozen weights, gathered but for those of a UNet's blocks, which gather their own when they run."""
+
+    def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if re.search(_BLOCKS, array_name(path)) else whole(leaf)
+
+    return jax.tree_util.tree_map_with_path(place, weights)
 
 
 def weight_sharding(mesh: Mesh, frozen_sharding: str) -> Callable[[tuple[Any, ...], tuple[int, ...]], NamedSharding]:

@@ -8,7 +8,7 @@ The functions take the set-up first. `make_step` compiles them for its mesh.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from psa_jax.preference.draws import Draws, draw, draw_fixed
 from psa_jax.preference.pair_loss import PairLosses, pair_losses, summarise
 from psa_jax.training.optimizer import Arrays, moving_average
 from psa_jax.training.setup import Setup
-from psa_jax.training.sharding import FSDP, ROWS, check_batch, replicated
+from psa_jax.training.sharding import FSDP, ROWS, check_batch, constrained, replicated
 from psa_jax.training.state import Frozen, Metrics, TrainState
 
 Step = Callable[[TrainState, Frozen, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
@@ -81,8 +81,10 @@ def train_step(
     params = jax.lax.with_sharding_constraint(state.params, replicated(setup.mesh))
     if setup.accumulate == 1:
         grads, losses = gradient(setup, params, frozen, inputs, shared)
+        grads = _divided(setup, grads)
     else:
-        grads, losses = accumulated_gradient(setup, params, frozen, inputs, shared)
+        accumulate = accumulated_gradient if setup.divides_frozen else gradient_by_device
+        grads, losses = accumulate(setup, params, frozen, inputs, shared)
     with jax.named_scope("optimizer"):
         state, norms = apply_update(setup, state, grads)
     return state, summarise(losses) | norms
@@ -130,10 +132,32 @@ def gradient(
         with jax.named_scope("loss"):
             return loss(setup, params, frozen, inputs, shared)
 
-    grads, found = jax.grad(of_params, has_aux=True)(params)
-    if setup.mesh.shape[FSDP] > 1:  # summed over the devices in parts, each where its parameter lives
-        grads = jax.lax.with_sharding_constraint(grads, setup.state_sharding.params)
-    return grads, found
+    return jax.grad(of_params, has_aux=True)(params)
+
+
+def gradient_by_device(
+    setup: Setup, params: Arrays, frozen: Frozen, inputs: PairInputs, shared: Batch
+) -> tuple[Arrays, PairLosses]:
+    """`accumulated_gradient` whose devices exchange gradients once, and not after each part.
+
+    Each device holds all weights and adds up the gradients of its own pairs. No loss may compare those of several.
+    """
+
+    def of_device(*given: Any) -> tuple[Arrays, PairLosses]:
+        grads, found = accumulated_gradient(setup, *given)
+        return jax.tree.map(lambda x: x[None], grads), found
+
+    rows, whole = PartitionSpec(ROWS), PartitionSpec()
+    of_devices = jax.shard_map(
+        of_device,
+        mesh=setup.mesh,
+        in_specs=(whole, whole, rows, whole),
+        out_specs=rows,
+        check_vma=False,  # or gradients of what all devices hold would be summed over them in each part
+    )
+    grads, found = of_devices(params, frozen, inputs, shared)
+    # Devices have equally many pairs, so that the mean over all pairs is the mean of theirs.
+    return _divided(setup, jax.tree.map(lambda x: jnp.mean(x, axis=0), grads)), found
 
 
 def accumulated_gradient(
@@ -143,7 +167,7 @@ def accumulated_gradient(
 
     def add(total: Arrays, part: PairInputs) -> tuple[Arrays, PairLosses]:
         grads, found = gradient(setup, params, frozen, part, shared)
-        return jax.tree.map(jnp.add, total, grads), found
+        return jax.tree.map(jnp.add, total, _divided(setup, grads)), found
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     with jax.named_scope("accumulate"):
@@ -165,10 +189,14 @@ def apply_update(setup: Setup, state: TrainState, grads: Arrays) -> tuple[TrainS
 
 def _in_parts(tree: PyTree[Array], count: int, mesh: Mesh) -> PyTree[Array]:
     """[b, …] to [count, b/count, …]: every count-th row is of the same part, so that no row leaves its device."""
-    where = NamedSharding(mesh, PartitionSpec(None, ROWS))
 
     def part(x: Array) -> Array:
         parts = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(parts, where)
+        return constrained(parts, NamedSharding(mesh, PartitionSpec(None, ROWS)))
 
     return jax.tree.map(part, tree)
+
+
+def _divided(setup: Setup, grads: Arrays) -> Arrays:
+    """Gradients where their parameters live: devices then sum them in parts, each its own."""
+    return jax.tree.map(constrained, grads, setup.state_sharding.params) if setup.mesh.shape[FSDP] > 1 else grads

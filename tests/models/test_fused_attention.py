@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from psa_jax.models import fused_attention
-from psa_jax.models.attention import Attention, attend, remat
+from psa_jax.models.attention import Attention, ComputeOptions, attend, remat
 
 HEADS, ROWS = 2, PartitionSpec(("data", "fsdp"))
 
@@ -42,6 +42,12 @@ def plain(query, key, value):
 def self_attention() -> Attention:
     made = nnx.eval_shape(lambda: Attention(HEADS * 40, HEADS, rngs=nnx.Rngs(0)))
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bfloat16), made)
+
+
+def with_kernel(policy: str, kernel):
+    """Self-attention of a picture's states by a kernel, under a rematerialization policy."""
+    run = remat(Attention.__call__, ComputeOptions(policy), attend=kernel)
+    return functools.partial(run, self_attention())
 
 
 def with_gradients(function, inputs):
@@ -88,6 +94,18 @@ def test_a_tpu_gets_the_kernel_where_it_fits(mesh, pixels, keys, dtype, kernels)
     assert program.count("tpu_custom_call") == kernels
 
 
+def test_where_devices_work_on_their_own_each_has_the_kernel(mesh):
+    """In the caller's `jax.shard_map`, which cannot hold another one of the same axes."""
+    own = jax.shard_map(on_tpu(mesh), mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False)
+
+    def kernels(function) -> int:
+        gradient = jax.jit(jax.grad(lambda *inputs: jnp.sum(function(*inputs).astype(jnp.float32))))
+        program = gradient.trace(*draw(1024, 40)).lower(lowering_platforms=("tpu",))
+        return program.as_text().count("tpu_custom_call")
+
+    assert kernels(own) == kernels(on_tpu(mesh)) == 2
+
+
 def test_pixels_are_padded_to_what_large_tiles_divide():
     tiles = fused_attention._Tiles(512, 4608, 1024, 4608)
     padded = {1024: 1024, 1152: 1152, 1408: 1536, 4032: 4096, 4096: 4096, 4736: 4864, 9216: 9216}
@@ -124,7 +142,7 @@ def test_blocks_never_hold_all_weights():
 )
 def test_what_the_tpu_kernel_leaves_for_the_backward_pass(mesh, capsys, policy, stored):
     """Its output, and a number a head and pixel: where they are stored it does not run again."""
-    compute = remat(self_attention(), policy, attend=functools.partial(fused_attention._on_tpu, mesh, ROWS))
+    compute = with_kernel(policy, functools.partial(fused_attention._on_tpu, mesh, ROWS))
     jax.ad_checkpoint.print_saved_residuals(compute, jnp.zeros((2, 1024, HEADS * 40), jnp.bfloat16))
     assert (f"f32[2,{HEADS},1024]" in capsys.readouterr().out) is stored
 
@@ -136,7 +154,7 @@ def test_what_cudnn_leaves_for_the_backward_pass(monkeypatch, policy, runs):
     """Traced for a GPU, of which there is none here."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda *about: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda *about: True)
-    compute = remat(self_attention(), policy, attend=fused_attention._on_gpu)
+    compute = with_kernel(policy, fused_attention._on_gpu)
 
     def total(x):
         return jnp.sum(compute(x).astype(jnp.float32))

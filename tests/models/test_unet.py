@@ -94,10 +94,10 @@ def test_transformer_2d(linear, depth, tmp_path):
     x, text = tensor(2, 12, 3, 5), tensor(2, 7, 10, seed=1)
     expected = theirs(x, encoder_hidden_states=text, return_dict=False)[0]
     given = (ours, nhwc(x), jnp.asarray(text.numpy()))
-    got = run(lambda m, x, t: m(x, m.context(t), ComputeOptions()), *given)
+    got = run(lambda m, x, t: m(x, m.context(t, ComputeOptions()), ComputeOptions()), *given)
     assert difference(got, expected) <= TOLERANCE
     compute = ComputeOptions("full")
-    got = run(lambda m, x, t: m(x, m.context(t), compute, m.start(x, compute)), *given)
+    got = run(lambda m, x, t: m(x, m.context(t, compute), compute, m.start(x, compute)), *given)
     assert difference(got, expected) <= TOLERANCE
 
 
@@ -106,7 +106,7 @@ def test_deeper_stacks_are_no_more_to_compile():
         model = abstract_model(lambda _, rngs: Transformer2D(12, 2, 10, depth, groups=4, linear=True, rngs=rngs), None)
         x, text = jax.ShapeDtypeStruct((2, 3, 5, 12), jnp.float32), jax.ShapeDtypeStruct((2, 7, 10), jnp.float32)
         return (
-            jax.jit(lambda m, x, t: m(x, m.context(t), ComputeOptions()))
+            jax.jit(lambda m, x, t: m(x, m.context(t, ComputeOptions()), ComputeOptions()))
             .lower(model, x, text)
             .as_text()
             .count("dot_general")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 from support.torch_models import FAST_COMPILE
 
@@ -99,13 +100,14 @@ def test_a_step_of_all_devices(run_inputs):
     ("mode", "words"),
     [
         (":dpo", []),
+        (":dpo", ["--config.accumulate=2"]),
         ("", []),
         (":dpo", ["--config.objective.swap_weight=1"]),
         (":dpo", ["--config.objective.sdpo_mu=0.5", "--config.objective.reference_kl_weight=1"]),
     ],
 )
 def test_what_devices_say_to_each_other_is_the_gradient(run_inputs, mode, words):
-    """Of one step: every device keeps its pairs, and sums the gradients, the metrics and nothing else."""
+    """Of one step: every device keeps its pairs, and sums once the gradients, the metrics and nothing else."""
     config, _ = load_config(
         [f"--config=tiny{mode}", f"--config.model={run_inputs[0]}", "--config.mesh.data=-1", *words]
     )
@@ -131,6 +133,19 @@ def test_divided_adapters_are_gathered_once(run_inputs, words):
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(adapter))
     assert set(found) == {"all-gather", "all-reduce"}
     assert 0.9 * size < found["all-gather"][1] <= size
+    assert 0.9 * size < found["all-reduce"][1] < 1.3 * size  # summed over fsdp, and each part over data
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_divided_weights_are_gathered_for_each_pass(run_inputs, remat):
+    """Of one step on 2 × 4 devices: by reference, policy and its backward pass, and nothing is kept in between."""
+    words = [f"--config.remat={remat}", "--config.mesh.fsdp=4", "--config.mesh.frozen=split"]
+    work = work_of("train", config_of(run_inputs[0], *words), jax.devices(), Asked(batch_size=16, resolution=32))
+    found = cost_of(work.lower(16)["train"].compile(FAST_COMPILE).as_text()).collectives
+    weights = nnx.state(load_stable_diffusion(run_inputs[0], abstract=MODELS).unet)
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(weights))
+    assert set(found) == {"all-gather", "all-reduce"}
+    assert 2.5 * size < found["all-gather"][1] < 3.5 * size
 
 
 def test_pictures_are_drawn_on_one_chip_and_encoded_on_those_of_a_host(run_inputs):

@@ -49,7 +49,7 @@ def test_the_loss_falls(one_device):
 
 @pytest.mark.parametrize(
     ("data", "fsdp", "accumulate", "frozen"),
-    [(4, 2, 1, "split"), pytest.param(1, 2, 4, "split", marks=pytest.mark.slow)],  # the slow table has all
+    [(4, 2, 1, "split"), (1, 2, 4, "replicated"), pytest.param(1, 2, 4, "split", marks=pytest.mark.slow)],
 )
 def test_losses_depend_on_neither_mesh_nor_parts(make_training, one_device, data, fsdp, accumulate, frozen):
     history, _ = make_training(data, fsdp, accumulate=accumulate, frozen_sharding=frozen).run(STEPS)
@@ -57,10 +57,11 @@ def test_losses_depend_on_neither_mesh_nor_parts(make_training, one_device, data
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["split", "replicated"])
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
-def test_table_of_meshes(make_training, one_device_32, data, fsdp, accumulate):
-    history, _ = make_training(data, fsdp, accumulate=accumulate, frozen_sharding="split", pairs=32).run(STEPS)
+def test_table_of_meshes(make_training, one_device_32, data, fsdp, accumulate, frozen):
+    history, _ = make_training(data, fsdp, accumulate=accumulate, frozen_sharding=frozen, pairs=32).run(STEPS)
     assert_same(history, one_device_32)
     difference = max(abs(ours["loss"] / one["loss"] - 1) for ours, one in zip(history, one_device_32[0], strict=True))
     print(f"\n{data}x{fsdp}, {accumulate} parts: the {STEPS} losses differ by {difference:.1e} at most")
