@@ -37,7 +37,7 @@ def _kernels(primitive: Any, *_: Any, **parameters: Any) -> bool:
 
 
 def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Checkpoint policy: whether a result is no gathered weight."""
+    """Checkpoint policy: whether a result is no gathered weight. A block has no other barrier and constraint."""
     return primitive.name not in ("optimization_barrier", "sharding_constraint")
 
 
@@ -54,14 +54,14 @@ a kernel of attention gives in their place; `kernels` the block's inputs and wha
 block's inputs."""
 
 
-def remat(function: Callable[..., Array], compute: "ComputeOptions", **settings: Any) -> Callable[..., Array]:
+def remat(function: Callable[..., Any], compute: "ComputeOptions", **settings: Any) -> Callable[..., Any]:
     """A function of a module and arrays, with the rematerialization policy `REMAT[compute.remat]`.
 
     The module's weights are an argument of `jax.checkpoint`, not closed over. Where they are divided, devices gather
     them when the module runs, and again for its backward pass.
 
     Args:
-      function: maps a module and arrays to an array.
+      function: maps a module and arrays to arrays.
       compute: the policy, and how weights are gathered.
       settings: keyword arguments of the function that are no arrays.
 
@@ -69,7 +69,7 @@ def remat(function: Callable[..., Array], compute: "ComputeOptions", **settings:
       A function of the module and the arrays.
     """
 
-    def call(module: nnx.Module, *inputs: Any) -> Array:
+    def call(module: nnx.Module, *inputs: Any) -> Any:
         if compute.whole is not None:
             # Not before the inputs are there: the compiler would gather all modules at once, and keep them.
             module, inputs = jax.lax.optimization_barrier((module, inputs))
@@ -298,11 +298,17 @@ class Transformer2D(nnx.Module):
         self.proj_out = projection()
 
     def context(self, text: Float[Array, "b s c"], compute: ComputeOptions) -> tuple[CrossContext, ...]:
-        """Text keys and values of each block, from text states [b, s, c]."""
-        projections = self.transformer_blocks.attn2
-        if compute.whole is not None:
-            projections = jax.tree.map(compute.whole, projections)
-        stacked = jax.vmap(lambda attention: attention.context(text))(projections)
+        """Text keys and values of each block, from text states [b, s, c].
+
+        Args:
+          compute: how weights are gathered.
+        """
+
+        def project(attention: Attention, text: Array) -> CrossContext:
+            return jax.vmap(lambda one: one.context(text))(attention)
+
+        # They are few, and stored under every policy.
+        stacked = remat(project, compute._replace(remat="none"))(self.transformer_blocks.attn2, text)
         return tuple(
             jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, i, keepdims=False), stacked)  # noqa: B023
             for i in range(self.depth)
@@ -319,7 +325,7 @@ class Transformer2D(nnx.Module):
 
         Args:
           contexts: one a block.
-          compute: rematerialization policy and self-attention of the blocks.
+          compute: rematerialization policy and self-attention of the blocks, and how their weights are gathered.
           started: of `start`, where it has been called.
         """
 

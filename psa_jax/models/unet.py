@@ -124,7 +124,8 @@ class UNet(nnx.Module):
 
     Attributes:
       config: sizes.
-      compute: rematerialization policy and implementation of self-attention. Set it before a call.
+      compute: rematerialization policy, implementation of self-attention, and how divided weights are gathered. Set it
+        before a call.
     """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):

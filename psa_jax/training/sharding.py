@@ -24,8 +24,9 @@ RULES = {
 }
 """Choice for the frozen weights → (pattern, placement); the first pattern found in an array's name decides.
 
-`split` divides an array of at least two axes over `fsdp`, along the longest axis that can be divided. A block's weights
-are gathered when it runs, and again for its backward pass.
+`split` divides an array of at least two axes over `fsdp`, along the longest axis that can be divided. Frozen weights of
+a UNet's residual and transformer blocks are gathered when the block runs, and again for its backward pass; the others,
+a small part, once for all of it.
 """
 
 
@@ -111,9 +112,27 @@ def by_rows(mesh: Mesh) -> NamedSharding:
 
 
 def constrained(array: jax.Array, where: NamedSharding) -> jax.Array:
-    """An array that has to live there; in `jax.shard_map`, where each device works on its own, as it is."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return array if manual else jax.lax.with_sharding_constraint(array, where)
+    """The array, placed there; inside `jax.shard_map`, where each device works on its own, as it is."""
+    return array if _by_device() else jax.lax.with_sharding_constraint(array, where)
+
+
+def divided_axis(where: NamedSharding) -> int | None:
+    """The axis that is divided over `fsdp`; None for an array that is whole on each device."""
+    return where.spec.index(FSDP) if FSDP in where.spec else None
+
+
+def mean_in_parts(array: jax.Array, where: NamedSharding) -> jax.Array:
+    """The array, placed where it is divided over `fsdp`; inside `jax.shard_map` this device's part of the mean."""
+    axis = divided_axis(where)
+    if axis is None or not _by_device():
+        return constrained(array, where)
+    total = jax.lax.psum_scatter(array, FSDP, scatter_dimension=axis, tiled=True)
+    return total / where.mesh.shape[FSDP]
+
+
+def _by_device() -> bool:
+    """Whether what is traced is one device's part of a `jax.shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def array_name(path: tuple[Any, ...]) -> str:

@@ -1,6 +1,6 @@
 """One training step: state in, state and metrics out.
 
-    draw_inputs → (accumulated_)gradient of loss → apply_update
+    draw_inputs → gradient of loss, or gradient_by_device of its parts → apply_update
 
 The functions take the set-up first. `make_step` compiles them for its mesh.
 """
@@ -22,7 +22,16 @@ from psa_jax.preference.draws import Draws, draw, draw_fixed
 from psa_jax.preference.pair_loss import PairLosses, pair_losses, summarise
 from psa_jax.training.optimizer import Arrays, moving_average
 from psa_jax.training.setup import Setup
-from psa_jax.training.sharding import FSDP, ROWS, check_batch, constrained, replicated
+from psa_jax.training.sharding import (
+    DATA,
+    FSDP,
+    ROWS,
+    check_batch,
+    constrained,
+    divided_axis,
+    mean_in_parts,
+    replicated,
+)
 from psa_jax.training.state import Frozen, Metrics, TrainState
 
 Step = Callable[[TrainState, Frozen, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
@@ -138,26 +147,33 @@ def gradient(
 def gradient_by_device(
     setup: Setup, params: Arrays, frozen: Frozen, inputs: PairInputs, shared: Batch
 ) -> tuple[Arrays, PairLosses]:
-    """`accumulated_gradient` whose devices exchange gradients once, and not after each part.
+    """`accumulated_gradient` whose devices exchange gradients after the last part, and not after each.
 
-    Each device holds all weights and adds up the gradients of its own pairs. No loss may compare those of several.
+    Each device holds all frozen weights and works on its own pairs. Where parameters are divided over `fsdp`, gradients
+    are summed over that axis after each part, so that a device keeps a part of the sum only; over `data` they wait. A
+    pair's loss must not depend on pairs of other devices (`check_accumulate`).
     """
+    rows, whole = PartitionSpec(ROWS), PartitionSpec()
+    # Sums of several devices next to each other, on a first axis.
+    sums = jax.tree.map(
+        lambda where: PartitionSpec(DATA, *where.spec) if divided_axis(where) is not None else rows,
+        setup.state_sharding.params,
+    )
 
     def of_device(*given: Any) -> tuple[Arrays, PairLosses]:
         grads, found = accumulated_gradient(setup, *given)
         return jax.tree.map(lambda x: x[None], grads), found
 
-    rows, whole = PartitionSpec(ROWS), PartitionSpec()
     of_devices = jax.shard_map(
         of_device,
         mesh=setup.mesh,
         in_specs=(whole, whole, rows, whole),
-        out_specs=rows,
+        out_specs=(sums, rows),
         check_vma=False,  # or gradients of what all devices hold would be summed over them in each part
     )
     grads, found = of_devices(params, frozen, inputs, shared)
     # Devices have equally many pairs, so that the mean over all pairs is the mean of theirs.
-    return _divided(setup, jax.tree.map(lambda x: jnp.mean(x, axis=0), grads)), found
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), grads), found
 
 
 def accumulated_gradient(
@@ -169,7 +185,8 @@ def accumulated_gradient(
         grads, found = gradient(setup, params, frozen, part, shared)
         return jax.tree.map(jnp.add, total, _divided(setup, grads)), found
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    shapes = jax.eval_shape(functools.partial(_divided, setup), params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     with jax.named_scope("accumulate"):
         total, found = jax.lax.scan(add, zeros, _in_parts(inputs, setup.accumulate, setup.mesh))
         # Parts are of equal size, so that the mean over all pairs is the mean of theirs.
@@ -198,5 +215,8 @@ def _in_parts(tree: PyTree[Array], count: int, mesh: Mesh) -> PyTree[Array]:
 
 
 def _divided(setup: Setup, grads: Arrays) -> Arrays:
-    """Gradients where their parameters live: devices then sum them in parts, each its own."""
-    return jax.tree.map(constrained, grads, setup.state_sharding.params) if setup.mesh.shape[FSDP] > 1 else grads
+    """Gradients where their parameters live, so that each device has and sums a part of them.
+
+    In `jax.shard_map` they are the means over `fsdp`.
+    """
+    return jax.tree.map(mean_in_parts, grads, setup.state_sharding.params) if setup.mesh.shape[FSDP] > 1 else grads
