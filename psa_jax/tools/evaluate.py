@@ -192,13 +192,13 @@ def _compared(method: str, baseline: str, outcomes: dict[str, Any]) -> Iterator[
 
 
 def _measure(each: dict[str, Any], baseline: str) -> str:
-    between = "" if "interval" not in each else " ({:.2f} to {:.2f})".format(*each["interval"])
+    between = "" if "interval" not in each else " ({:z.2f} to {:z.2f})".format(*each["interval"])
     less = ""
     if "less_baseline" in each:
         value, low, high = each["less_baseline"]
-        less = f"; less {baseline} {value:.2f} ({low:.2f} to {high:.2f}) by {each['less_baseline_prompts']} prompts"
-    return f"{each['value']:.2f}{between} of {each['pictures']} pictures{less}"
+        less = f"; less {baseline} {value:z.2f} ({low:z.2f} to {high:z.2f}) by {each['less_baseline_prompts']} prompts"
+    return f"{each['value']:z.2f}{between} of {each['pictures']} pictures{less}"
 
 
 def _interval(value: Interval | None) -> str:
-    return "–" if value is None else "{:.1f} ({:.1f} to {:.1f})".format(*value)
+    return "–" if value is None else "{:z.1f} ({:z.1f} to {:z.1f})".format(*value)

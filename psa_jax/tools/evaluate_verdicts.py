@@ -42,4 +42,4 @@ def run(args: Namespace) -> int:
 
 
 def _cell(interval: Interval | None) -> str:
-    return f"{'–' if interval is None else '{:.1f} ({:.1f} to {:.1f})'.format(*interval):19}"
+    return f"{'–' if interval is None else '{:z.1f} ({:z.1f} to {:z.1f})'.format(*interval):19}"

@@ -23,6 +23,7 @@ from psa_jax.cli import main
 from psa_jax.evaluation import inception_embeddings
 from psa_jax.evaluation.manifest import Pictured, read_manifest, write_manifest
 from psa_jax.mini.world import CONCEPTS, Scene, render
+from psa_jax.tools import evaluate, evaluate_verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
 USERS = ("0000001", "0000002", "0000003", "0000004")
@@ -156,6 +157,15 @@ def test_measures_of_two_models_in_one_call(folders, tmp_path, capsys, monkeypat
     assert main(words) == 0
     assert (tmp_path / "out" / "result.json").read_bytes() == result
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_nothing_is_less_than_zero_by_rounding():
+    """What should be zero is a little above or below it, by the processor."""
+    each = {"value": -1e-9, "pictures": 6, "interval": (-0.001, 0.25), "less_baseline": (-0.25, -0.5, 0.0)}
+    said = evaluate._measure(each | {"less_baseline_prompts": 3}, "base")
+    assert said == "0.00 (0.00 to 0.25) of 6 pictures; less base -0.25 (-0.50 to 0.00) by 3 prompts"
+    assert evaluate._interval((-0.04, -1.25, 2.0)) == "0.0 (-1.2 to 2.0)"
+    assert evaluate_verdicts._cell((-0.04, -1.5, 2.0)).strip() == "0.0 (-1.5 to 2.0)"
 
 
 def test_a_run_killed_five_times_ends_with_the_same_bytes(tmp_path):
