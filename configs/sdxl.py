@@ -18,7 +18,7 @@ To expect: not measured. The default mode has the kind of adapter and of loss th
 its learning rate is untried on real weights. A step of :dpo with 4 pairs on one H100, random weights: 0.53 s and 41.1
 GB (psa-jax bench step --pairs=4); the default looks at one picture of a pair and was not measured.
 Sized for v5e:2x4, 8 chips: 128 pairs a step in 16 parts are one pair a chip and part. No weight is divided: the default
-takes 14.6 of a chip's 15.75 GiB (psa-jax aot --quick). :dpo looks at both pictures and takes 11.8 GiB in parts of one
+takes 14.6 of a chip's 15.75 GiB (psa-jax aot --quick). :dpo looks at both pictures and takes 12.1 GiB in parts of one
 pair a chip with --config.mesh.fsdp=8 --config.remat=kernels: the adapter and its optimizer divided over eight chips.
 The memory on other devices is told by psa-jax memory. The frozen UNet and text encoders have 3,385
 million parameters, 6.77 GB in bfloat16. The adapter has 63.7 million, 13.1 of them for the pooled
