@@ -13,6 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
+from flax import nnx
 from support.torch_models import (
     TOLERANCE,
     UNET_SIZES,
@@ -99,6 +100,21 @@ def test_transformer_2d(linear, depth, tmp_path):
     compute = ComputeOptions("full")
     got = run(lambda m, x, t: m(x, m.context(t, compute), compute, m.start(x, compute)), *given)
     assert difference(got, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("policy", ["none", "projections", "full"])
+def test_gathered_weights_are_not_kept_for_the_backward_pass(capsys, policy):
+    """Of a stack's start, its keys and values, and its blocks."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    compute = ComputeOptions(policy, whole=lambda weight: jax.lax.with_sharding_constraint(weight, one))
+    stack = Transformer2D(12, 2, 10, 2, groups=4, linear=True, rngs=nnx.Rngs(0))
+
+    def run(x, text):
+        return jnp.sum(stack(x, stack.context(text, compute), compute, stack.start(x, compute)))
+
+    jax.ad_checkpoint.print_saved_residuals(run, jnp.ones((2, 3, 5, 12)), jnp.ones((2, 7, 10)))
+    kept = capsys.readouterr().out
+    assert kept and "sharding_constraint" not in kept and "optimization_barrier" not in kept
 
 
 def test_deeper_stacks_are_no_more_to_compile():
